@@ -1,0 +1,99 @@
+"""The configuration's schema: every field of a run with its type, default and meaning, and the checks on their values.
+
+Files in `configs/` start from `base_config()` and set what their model needs; `ml_collections` refuses unknown
+fields and wrong types, `validate` refuses values that cannot work before anything is allocated.
+"""
+
+from ml_collections import ConfigDict
+
+from terdit_jax.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """Every field with its default: TerDiT-600M at 256 px as published. Sizes are in latent pixels, rates per step."""
+    config = ConfigDict()
+    config.name = "terdit_600m"
+    config.seed = 0  # parameters, data order, noise, timesteps, label dropout, posterior samples, flips
+
+    config.model = ConfigDict(
+        {
+            "ternary": True,  # False: Large-DiT, the full-precision twin without the adaLN RMSNorm
+            "input_size": 32,  # height and width of the latent (256 px / 8)
+            "in_channels": 4,
+            "patch_size": 2,
+            "hidden_size": 1536,
+            "depth": 16,
+            "num_heads": 32,
+            "num_kv_heads": 0,  # 0: as many as num_heads
+            "ffn_multiple_of": 256,  # the feed-forward width is 8/3 of hidden_size, rounded up to this
+            "num_classes": 1000,
+            "class_dropout_prob": 0.1,
+            "qk_norm": True,
+            "positions": "rope_1d",  # rope_1d (published) | rope_1d_sincos_2d (adds absolute 2-D positions)
+            "adaln_rms_norm": True,  # RMSNorm behind the block's adaLN linear; ternary models only
+            "alpha_init": "normal",  # normal (published: N(0, 1)) | least_squares
+        }
+    )
+    config.compute = ConfigDict(
+        {
+            "dtype": "bfloat16",  # activations and matmul operands; parameters stay float32
+            "grad_dtype": "bfloat16",  # gradients of the ternary and block matrices as they cross the mesh
+            "remat": "none",  # none | block | dots
+            "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn
+            "scan_layers": True,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: what the other axes leave
+
+    config.data = ConfigDict(
+        {
+            "dir": "",  # a data set written by `python -m terdit_jax.prepare`
+            "synthetic": False,  # random latents of the model's shape instead; for bring-up and benchmarks
+            "horizontal_flip": True,
+            "in_memory": False,  # read the whole split once; for small data sets
+            "read_threads": 16,
+            "prefetch": 4,  # batches
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 5e-4,
+            "drop_step": 0,  # first step at drop_learning_rate; 0: no drop
+            "drop_learning_rate": 1e-4,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 2.0,
+            "ema_decay": 0.9999,
+            "ema_ramp": False,  # decay min(ema_decay, (1 + step) / (10 + step)): for short runs
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "num_steps": 1_750_000,
+            "batch_size": 256,  # over all devices and processes
+            "accumulation_steps": 1,  # microbatches an optimizer step
+            "max_nonfinite_steps": 10,  # skipped in a row before the run is aborted
+        }
+    )
+    config.checkpoint = ConfigDict({"every": 5000, "keep": 3, "keep_every": 0})  # keep_every 0: none for good
+    config.log = ConfigDict(
+        {
+            "every": 100,
+            "heldout_every": 5000,  # 0: never
+            "heldout_batches": 8,
+            "samples_every": 10_000,  # 0: never
+            "tensorboard": True,
+        }
+    )
+    config.sample = ConfigDict(  # the grids drawn during training, and the defaults of terdit_jax.sample
+        {
+            "method": "ddpm",  # ddpm | ddim
+            "num_steps": 250,
+            "cfg_scale": 4.0,
+            "cfg_channels": 3,  # guidance mixes min(this, in_channels) channels; 0: all
+            "num_images": 16,
+        }
+    )
+    return config

@@ -1,0 +1,48 @@
+"""The one exception that a user's mistake raises, and how a command reports it.
+
+Commands catch it, print its single line and exit with status 2; every other exception is a bug of ours
+and keeps its traceback.
+"""
+
+from collections.abc import Callable, Sequence
+import os
+import sys
+
+from absl import app, flags
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is one line: the offending value, then what to do."""
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}: every option is written --name=value")
+            main(argv)
+        except UserError as error:
+            exit_with(str(error))
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def exit_with(message: str) -> None:
+    """Prints `error: message` on one line of standard error and ends the process with status 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Background threads (asynchronous saves, prefetch) must not turn a clear answer into a hang.
+    os._exit(2)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        exit_with(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # ml_collections reports an unknown or mistyped config field with these.
+        exit_with(str(error.args[0]) if error.args else type(error).__name__)
+    raise AssertionError("unreachable")

@@ -1,0 +1,1 @@
+"""Exchange with other codebases: names and layouts of the published PyTorch checkpoints."""

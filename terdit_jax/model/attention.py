@@ -1,0 +1,85 @@
+"""Bidirectional self-attention with optional qk-norm, grouped kv heads and 1-D RoPE.
+
+Owns the four projections and the two norms; what is added to the residual stream is `block`'s concern.
+"""
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.layers import BlockLinear, LayerNorm, group_operand, layer_norm
+from terdit_jax.parallel.sharding import constrain
+
+
+class Attention(nnx.Module):
+    """wq (D, D), wk and wv (kv_width, D), wo (D, D), and norms over the full projected widths."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        width, kv_width = config.hidden_size, config.kv_width
+        self.wq = BlockLinear(config, width, width, rngs=rngs)
+        self.wk = BlockLinear(config, width, kv_width, rngs=rngs)
+        self.wv = BlockLinear(config, width, kv_width, rngs=rngs)
+        self.wo = BlockLinear(config, width, width, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = LayerNorm(width)
+            self.k_norm = LayerNorm(kv_width)
+
+    def operands(self, config: DiTConfig, packed: bool) -> dict:
+        """What `attention` reads, from parameters with the depth in front."""
+        operands = {
+            "qkv": group_operand(config, [self.wq, self.wk, self.wv], packed=packed),
+            "out": group_operand(config, [self.wo], packed=packed),
+        }
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                norm = getattr(self, name)
+                operands[name] = {"scale": norm.scale[...], "bias": norm.bias[...]}
+        return operands
+
+
+def attention(config: DiTConfig, operands: dict, x: Array, rope: Array) -> Array:
+    """Self-attention over all tokens.
+
+    Args:
+      config: the architecture.
+      operands: one layer's, of `Attention.operands`.
+      x: (B, T, D).
+      rope: (2, T, head_dim / 2) of `rope_table`.
+
+    Returns:
+      (B, T, D) in x's dtype.
+    """
+    B, T, D = x.shape
+    kv_heads, head_dim, repeats = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
+    qkv = operands["qkv"](x)  # (B, T, repeats + 2, kv_width)
+    q, k, v = qkv[..., :repeats, :], qkv[..., -2, :], qkv[..., -1, :]
+    # Back to the published head order (kv head, repeat, head_dim).
+    q = q.reshape(B, T, repeats, kv_heads, head_dim).swapaxes(2, 3).reshape(B, T, D)
+    if config.qk_norm:
+        q = layer_norm(q, **operands["q_norm"])
+        k = layer_norm(k, **operands["k_norm"])
+    q = rotate(q.reshape(B, T, config.num_heads, head_dim), rope)
+    k = rotate(k.reshape(B, T, kv_heads, head_dim), rope)
+    v = v.reshape(B, T, kv_heads, head_dim)
+    q, k, v = (constrain(a, "batch", "tokens", "heads", None) for a in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, implementation=_implementation(config))
+    return operands["out"](out.reshape(B, T, D))[..., 0, :]
+
+
+def rotate(x: Array, rope: Array) -> Array:
+    """Rotates interleaved pairs (2i, 2i + 1) of (B, T, heads, head_dim) by the token's angles, in float32 (bf16 angles
+    would lose whole positions)."""
+    cos, sin = rope[0][:, None], rope[1][:, None]  # (T, 1, head_dim / 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _implementation(config: DiTConfig) -> str:
+    """cuDNN's fused attention takes 16-bit inputs on GPUs; XLA's is right everywhere."""
+    if config.attention == "auto":
+        return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
+    return config.attention

@@ -1,0 +1,145 @@
+"""The architecture as one frozen, hashable value, with everything that follows from its fields.
+
+`terdit_jax.config` holds the user's fields with their defaults; this is what the model's code reads.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from terdit_jax.errors import UserError
+
+MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """A TerDiT (`ternary`) or Large-DiT. Field meanings and defaults: `terdit_jax.config.base_config`."""
+
+    ternary: bool
+    input_size: int
+    in_channels: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_multiple_of: int
+    num_classes: int
+    class_dropout_prob: float
+    qk_norm: bool
+    positions: str
+    adaln_rms_norm: bool
+    alpha_init: str
+    dtype: str = "float32"
+    grad_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    scan_layers: bool = True
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "DiTConfig":
+        """From a run's configuration. Raises UserError for values that make no model."""
+        fields = {**config.model, **config.compute}
+        fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
+        model = cls(**fields)
+        model._check()
+        return model
+
+    def _check(self) -> None:
+        for field in ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads"):
+            _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}: must be positive")
+        for field in ("ffn_multiple_of", "num_classes"):
+            _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}: must be positive")
+        _require(
+            self.input_size % self.patch_size == 0,
+            f"model.input_size={self.input_size} is not divisible by model.patch_size={self.patch_size}",
+        )
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0, f"model.hidden_size / model.num_heads = {self.head_dim}: RoPE needs an even width"
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}",
+        )
+        _require(
+            self.hidden_size % 4 == 0, f"model.hidden_size={self.hidden_size}: must be a multiple of 4 to be packed"
+        )
+        _require(
+            0 <= self.class_dropout_prob < 1,
+            f"model.class_dropout_prob={self.class_dropout_prob}: must be in [0, 1)",
+        )
+        for field, choices in (
+            ("positions", ("rope_1d", "rope_1d_sincos_2d")),
+            ("alpha_init", ("normal", "least_squares")),
+        ):
+            _one_of(f"model.{field}", getattr(self, field), choices)
+        for field, choices in (
+            ("dtype", ("float32", "bfloat16")),
+            ("grad_dtype", ("float32", "bfloat16")),
+            ("remat", ("none", "block", "dots")),
+            ("attention", ("auto", "xla", "cudnn")),
+        ):
+            _one_of(f"compute.{field}", getattr(self, field), choices)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side."""
+        return self.input_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the feed-forward: 8/3 of hidden_size, rounded up to ffn_multiple_of."""
+        return math.ceil(int(8 * self.hidden_size / 3) / self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @property
+    def condition_width(self) -> int:
+        return min(self.hidden_size, MAX_CONDITION_WIDTH)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one latent."""
+        return self.input_size, self.input_size, self.in_channels
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def flops_per_image(self) -> float:
+        """Multiplications and additions of one forward pass of one image: every matmul and attention, nothing else.
+
+        A training step does three times that. Source of the counting: PaLM (arXiv 2204.02311), appendix B.
+        """
+        tokens, width = self.num_tokens, self.hidden_size
+        per_token = width * (2 * width + 2 * self.kv_width + 3 * self.mlp_width) + 2 * tokens * width
+        per_image = self.condition_width * 6 * width
+        patches = tokens * width * self.patch_size**2 * 3 * self.in_channels
+        head = self.condition_width * (256 + self.condition_width + 2 * width)
+        return 2.0 * (self.depth * (tokens * per_token + per_image) + patches + head)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{field}={value!r}: choose one of {', '.join(choices)}")

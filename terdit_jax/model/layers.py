@@ -1,0 +1,138 @@
+"""The parameters of a linear map and of the norms, and how linear maps become the operands of a forward pass.
+
+Parameters stay one array a map (wq, wk, wv, w1, w3); maps that share an input are stacked when operands are made,
+once per optimizer step, so that each group is one matmul.
+"""
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.ternary.linear import FullLinear, PackedLinear, TernaryLinear
+from terdit_jax.ternary.linear import Linear as Operand
+from terdit_jax.ternary.packing import pack
+from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, ternarize
+
+xavier_uniform = nnx.initializers.xavier_uniform(in_axis=-1, out_axis=-2)
+zeros = nnx.initializers.zeros_init()
+normal_002 = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """weight (out, in) and, if asked for, bias (out,), both float32; full precision in every model."""
+
+    def __init__(
+        self, in_features: int, out_features: int, init: nnx.Initializer, *, rngs: nnx.Rngs, bias: bool = True
+    ):
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(out_features))
+
+    def operands(self) -> dict[str, Array]:
+        return {name: value[...] for name, value in (("weight", self.weight), ("bias", self.bias))}
+
+
+class BlockLinear(nnx.Module):
+    """A block's linear map: weight (out, in), the scale alpha () if the model is ternary, bias (out,) if asked for."""
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        in_features: int,
+        out_features: int,
+        init: nnx.Initializer = xavier_uniform,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+    ):
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features)))
+        if config.ternary:
+            published = config.alpha_init == "normal"
+            alpha = jax.random.normal(rngs.params(), ()) if published else least_squares_alpha(self.weight[...])
+            self.alpha = nnx.Param(alpha)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(out_features))
+
+
+def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool = False) -> Operand:
+    """The stacked layers' maps of one input as one operand; each leaf has the depth in front.
+
+    Maps of unequal width (queries beside grouped keys and values) are cut into parts of the narrowest: see
+    `_split_heads`. The pullback of a ternary operand is the straight-through estimator.
+
+    Args:
+      config: decides the make and the dtypes.
+      layers: maps with weights (L, out, in), all with the same `in`.
+      packed: 2-bit codes for inference instead of int8 codes with a gradient.
+
+    Returns:
+      An operand whose maps, in order, are the layers' (a wider one spanning several).
+    """
+    width = min(layer.weight.shape[-2] for layer in layers)
+    parts = [layer.weight.shape[-2] // width for layer in layers]
+
+    def stack(arrays: list[Array]) -> Array:
+        return jnp.concatenate(
+            [_split_heads(a, n, config.head_dim) for a, n in zip(arrays, parts, strict=True)], axis=1
+        )
+
+    weights = [layer.weight[...] for layer in layers]
+    if not config.ternary:
+        return FullLinear(stack([w.astype(config.activation_dtype) for w in weights]))
+    alpha = jnp.stack([layer.alpha[...] for layer, n in zip(layers, parts, strict=True) for _ in range(n)], axis=1)
+    if packed:
+        return PackedLinear(stack([pack(absmean_codes(w)) for w in weights]), alpha)
+    codes, sinks = zip(*(ternarize(w, config.grad_dtype) for w in weights), strict=True)
+    return TernaryLinear(stack(list(codes)), alpha, stack(list(sinks)))
+
+
+def _split_heads(weight: Array, parts: int, head_dim: int) -> Array:
+    """(L, parts * width, in) -> (L, parts, width, in), where part r holds the r-th query head of every kv group.
+
+    Published query heads are ordered (kv head, r, head_dim); cutting them this way leaves each part's heads aligned
+    with the kv heads, so that a shard over kv heads holds whole groups.
+    """
+    if parts == 1:
+        return weight[:, None]
+    layers, _, in_features = weight.shape
+    return (
+        weight.reshape(layers, -1, parts, head_dim, in_features).swapaxes(1, 2).reshape(layers, parts, -1, in_features)
+    )
+
+
+class RMSNorm(nnx.Module):
+    """scale (D,) of a root-mean-square norm."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+
+class LayerNorm(nnx.Module):
+    """scale and bias (D,) of a layer norm."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+
+def rms_norm(x: Array, scale: Array, eps: float = 1e-5) -> Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (squares overflow bf16's precision)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array | float = 1.0, bias: Array | float = 0.0, eps: float = 1e-5) -> Array:
+    """Layer norm over the last axis, in float32 (the variance is a difference of large sums)."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+
+def linear(x: Array, operands: dict[str, Array], dtype: DTypeLike = jnp.float32) -> Array:
+    """x W^T + b of a full-precision map, computed in `dtype`, returned in float32."""
+    y = jnp.matmul(x.astype(dtype), operands["weight"].astype(dtype).T, preferred_element_type=jnp.float32)
+    return y + operands["bias"]

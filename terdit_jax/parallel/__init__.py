@@ -1,0 +1,1 @@
+"""The device mesh and the one table that says how every array lies on it."""

@@ -1,0 +1,65 @@
+"""The device mesh (data, fsdp, tensor) and the start of several processes.
+
+How arrays lie on the mesh is `sharding`'s; this module only arranges the devices.
+"""
+
+import math
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from terdit_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Any of these says that a cluster has started several processes of this program; jax.distributed finds the rest.
+_CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+def initialize_processes() -> None:
+    """Joins the processes of a multi-process run through `jax.distributed`; does nothing in a single process.
+
+    A run has several processes when a TPU pod, SLURM or Open MPI started it, or when JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are set.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_NUM_PROCESSES" in os.environ:
+        jax.distributed.initialize(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif (
+        any(name in os.environ for name in _CLUSTER_VARIABLES)
+        or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+        or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    ):
+        jax.distributed.initialize()
+
+
+def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
+    """The sizes of (data, fsdp, tensor), with one -1 replaced by what the others leave.
+
+    Raises:
+      UserError: sizes that are not positive, more than one -1, or a product that is not the number of devices.
+    """
+    sizes = [mesh[axis] for axis in AXES]
+    written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"mesh ({written}): every axis takes a positive size, and at most one takes -1 (the rest)")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise UserError(f"mesh ({written}) does not multiply out to the {num_devices} devices there are")
+    return tuple(sizes)
+
+
+def make_mesh(mesh: ConfigDict) -> Mesh:
+    """The mesh of all devices of all processes. Raises UserError as `mesh_shape` does."""
+    shape = mesh_shape(mesh, jax.device_count())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,139 @@
+"""The one table from an array's path to its place on the mesh, for parameters and everything that follows them.
+
+Moments, EMA, ternary codes and packed codes carry their parameter's path, so one rule serves them all; a leaf that
+matches no rule, or two, is an error. Activations are constrained by logical axis where they are made.
+"""
+
+import math
+import re
+
+import jax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.tree_util as jtu
+
+from terdit_jax.errors import UserError
+
+# Logical axis -> mesh axis. A matrix is cut along its input or output by `fsdp` and along heads or mlp by `tensor`.
+LOGICAL_TO_MESH = {
+    "batch": ("data", "fsdp"),
+    "tokens": None,
+    "layers": None,
+    "group": None,
+    "features": None,
+    "rows": "fsdp",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+}
+
+_MATRIX = r"(weight|codes|sink|packed)"
+
+# (pattern of the whole path, logical axes). Fused groups (qkv, w13) have a group axis behind the layers.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"x_embedder/weight", ("rows", "features")),
+    (r"x_embedder/bias", ("features",)),
+    (r"t_embedder/mlp_(in|out)/weight", ("features", "embed")),
+    (r"t_embedder/mlp_(in|out)/bias", ("features",)),
+    (r"y_embedder/embedding_table", ("features", "embed")),
+    (r"blocks/(attention_norm|ffn_norm)/scale", ("layers", "features")),
+    (r"blocks/attention/(q|k)_norm/(scale|bias)", ("layers", "features")),
+    (r"blocks/attention/w[qkv]/" + _MATRIX, ("layers", "heads", "embed")),
+    (r"blocks/attention/wo/weight", ("layers", "embed", "heads")),
+    (r"blocks/attention/qkv/" + _MATRIX, ("layers", "group", "heads", "embed")),
+    (r"blocks/attention/out/" + _MATRIX, ("layers", "group", "embed", "heads")),
+    (r"blocks/feed_forward/w[13]/" + _MATRIX, ("layers", "mlp", "embed")),
+    (r"blocks/feed_forward/w2/weight", ("layers", "embed", "mlp")),
+    (r"blocks/feed_forward/w13/" + _MATRIX, ("layers", "group", "mlp", "embed")),
+    (r"blocks/feed_forward/down/" + _MATRIX, ("layers", "group", "embed", "mlp")),
+    (r"blocks/adaLN_modulation/weight", ("layers", "features", "embed")),
+    (r"blocks/adaLN_modulation/linear/" + _MATRIX, ("layers", "group", "features", "embed")),
+    (r"blocks/adaLN_modulation/(bias|norm/scale)", ("layers", "features")),
+    (r"blocks/(attention|feed_forward)/w[qkvo123]/alpha", ("layers",)),
+    (r"blocks/adaLN_modulation/alpha", ("layers",)),
+    (r"blocks/(attention|feed_forward|adaLN_modulation)/(qkv|out|w13|down|linear)/alpha", ("layers", "group")),
+    (r"final_layer/(adaLN_modulation|linear)/weight", ("features", "embed")),
+    (r"final_layer/(adaLN_modulation|linear)/bias", ("features",)),
+)
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as `a/b/c`, whatever kinds of containers it crosses."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The logical axes of the leaf at a path.
+
+    Leading parts that are not the model's (`params`, `opt_state/0/mu`) are ignored: the rule must match the path's
+    end, from a slash or its start.
+
+    Raises:
+      ValueError: if no rule or more than one rule matches.
+    """
+    found = [axes for pattern, axes in RULES if re.search(rf"(^|/){pattern}$", path)]
+    if len(found) != 1:
+        raise ValueError(f"{path} matches {len(found)} sharding rules; every leaf must match exactly one")
+    return found[0]
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where the leaf at `path` lies. Scalars (step, counters, sums) are replicated and need no rule.
+
+    Raises:
+      UserError: if a dimension is not divisible by the mesh axis that cuts it.
+    """
+    if not shape:
+        return PartitionSpec()
+    axes = logical_axes(path)
+    if len(axes) != len(shape):
+        raise ValueError(f"{path} has shape {shape}, its sharding rule names {len(axes)} axes")
+    spec = tuple(LOGICAL_TO_MESH[axis] for axis in axes)
+    for size, axis in zip(shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(f"mesh axis {axis}={mesh.shape[axis]} does not divide dimension {size} of {path} {shape}")
+    return PartitionSpec(*spec)
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs. Raises as `partition_spec` does."""
+    return jtu.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def constrain_tree(tree):
+    """Constrains every leaf to its rule on the mesh in context; the identity where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jtu.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, partition_spec(path_name(path), leaf.shape, mesh)),
+        tree,
+    )
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Constrains an activation by logical axis (None: not cut) on the mesh in context; the identity without one.
+
+    Every block constrains its residual stream: without it, slicing a projection that is cut over `tensor` returned
+    wrong numbers on a (2, 2, 2) mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axis and LOGICAL_TO_MESH[axis] for axis in axes)))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples on the leading axis, spread over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is cut."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

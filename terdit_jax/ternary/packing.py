@@ -1,0 +1,51 @@
+"""Four ternary codes in a byte, in two layouts: the one we compute from and the one TerDiT's checkpoints use.
+
+In memory a byte holds four neighbours along the input axis, so that any slice of the packed array is the packed
+slice of the weight and sharding needs no care; the published planes are for exchange only.
+"""
+
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+
+CODES_PER_BYTE = 4
+
+
+def pack(codes: Array) -> Array:
+    """Packs (..., in) int8 codes in {-1, 0, 1} to (..., in / 4) uint8: code 4k + j sits in bits 2j+1..2j, plus one.
+
+    Raises:
+      ValueError: if `in` is not a multiple of 4.
+    """
+    if codes.shape[-1] % CODES_PER_BYTE:
+        raise ValueError(f"the input axis must be a multiple of {CODES_PER_BYTE} to be packed, got shape {codes.shape}")
+    quads = (codes + 1).astype(jnp.uint8).reshape(*codes.shape[:-1], -1, CODES_PER_BYTE)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack(packed: Array) -> Array:
+    """Unpacks (..., in / 4) uint8 to (..., in) int8 codes; the inverse of `pack`."""
+    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)
+    quads = packed[..., None] >> shifts & 3
+    return (quads.astype(jnp.int8) - 1).reshape(*packed.shape[:-1], -1)
+
+
+def pack_planes(codes: np.ndarray) -> np.ndarray:
+    """Packs (out, in) int8 codes to the published (out / 4, in) uint8 planes.
+
+    With n = out / 4, output rows [0, n) sit in bits 7-6, [n, 2n) in 5-4, [2n, 3n) in 3-2 and [3n, 4n) in 1-0, each
+    stored as T + 1. Source: the public TerDiT code's packed layers.
+
+    Raises:
+      ValueError: if `out` is not a multiple of 4.
+    """
+    out_features, in_features = codes.shape
+    if out_features % CODES_PER_BYTE:
+        raise ValueError(f"the output axis must be a multiple of {CODES_PER_BYTE} to be packed, got {codes.shape}")
+    planes = (codes + 1).astype(np.uint8).reshape(CODES_PER_BYTE, out_features // CODES_PER_BYTE, in_features)
+    return planes[0] << 6 | planes[1] << 4 | planes[2] << 2 | planes[3]
+
+
+def unpack_planes(planes: np.ndarray) -> np.ndarray:
+    """Unpacks the published (out / 4, in) uint8 planes to (out, in) int8 codes; the inverse of `pack_planes`."""
+    return np.concatenate([(planes >> shift & 3).astype(np.int8) - 1 for shift in (6, 4, 2, 0)])

@@ -1,0 +1,77 @@
+"""The absmean ternary quantiser with its straight-through gradient, and the starting values of its scale.
+
+It turns master weights into int8 codes in {-1, 0, 1}; `packing` stores them and `linear` multiplies by them.
+"""
+
+from functools import partial
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Keeps round(W / gamma) finite for an all-zero matrix (TerDiT's quantiser uses the same value).
+ABSMEAN_EPS = 1e-6
+
+
+def absmean_codes(weight: Array) -> Array:
+    """The codes T = clip(round(W / (mean|W| + 1e-6)), -1, 1), rounding half to even.
+
+    Args:
+      weight: (..., out, in) float32; the mean is taken over the last two axes, so stacked layers keep theirs apart.
+
+    Returns:
+      (..., out, in) int8 in {-1, 0, 1}. Source: TerDiT (arXiv 2405.14854) section 3.2, after BitNet b1.58.
+    """
+    gamma = jnp.mean(jnp.abs(weight), axis=(-2, -1), keepdims=True)
+    return jnp.clip(jnp.round(weight / (gamma + ABSMEAN_EPS)), -1, 1).astype(jnp.int8)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def ternarize(weight: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    """Codes of a master weight and the sink through which its straight-through gradient returns.
+
+    Codes are integers and carry no gradient, so the gradient of the loss with respect to T travels through `sink`,
+    an array of zeros that a matmul accepts beside the codes and never reads (XLA removes it). The backward pass
+    hands the sink's cotangent to the weight unchanged: no clipping mask, nothing through gamma.
+
+    Args:
+      weight: (..., out, in) float32.
+      grad_dtype: dtype in which the gradient is produced and crosses the mesh.
+
+    Returns:
+      codes (..., out, in) int8 and sink (..., out, in) of `grad_dtype`.
+    """
+    return absmean_codes(weight), jnp.zeros(weight.shape, grad_dtype)
+
+
+def _ternarize_fwd(weight: Array, grad_dtype: DTypeLike) -> tuple[tuple[Array, Array], None]:
+    return ternarize(weight, grad_dtype), None
+
+
+def _ternarize_bwd(grad_dtype: DTypeLike, _: None, cotangents: tuple[Array, Array]) -> tuple[Array]:
+    _, sink = cotangents
+    return (sink.astype(jnp.float32),)  # masters are float32: Adam's moments need its range and precision
+
+
+ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)
+
+
+def least_squares_alpha(weight: Array) -> Array:
+    """The scale that brings alpha * T closest to W, alpha = <W, T> / <T, T>.
+
+    A matrix that starts at zero (the block's adaLN) has T = 0, and with alpha = 0 neither could ever move; it gets
+    the value that a xavier-uniform draw of its shape would give, 0.625 * sqrt(6 / (in + out)).
+
+    Args:
+      weight: (..., out, in) float32.
+
+    Returns:
+      (...,) float32.
+    """
+    codes = absmean_codes(weight).astype(weight.dtype)
+    dot = jnp.sum(weight * codes, axis=(-2, -1))
+    count = jnp.sum(jnp.abs(codes), axis=(-2, -1))
+    out_features, in_features = weight.shape[-2:]
+    fallback = 0.625 * (6 / (in_features + out_features)) ** 0.5
+    return jnp.where(count > 0, dot / jnp.maximum(count, 1), fallback)

@@ -1,0 +1,10 @@
+"""Every test runs on eight CPU devices, so that meshes are real; float32 matmuls are exact to float32."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -1,0 +1,52 @@
+"""The reference models of tests/golden: their configurations, parameters and recorded inputs and outputs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from terdit_jax.interop.published import params_from_published
+from terdit_jax.model.config import DiTConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tiny_config(**overrides) -> DiTConfig:
+    """A small model in float32 with every option at its published value."""
+    fields = dict(
+        ternary=True, input_size=8, in_channels=4, patch_size=2, hidden_size=64, depth=3, num_heads=4, num_kv_heads=4,
+        ffn_multiple_of=256, num_classes=10, class_dropout_prob=0.1, qk_norm=True, positions="rope_1d",
+        adaln_rms_norm=True, alpha_init="normal",
+    )  # fmt: skip
+    overrides.setdefault("num_kv_heads", overrides.get("num_heads", 4))
+    return DiTConfig(**{**fields, **overrides})
+
+
+def golden_config(name: str) -> DiTConfig:
+    meta = json.loads((GOLDEN / f"{name}.json").read_text())
+    return tiny_config(
+        ternary=meta["kind"] == "terdit", depth=meta["n_layers"], hidden_size=meta["dim"],
+        num_heads=meta["n_heads"], qk_norm=meta["qk_norm"],
+    )  # fmt: skip
+
+
+def golden_params(config: DiTConfig, name: str) -> dict:
+    return params_from_published(config, load_file(GOLDEN / f"{name}.safetensors"))
+
+
+def golden_arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    """(..., C, H, W) of PyTorch to (..., H, W, C)."""
+    return np.moveaxis(x, -3, -1)
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """Within `tolerance` of the largest value, which must not be zero."""
+    largest = np.abs(expected).max()
+    assert largest > 0
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance * largest)

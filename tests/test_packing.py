@@ -1,0 +1,42 @@
+"""Packing loses nothing, and the in-memory layout commutes with slicing along either axis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.ternary.packing import pack, pack_planes, unpack, unpack_planes
+
+CODES = jax.random.randint(jax.random.key(0), (3, 16, 32), -1, 2, jnp.int8)
+
+
+def test_unpack_inverts_pack():
+    packed = pack(CODES)
+    assert packed.shape == (3, 16, 8) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(unpack(packed), CODES)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_slice_of_the_packed_array_is_the_packed_slice(axis):
+    for part, codes in zip(jnp.split(pack(CODES), 4, axis), jnp.split(CODES, 4, axis), strict=True):
+        np.testing.assert_array_equal(part, pack(codes))
+
+
+def test_pack_bit_order():
+    assert pack(jnp.array([[-1, 0, 1, 0]], jnp.int8)).tolist() == [[0 | 1 << 2 | 2 << 4 | 1 << 6]]
+
+
+def test_planes_follow_the_published_layout():
+    codes = np.asarray(CODES[0])
+    planes = pack_planes(codes)
+    assert planes.shape == (4, 32) and planes.dtype == np.uint8
+    np.testing.assert_array_equal(planes >> 6, codes[:4] + 1)
+    np.testing.assert_array_equal(planes & 3, codes[12:] + 1)
+    np.testing.assert_array_equal(unpack_planes(planes), codes)
+
+
+def test_axes_that_do_not_pack_are_refused():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        pack(jnp.zeros((4, 6), jnp.int8))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        pack_planes(np.zeros((6, 4), np.int8))

@@ -1,0 +1,50 @@
+"""The quantiser: codes, the straight-through gradient, and starts of alpha that can learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, ternarize
+
+
+def test_codes_round_half_to_even_and_clip():
+    # gamma = 2 (up to 1e-6): W / gamma = 0.5 rounds to 0, 1.5 clips to 1.
+    weight = jnp.array([[1.0, -1.0, 3.0, -3.0]]) * (1 - 1e-9)
+    assert absmean_codes(weight).tolist() == [[0, 0, 1, -1]]
+    assert absmean_codes(jnp.zeros((2, 4))).tolist() == [[0] * 4] * 2
+
+
+def test_codes_of_stacked_layers_use_their_own_gamma():
+    weight = jax.random.normal(jax.random.key(0), (3, 8, 16)) * jnp.array([1.0, 10.0, 0.01])[:, None, None]
+    stacked = absmean_codes(weight)
+    assert stacked.dtype == jnp.int8
+    for layer in range(3):
+        np.testing.assert_array_equal(stacked[layer], absmean_codes(weight[layer]))
+    assert {-1, 0, 1} == set(np.unique(stacked))
+
+
+@pytest.mark.parametrize("grad_dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_reaches_the_weight_unchanged(grad_dtype):
+    weight = jax.random.normal(jax.random.key(1), (8, 16)) * 5  # far beyond the clip for many entries
+    cotangent = jax.random.normal(jax.random.key(2), (8, 16)).astype(grad_dtype)
+    (codes, sink), pullback = jax.vjp(lambda w: ternarize(w, grad_dtype), weight)
+    assert sink.dtype == grad_dtype and not sink.any()
+    (grad,) = pullback((np.zeros(codes.shape, jax.dtypes.float0), cotangent))
+    assert grad.dtype == jnp.float32
+    np.testing.assert_array_equal(grad, cotangent.astype(jnp.float32))
+
+
+def test_least_squares_alpha_minimises_the_error():
+    weight = jax.random.normal(jax.random.key(3), (32, 24))
+    codes = absmean_codes(weight)
+    alpha = least_squares_alpha(weight)
+    error = lambda a: float(jnp.sum((weight - a * codes) ** 2))  # noqa: E731
+    assert error(alpha) < error(alpha * 1.01) and error(alpha) < error(alpha * 0.99)
+
+
+def test_least_squares_alpha_of_a_zero_matrix_is_that_of_a_xavier_draw():
+    zero = least_squares_alpha(jnp.zeros((192, 64)))
+    assert zero == pytest.approx(0.625 * (6 / 256) ** 0.5)
+    drawn = least_squares_alpha(jax.nn.initializers.xavier_uniform()(jax.random.key(0), (192, 64)))
+    assert float(zero) == pytest.approx(float(drawn), rel=0.05)

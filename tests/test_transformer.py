@@ -1,0 +1,194 @@
+"""The whole network against the public PyTorch code, its parameter counts, and its equivalent forms."""
+
+import dataclasses
+
+from golden_models import assert_close, golden_arrays, golden_config, golden_params, nhwc, tiny_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.diffusion.guidance import guided
+from terdit_jax.model.transformer import (
+    DiT,
+    abstract_params,
+    activation_rms,
+    count_params,
+    forward,
+    init_params,
+    make_operands,
+    packed_bytes,
+)
+
+MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny")
+SIZES = {"600m": (1536, 16, 32), "4b": (3072, 32, 32), "7b": (4096, 32, 32)}
+
+
+def random_params(config, seed=0, spread=0.1):
+    """Fresh parameters with noise on every leaf, so that nothing is zero and every path carries a gradient."""
+    params = init_params(config, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + spread * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def inputs(config, batch=4, seed=3):
+    x_t = jax.random.normal(jax.random.key(seed), (batch, *config.sample_shape))
+    return x_t, jnp.arange(batch) * 300 % 1000, jnp.arange(batch) % (config.num_classes + 1)
+
+
+def loss_and_grads(config, params):
+    x_t, t, y = inputs(config)
+    target = jax.random.normal(jax.random.key(9), (*x_t.shape[:-1], 2 * config.in_channels))
+
+    @jax.jit
+    def run(params):
+        loss = lambda p: jnp.mean((forward(config, make_operands(config, p), x_t, t, y) - target) ** 2)  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    return run(params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_golden_forward_and_guidance(name, packed):
+    config = golden_config(name)
+    if packed and not config.ternary:
+        pytest.skip("a full-precision model has nothing to pack")
+    operands = make_operands(config, golden_params(config, name), packed=packed)
+    io = golden_arrays(f"{name}_io")
+
+    def denoise(x_t, t, y):
+        return jax.jit(forward, static_argnums=0)(config, operands, x_t, t, y)
+
+    assert_close(denoise(nhwc(io["x"]), io["t"], io["y"]), nhwc(io["out"]))
+    x, t, y = nhwc(io["cfg_x"]), io["cfg_t"][:2], io["cfg_y"][:2]
+    out = guided(denoise, y, config.num_classes, float(io["cfg_scale"]), 3)(x, t)
+    expected = nhwc(io["cfg_out"])
+    assert_close(out, expected[:2])
+    # The public code also returns the unconditional half: the same guided channels, its own rest.
+    rest = denoise(x, t, np.full(2, config.num_classes))[..., 3:]
+    assert_close(jnp.concatenate([out[..., :3], rest], -1), expected[2:])
+
+
+def test_calling_the_module_is_the_forward_pass():
+    config = tiny_config(depth=2)
+    from flax import nnx
+
+    model = DiT(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+    params = init_params(config, jax.random.key(0))
+    model.final_layer.linear.weight[...] = params["final_layer"]["linear"]["weight"] = jnp.full((32, 64), 0.1)
+    expected = forward(config, make_operands(config, params), *inputs(config))
+    assert_close(model(*inputs(config)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "ternary", "total"),
+    [
+        ("600m", True, 609_984_160),
+        ("600m", False, 609_836_576),
+        ("4b", True, 4_238_414_112),
+        ("4b", False, 4_237_824_032),
+        ("7b", True, 7_294_606_624),
+        ("7b", False, 7_293_819_936),
+    ],
+)
+def test_published_parameter_counts(size, ternary, total):
+    hidden_size, depth, heads = SIZES[size]
+    config = tiny_config(
+        ternary=ternary, hidden_size=hidden_size, depth=depth, num_heads=heads, num_classes=1000, input_size=32
+    )
+    assert count_params(config)["total"] == total
+    if ternary:
+        assert count_params(config)["ternary"] == {"600m": 603_979_776, "4b": 4_227_858_432, "7b": 7_281_311_744}[size]
+        assert packed_bytes(config) == pytest.approx({"600m": 175.0e6, "4b": 1099e6, "7b": 1874e6}[size], rel=5e-3)
+
+
+@pytest.mark.parametrize("ternary", [True, False])
+def test_scan_equals_loop_and_remat_changes_nothing(ternary):
+    config = tiny_config(ternary=ternary, positions="rope_1d_sincos_2d")
+    params = random_params(config)
+    loss, grads = loss_and_grads(config, params)
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    for change in ({"scan_layers": False}, {"remat": "block"}, {"remat": "dots"}):
+        other = dataclasses.replace(config, **change)
+        assert other != config
+        other_loss, other_grads = loss_and_grads(other, params)
+        assert_close(other_loss, np.asarray(loss))
+        jax.tree.map(assert_close, other_grads, jax.tree.map(np.asarray, grads))
+
+
+def test_remat_policies_rematerialise():
+    """The flag must reach the compiled program: checkpointed blocks hold fewer residuals."""
+    params = abstract_params(tiny_config())
+    x_t, t, y = inputs(tiny_config())
+
+    def residual_bytes(remat):
+        config = tiny_config(remat=remat)
+        _, pullback = jax.eval_shape(
+            lambda p: jax.vjp(lambda q: forward(config, make_operands(config, q), x_t, t, y), p), params
+        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+
+    none, dots, block = (residual_bytes(remat) for remat in ("none", "dots", "block"))
+    assert block < dots < none
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(8, 8), (8, 2)])
+def test_grouped_kv_heads_match_repeated_heads(heads, kv_heads):
+    """wk and wv of a grouped model, repeated for each query head, give the ungrouped model's output."""
+    config = tiny_config(ternary=False, num_heads=heads, num_kv_heads=kv_heads, qk_norm=False)
+    full = dataclasses.replace(config, num_kv_heads=heads)
+    params = random_params(config)
+    repeated = jax.tree.map(lambda leaf: leaf, params)
+    for name in ("wk", "wv"):
+        weight = params["blocks"]["attention"][name]["weight"]
+        per_head = weight.reshape(config.depth, kv_heads, config.head_dim, -1)
+        repeated["blocks"]["attention"][name]["weight"] = jnp.repeat(per_head, heads // kv_heads, 1).reshape(
+            config.depth, config.hidden_size, -1
+        )
+    expected = forward(full, make_operands(full, repeated), *inputs(config))
+    assert_close(forward(config, make_operands(config, params), *inputs(config)), np.asarray(expected))
+
+
+def test_grouped_kv_heads_with_qk_norm_are_packed_as_trained():
+    config = tiny_config(num_heads=8, num_kv_heads=2)
+    params = random_params(config)
+    trained = forward(config, make_operands(config, params), *inputs(config))
+    assert_close(forward(config, make_operands(config, params, packed=True), *inputs(config)), np.asarray(trained), 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_model_equals_trained_model_bit_for_bit(dtype):
+    config = tiny_config(dtype=dtype)
+    params = random_params(config)
+    run = jax.jit(forward, static_argnums=0)
+    trained = run(config, make_operands(config, params), *inputs(config))
+    packed = run(config, make_operands(config, params, packed=True), *inputs(config))
+    assert_close(packed, np.asarray(trained), 0 if dtype == "float32" else 2e-2)
+
+
+def test_bfloat16_follows_float32():
+    params = random_params(tiny_config())
+    expected = forward(tiny_config(), make_operands(tiny_config(), params), *inputs(tiny_config()))
+    config = tiny_config(dtype="bfloat16")
+    error = forward(config, make_operands(config, params), *inputs(config)) - expected
+    assert 0 < jnp.linalg.norm(error) < 2e-2 * jnp.linalg.norm(expected)
+
+
+def test_absolute_positions_tell_places_apart():
+    """On a constant picture equal values give attention equal outputs, so only absolute positions vary a patch."""
+    x_t, t, y = inputs(tiny_config())
+    x_t = jnp.broadcast_to(x_t[:, :1, :1], x_t.shape)
+    for positions, varies in (("rope_1d", False), ("rope_1d_sincos_2d", True)):
+        config = tiny_config(positions=positions)
+        out = forward(config, make_operands(config, random_params(config)), x_t, t, y)
+        assert bool(jnp.abs(out[:, :2, :2] - out[:, 2:4, 2:4]).max() > 1e-2) == varies
+
+
+def test_activation_rms_has_a_value_a_layer():
+    config = tiny_config()
+    seen = activation_rms(config, make_operands(config, random_params(config)), *inputs(config))
+    assert set(seen) == {"attention", "feed_forward", "adaLN_modulation", "residual"}
+    assert all(rms.shape == (config.depth,) and bool((rms > 0).all()) for rms in seen.values())
