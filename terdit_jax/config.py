@@ -4,6 +4,8 @@ Files in `configs/` start from `base_config()` and set what their model needs; `
 fields and wrong types, `validate` refuses values that cannot work before anything is allocated.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from terdit_jax.errors import UserError
@@ -97,3 +99,37 @@ def base_config() -> ConfigDict:
         }
     )
     return config
+
+
+_POSITIVE = (
+    "train.num_steps", "train.batch_size", "train.accumulation_steps", "train.max_nonfinite_steps",
+    "optimizer.learning_rate", "optimizer.drop_learning_rate", "optimizer.clip_norm", "optimizer.eps",
+    "checkpoint.every", "checkpoint.keep", "log.every", "log.heldout_batches",
+    "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "optimizer.drop_step", "optimizer.weight_decay", "checkpoint.keep_every", "log.heldout_every",
+    "log.samples_every", "sample.cfg_scale", "sample.cfg_channels",
+)  # fmt: skip
+_SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses values that cannot work. What concerns the architecture alone is checked by `DiTConfig.from_config`.
+
+    Raises:
+      UserError: naming the first offending field and its value.
+    """
+    for field in _POSITIVE:
+        _check(config, field, lambda value: value > 0, "must be positive")
+    for field in _NOT_NEGATIVE:
+        _check(config, field, lambda value: value >= 0, "must not be negative")
+    for field in _SHARES:
+        _check(config, field, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+
+def _check(config: ConfigDict, field: str, accept: Callable[[float], bool], rule: str) -> None:
+    section, _, name = field.rpartition(".")
+    value = config[section][name] if section else config[name]
+    if not accept(value):
+        raise UserError(f"config.{field}={value}: {rule}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -19,6 +19,8 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2."""
 
     def guarded(argv: Sequence[str]) -> None:
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # the libraries' notes at INFO would bury ours
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: every option is written --name=value")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -50,3 +51,13 @@ def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
     largest = np.abs(expected).max()
     assert largest > 0
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance * largest)
+
+
+def assert_trees_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """Every leaf within `tolerance` of its own largest value, or of a thousandth of the tree's: qk-norm makes the
+    alphas of q and k scale-free, so that their gradients are rounding noise around zero."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        bound = tolerance * max(float(np.abs(e).max()), 1e-3 * largest)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=0, atol=bound, err_msg=str(path))

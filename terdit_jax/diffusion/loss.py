@@ -149,7 +149,24 @@ def _decoder_nll(x_0: jax.Array, mean: jax.Array, log_variance: jax.Array) -> ja
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
     """The tanh approximation of the normal distribution function, which published losses were computed with."""
-    return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * (1 + _tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@jax.custom_jvp
+def _tanh(x: jax.Array) -> jax.Array:
+    """tanh correctly rounded nearly everywhere, where XLA's is off by up to 5 units in the last place.
+
+    A bin far in the Gaussian's tail is the difference of two values near 1: five units there changed the whole
+    network's gradient by 7e-5 against PyTorch's.
+    """
+    grown = jnp.expm1(jnp.minimum(2 * jnp.abs(x), 40.0))
+    return jnp.sign(x) * grown / (grown + 2)
+
+
+@_tanh.defjvp
+def _tanh_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    y = _tanh(*primals)
+    return y, tangents[0] * (1 - y * y)  # zero where y has rounded to 1, as in the published losses
 
 
 def _mean_per_example(x: jax.Array) -> jax.Array:

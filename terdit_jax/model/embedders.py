@@ -46,7 +46,7 @@ def patch_embedder(config: DiTConfig, *, rngs: nnx.Rngs) -> Linear:
 
 
 def patchify(x: Array, patch_size: int) -> Array:
-    """(B, H, W, C) -> (B, T, C * p * p): row-major patches, each ordered (C, pH, pW) as the published weights expect."""
+    """(B, H, W, C) -> (B, T, C * p * p): row-major patches, ordered (C, pH, pW) as the published weights expect."""
     B, H, W, C = x.shape
     x = x.reshape(B, H // patch_size, patch_size, W // patch_size, patch_size, C)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(B, -1, C * patch_size**2)

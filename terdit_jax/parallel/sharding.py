@@ -54,6 +54,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/(attention|feed_forward|adaLN_modulation)/(qkv|out|w13|down|linear)/alpha", ("layers", "group")),
     (r"final_layer/(adaLN_modulation|linear)/weight", ("features", "embed")),
     (r"final_layer/(adaLN_modulation|linear)/bias", ("features",)),
+    (r"window/sums/quartile_(loss|count)", ("features",)),
 )
 
 

@@ -1,0 +1,56 @@
+"""Handwritten digits in pixel space: the embedded first run, minutes on a laptop.
+
+python -m terdit_jax.prepare --source=digits --output=data/digits
+python -m terdit_jax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+from ml_collections import ConfigDict
+
+from terdit_jax.config import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.name = "digits"
+
+    model = config.model
+    model.input_size = 8
+    model.in_channels = 1
+    model.patch_size = 4
+    model.hidden_size = 96
+    model.depth = 4
+    model.num_heads = 4
+    model.num_classes = 10
+    model.positions = "rope_1d_sincos_2d"  # four tokens: 1-D RoPE alone cannot place strokes
+    model.alpha_init = "least_squares"
+
+    config.compute.dtype = "float32"
+    config.compute.grad_dtype = "float32"
+
+    config.data.dir = "data/digits"
+    config.data.horizontal_flip = False
+    config.data.in_memory = True
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 2e-3
+    optimizer.drop_step = 1500
+    optimizer.drop_learning_rate = 2e-4
+    optimizer.ema_decay = 0.995
+    optimizer.ema_ramp = True
+
+    config.train.num_steps = 2000
+    config.train.batch_size = 128
+
+    config.checkpoint.every = 250
+    config.log.every = 50
+    config.log.heldout_every = 500
+    config.log.heldout_batches = 2
+    config.log.samples_every = 500
+
+    sample = config.sample
+    sample.method = "ddim"
+    sample.num_steps = 50
+    sample.cfg_scale = 3.0
+    sample.cfg_channels = 0
+    sample.num_images = 20
+    return config

@@ -1,0 +1,1 @@
+"""Scores a trained model: a classifier proxy and Frechet distances; drawing the samples is left to inference."""

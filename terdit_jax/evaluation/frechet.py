@@ -1,0 +1,57 @@
+"""Gaussian summaries of feature sets and the Frechet distance between two of them, in float64 on the host.
+
+Which network the features come from, and how many pictures make a fair comparison, is left to the caller.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from terdit_jax.errors import UserError
+
+
+class Statistics(NamedTuple):
+    """The first two moments of a feature set."""
+
+    mean: np.ndarray  # (D,) float64
+    covariance: np.ndarray  # (D, D) float64, ddof 1
+    count: int
+
+
+def statistics(features: np.ndarray) -> Statistics:
+    """Mean and covariance (ddof 1, as in the ADM evaluator) of `features` (N, D), in float64.
+
+    Raises:
+        UserError: fewer than two rows, or values that are not finite.
+    """
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise UserError(f"features of shape {features.shape}: a covariance needs (N, D) with N of at least 2")
+    if not np.isfinite(features).all():
+        raise UserError(f"{(~np.isfinite(features)).sum()} of {features.size} feature values are not finite")
+    covariance = np.atleast_2d(np.cov(features, rowvar=False, ddof=1))
+    return Statistics(features.mean(axis=0), covariance, len(features))
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), at least 0 (Dowson and Landau, 1982).
+
+    With C = F F^T from a symmetric eigendecomposition, the last trace is the sum of the singular values of F_a^T F_b:
+    real by construction, and exact to float64 for rank-deficient covariances, which need no added identity.
+
+    Raises:
+        UserError: the two feature widths differ.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"feature widths {a.mean.size} and {b.mean.size} differ: use one network for both sets")
+    overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    return max(0.0, float(distance))
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """F (D, D) with F F^T = covariance; eigenvalues at or below rounding count as 0."""
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    rounding = eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    # A root would blow rounding of 1e-16 up to 1e-8.
+    return eigenvectors * np.sqrt(np.where(eigenvalues > rounding, eigenvalues, 0.0))

@@ -1,0 +1,110 @@
+"""Scores of generated pictures by a classifier trained on the real ones, for data sets and machines without Inception.
+
+Drawing the samples and reading the data set is left to the command; the scores are comparable only among samples
+judged on one data set with one seed, and are never an FID.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.evaluation.classifier import Classifier, train_classifier
+from terdit_jax.evaluation.frechet import frechet_distance, statistics
+
+
+class Pictures(NamedTuple):
+    """Pictures and their classes."""
+
+    images: np.ndarray  # (N, H, W, C) float32 in [-1, 1]
+    labels: np.ndarray  # (N,) integers
+
+
+def sample_labels(heldout_labels: np.ndarray, num_samples: int) -> np.ndarray:
+    """Labels (num_samples,) to draw, sorted, each class as frequent as among the held-out pictures.
+
+    Class counts that differ by chance would move the means of the two sets apart and drown everything else in the
+    Frechet distance of a classifier's features, in which classes are far apart.
+    """
+    positions = (2 * np.arange(num_samples) + 1) * len(heldout_labels) // (2 * num_samples)
+    return np.sort(heldout_labels)[positions]
+
+
+def proxy_metrics(
+    train: Pictures, heldout: Pictures, samples: Pictures, num_classes: int, seed: int = 0, num_steps: int | None = None
+) -> dict[str, float]:
+    """Trains a classifier on `train` and judges `samples` against `heldout` with it.
+
+    A Frechet distance between N and M pictures has a bias that falls as 1/N + 1/M, so the distance of the samples is
+    given beside two of real pictures: between two halves of all of them, and with training pictures of the same classes
+    in the samples' place, as far as there are enough. The last is what perfect samples would score.
+
+    Args:
+      train: real pictures that the classifier learns.
+      heldout: real pictures that it does not.
+      samples: generated pictures with the labels that were asked for; see `sample_labels`.
+      num_classes: labels lie in [0, num_classes).
+      seed: of the classifier and of the splits of real pictures.
+      num_steps: of the classifier; None chooses 400 to 2,000 by the number of training pictures.
+
+    Returns:
+      `classifier_heldout_accuracy` and `classifier_agreement` (share of samples read as the label asked for), in
+      [0, 1]; `classifier_frechet_distance` (samples and held-out), `..._floor` (training and held-out pictures) and
+      `..._halves`; `classifier_frechet_ratio` = distance / halves; `classifier_frechet_ratio_floor` = floor / halves.
+
+    Raises:
+      UserError: samples of another shape than the real pictures, values that are not finite, labels that do not fit.
+    """
+    if samples.images.shape[1:] != train.images.shape[1:]:
+        raise UserError(
+            f"samples are {samples.images.shape[1:]}, the data set's pictures {train.images.shape[1:]} (H, W, C)"
+        )
+    if samples.labels.shape != samples.images.shape[:1]:
+        raise UserError(f"{len(samples.images)} samples with labels of shape {samples.labels.shape}: expected one each")
+    if not np.isfinite(samples.images).all():
+        raise UserError(f"{(~np.isfinite(samples.images)).sum()} of {samples.images.size} sample values are not finite")
+
+    num_steps = num_steps or min(2000, max(400, len(train.images) // 10))
+    classifier = train_classifier(train.images, train.labels, num_classes, seed, num_steps)
+    features = {
+        name: classifier.features(pictures.images)
+        for name, pictures in (("train", train), ("heldout", heldout), ("samples", samples))
+    }
+    rng = np.random.default_rng(seed)
+    real = np.concatenate([features["train"], features["heldout"]])
+    first, second = _halves(np.concatenate([train.labels, heldout.labels]), rng)
+    alike = _same_classes(train.labels, samples.labels, rng)
+
+    distance = _distance(features["samples"], features["heldout"])
+    floor = _distance(features["train"][alike], features["heldout"])
+    halves = _distance(real[first], real[second])
+    return {
+        "classifier_heldout_accuracy": _share_read_as_labelled(classifier, heldout),
+        "classifier_agreement": _share_read_as_labelled(classifier, samples),
+        "classifier_frechet_distance": distance,
+        "classifier_frechet_distance_floor": floor,
+        "classifier_frechet_distance_halves": halves,
+        "classifier_frechet_ratio": distance / halves,
+        "classifier_frechet_ratio_floor": floor / halves,
+    }
+
+
+def _share_read_as_labelled(classifier: Classifier, pictures: Pictures) -> float:
+    return float(np.mean(classifier.logits(pictures.images).argmax(axis=1) == pictures.labels))
+
+
+def _distance(features: np.ndarray, others: np.ndarray) -> float:
+    return frechet_distance(statistics(features), statistics(others))
+
+
+def _halves(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of two random halves with equally many of each class, give or take one."""
+    by_class = np.lexsort((rng.random(len(labels)), labels))
+    return by_class[::2], by_class[1::2]
+
+
+def _same_classes(labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of random pictures, of each class as many as `wanted` has, or all where there are fewer."""
+    classes, counts = np.unique(wanted, return_counts=True)
+    chosen = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in zip(classes, counts, strict=True)]
+    return np.concatenate(chosen)

@@ -1,0 +1,72 @@
+"""Pictures on disk: float arrays to bytes, labelled grids as PNG, and the npz that evaluators read.
+
+It takes pictures in [-1, 1]; decoding latents into them comes before.
+"""
+
+import io
+import math
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from terdit_jax.errors import UserError
+
+GAP = 2  # pixels between the pictures of a grid
+MIN_SIDE = 64  # small pictures are enlarged by a whole factor to at least this
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """(..., H, W, C) float in [-1, 1] to uint8; what lies outside is clipped, values are rounded."""
+    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def make_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+    """Lays (N, H, W, C) uint8 pictures out in rows on white, small ones enlarged without smoothing.
+
+    Args:
+      images: C is 1 or 3.
+      columns: pictures a row; 0: a square, or rows of ten where N is a multiple of ten.
+
+    Returns:
+      (height, width, 3) uint8.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or (10 if count % 10 == 0 else math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    factor = max(1, math.ceil(MIN_SIDE / height))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    images = np.broadcast_to(images, (*images.shape[:3], 3)) if channels == 1 else images
+    cell_height, cell_width = height * factor + GAP, width * factor + GAP
+    grid = np.full((rows * cell_height + GAP, columns * cell_width + GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = GAP + i // columns * cell_height, GAP + i % columns * cell_width
+        grid[top : top + cell_height - GAP, left : left + cell_width - GAP] = image
+    return grid
+
+
+def save_png(path: epath.PathLike, image: np.ndarray) -> None:
+    """Writes (H, W, 3) uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    _write(epath.Path(path), buffer.getvalue())
+
+
+def save_npz(path: epath.PathLike, images: np.ndarray, labels: np.ndarray) -> None:
+    """Writes `arr_0` (N, H, W, 3) uint8, as the ADM evaluator reads it, and `labels` (N,)."""
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images, labels=labels)
+    _write(epath.Path(path), buffer.getvalue())
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Writes under a temporary name first, so that a half-written picture never stands under the final one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,207 @@
+"""Checkpoints: asynchronous, verified by SHA-256, and never trusted blindly.
+
+A damaged checkpoint is set aside with a loud line and the step before it is used. What the state means is `state`'s.
+"""
+
+from collections.abc import Iterable
+import concurrent.futures
+import hashlib
+import json
+import threading
+import time
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import orbax.checkpoint as ocp
+
+from terdit_jax.errors import UserError
+
+MANIFEST = "sha256.json"
+RUN = "run"
+# Items of a checkpoint: sampling reads one of the first two and leaves the rest on disk.
+_ITEMS = {"params": ("params",), "ema_params": ("ema_params",), "rest": ("step", "opt_state", "skipped", "window")}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: epath.PathLike, checkpoint: ConfigDict | None = None):
+        """Opens `workdir`/checkpoints; without a `config.checkpoint` it is read only.
+
+        Raises:
+          UserError: if the directory cannot be written.
+        """
+        self.directory = epath.Path(workdir) / "checkpoints"
+        self._signer: threading.Thread | None = None
+        read_only = checkpoint is None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else checkpoint.keep,
+            keep_period=None if read_only else checkpoint.keep_every or None,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
+        handlers = {item: ocp.PyTreeCheckpointHandler() for item in _ITEMS}
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers | {RUN: ocp.JsonCheckpointHandler()}
+            )
+        except OSError as error:
+            raise UserError(f"cannot use {self.directory}: {error.strerror or error}") from error
+
+    def steps(self) -> list[int]:
+        """The steps on disk, ascending, damaged ones included."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: dict, run: dict[str, Any]) -> None:
+        """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices."""
+        step = int(state["step"])
+        trees = {item: {name: state[name] for name in names} for item, names in _ITEMS.items()}
+        arguments = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
+        self.wait()
+        if step in self._manager.all_steps():
+            return  # it was restored from there; orbax would refuse to save the step again
+        self._manager.save(step, args=ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonSave(run)}), force=True)
+        self._signer = threading.Thread(target=self._sign_when_finished, args=(step,), daemon=True)
+        self._signer.start()
+
+    def restore(self, target: dict) -> tuple[dict, dict[str, Any]] | None:
+        """The newest sound state and its run's JSON, or None if there is no checkpoint at all.
+
+        Args:
+          target: the whole state or some of its top-level entries, as ShapeDtypeStructs with shardings; whatever mesh
+            the checkpoint was saved on.
+
+        Raises:
+          UserError: if no checkpoint is sound, or the newest sound one is of another model.
+        """
+        items = [item for item, names in _ITEMS.items() if set(names) & set(target)]
+        steps = self.steps()
+        for step in reversed(steps):
+            damage = find_damage(self.directory / str(step), [*items, RUN])
+            if damage is None:
+                return self._read(step, items, target)
+            logging.error("CHECKPOINT %d IS DAMAGED (%s): falling back to the step before it", step, damage)
+            self._set_aside(step)
+        if steps:
+            raise UserError(f"{self.directory}: none of the {len(steps)} checkpoints is sound, nothing to go on from")
+        return None
+
+    def newest_run(self) -> dict[str, Any] | None:
+        """The JSON of the newest checkpoint whose JSON can be read, or None."""
+        for step in reversed(self.steps()):
+            if find_damage(self.directory / str(step), [RUN]) is None:
+                return self._manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+        return None
+
+    def wait(self) -> None:
+        """Blocks until every save is on disk and signed."""
+        self._manager.wait_until_finished()
+        if self._signer:
+            self._signer.join()
+            self._signer = None
+
+    def close(self) -> None:
+        """As `wait`, then releases the directory."""
+        self.wait()
+        self._manager.close()
+
+    def _read(self, step: int, items: list[str], target: dict) -> tuple[dict, dict[str, Any]]:
+        arguments = {}
+        for item in items:
+            tree = {name: target[name] for name in _ITEMS[item] if name in target}
+            self._check_dtypes(step, item, tree)
+            arguments[item] = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonRestore()})
+            )
+        except (ValueError, KeyError) as error:  # a tree or a shape that is not the target's
+            raise UserError(f"{self.directory / str(step)} holds another model: {_first_line(error)}") from error
+        state = {name: restored[item][name] for item in items for name in _ITEMS[item] if name in target}
+        return state, restored[RUN]
+
+    def _check_dtypes(self, step: int, item: str, tree: dict) -> None:
+        """Orbax casts a leaf of another dtype silently: compare with what is stored before reading."""
+        stored = [leaf.dtype for leaf in jax.tree.leaves(self._manager.item_metadata(step)[item].tree)]
+        wanted = [leaf.dtype for leaf in jax.tree.leaves(tree)]
+        if len(stored) == len(wanted) and any(a != b for a, b in zip(stored, wanted, strict=True)):
+            raise UserError(f"checkpoint {step} of {self.directory} holds arrays of another dtype than this model's")
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged step out of the way: it would be taken for the latest one, and its number must be free."""
+        if jax.process_index() == 0 and not self._manager._options.read_only:  # noqa: SLF001
+            place = self.directory.parent / "damaged_checkpoints"
+            place.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(_free_name(place, str(step)))
+        self._manager.reload()
+
+    def _sign_when_finished(self, step: int) -> None:
+        """Writes the manifest as soon as orbax has given the step its final name (it offers no call-back so late)."""
+        while self._manager.is_saving_in_progress():
+            time.sleep(0.05)
+        if jax.process_index() == 0 and (self.directory / str(step)).exists():
+            write_manifest(self.directory / str(step))
+
+
+def write_manifest(step_directory: epath.Path) -> None:
+    """Records the SHA-256 of every file of a finished checkpoint in the checkpoint itself."""
+    digests = _hash_files(step_directory, _files(step_directory))
+    temporary = step_directory / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(digests, indent=1, sort_keys=True))
+    temporary.rename(step_directory / MANIFEST)
+
+
+def find_damage(step_directory: epath.Path, items: Iterable[str]) -> str | None:
+    """What is wrong with the given items of a checkpoint, or None: checked against the manifest before it is read."""
+    manifest = step_directory / MANIFEST
+    if not manifest.exists():
+        return "its SHA-256 manifest is missing"
+    try:
+        recorded = json.loads(manifest.read_text())
+    except ValueError:
+        return "its SHA-256 manifest is not JSON"
+    prefixes = tuple(f"{item}/" for item in items)
+    recorded = {name: digest for name, digest in recorded.items() if name.startswith(prefixes)}
+    present = {name for name in _files(step_directory) if name.startswith(prefixes)}
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in recorded):
+            return f"its manifest lists nothing under {prefix}"
+    if missing := sorted(set(recorded) - present):
+        return f"{missing[0]} is missing"
+    digests = _hash_files(step_directory, recorded)
+    changed = sorted(name for name in recorded if digests[name] != recorded[name])
+    return f"{changed[0]} does not match its SHA-256" if changed else None
+
+
+def _files(directory: epath.Path) -> list[str]:
+    """Names, relative to the directory, of all files below it but the manifest."""
+    found = []
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir():
+            found += [f"{entry.name}/{name}" for name in _files(entry)]
+        elif not entry.name.startswith(MANIFEST):
+            found.append(entry.name)
+    return found
+
+
+def _hash_files(directory: epath.Path, names: Iterable[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _free_name(place: epath.Path, name: str) -> epath.Path:
+    candidates = (place / (name if not i else f"{name}.{i}") for i in range(10_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

@@ -1,0 +1,60 @@
+"""From stored records to what one training step learns from, with every draw keyed by (seed, step, global index).
+
+Because a draw depends on nothing else, mesh, process count and gradient accumulation change no example.
+"""
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from terdit_jax.diffusion.loss import q_sample
+from terdit_jax.diffusion.schedule import Schedule
+
+Examples = dict[str, Array]  # x_0, noise, x_t (B, H, W, C) float32; t, y (B,) int32
+
+
+def example_keys(seed: int, step: Array | int, indices: Array) -> Array:
+    """(B,) keys, one for each global example index (B,) of a step."""
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
+
+
+def make_examples(
+    batch: dict[str, Array],
+    keys: Array,
+    schedule: Schedule,
+    *,
+    latent_scale: float,
+    num_classes: int,
+    class_dropout_prob: float,
+    horizontal_flip: bool,
+) -> Examples:
+    """Draws latent, flip, noise, timestep and label dropout of every record.
+
+    Args:
+      batch: mean, std (B, H, W, C) float16, label (B,) int32 and, if stored, mean_mirror and std_mirror. Without a
+        stored mirror the array itself is mirrored, which is exact for pixels.
+      keys: (B,) of `example_keys`.
+      schedule: the 1000-step process.
+      latent_scale: multiplies the drawn latents.
+      num_classes: the null class's label.
+      class_dropout_prob: chance that a label becomes the null class.
+      horizontal_flip: mirror half of the pictures.
+    """
+    purposes = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
+    flip_key, posterior_key, noise_key, t_key, drop_key = (purposes[:, i] for i in range(5))
+    shape = batch["mean"].shape[1:]
+    normal = jax.vmap(lambda key: jax.random.normal(key, shape))
+
+    mean, std = batch["mean"], batch["std"]
+    if horizontal_flip:
+        flip = jax.vmap(jax.random.bernoulli)(flip_key)[:, None, None, None]
+        mean = jnp.where(flip, batch.get("mean_mirror", mean[:, :, ::-1]), mean)
+        std = jnp.where(flip, batch.get("std_mirror", std[:, :, ::-1]), std)
+    x_0 = (mean.astype(jnp.float32) + std.astype(jnp.float32) * normal(posterior_key)) * latent_scale
+
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps))(t_key)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, class_dropout_prob))(drop_key)
+    y = jnp.where(dropped, num_classes, batch["label"])
+    noise = normal(noise_key)
+    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(schedule, x_0, t, noise)}

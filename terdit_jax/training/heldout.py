@@ -1,0 +1,40 @@
+"""The loss on held-out examples, with noise and timesteps that never change, for raw and averaged weights."""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import make_operands
+from terdit_jax.parallel.sharding import constrain
+from terdit_jax.training.examples import example_keys, make_examples
+from terdit_jax.training.step import mean_loss, on_mesh
+
+# Keeps the fixed draws apart from training's, which use the seed itself.
+_SEED_OFFSET = 0x5EED
+
+
+def make_heldout_loss(
+    config: ConfigDict, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float
+) -> Callable[[dict, dict, Array], Array]:
+    """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no flip, no label dropout."""
+
+    def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
+        indices = jnp.arange(len(batch["label"]))
+        examples = make_examples(
+            batch,
+            constrain(example_keys(config.seed + _SEED_OFFSET, number, indices), "batch"),
+            schedule,
+            latent_scale=latent_scale,
+            num_classes=model.num_classes,
+            class_dropout_prob=0.0,
+            horizontal_flip=False,
+        )
+        return mean_loss(model, schedule, make_operands(model, params), examples)[0]
+
+    return on_mesh(mesh, jax.jit(heldout_loss))

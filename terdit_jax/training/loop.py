@@ -1,0 +1,279 @@
+"""The training run from configuration to last checkpoint: set up or resume, step, log, evaluate, save.
+
+The mathematics is `step`'s; this module decides when things happen and keeps the device busy while they do.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+import json
+
+from absl import logging
+from clu import parameter_overview
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from terdit_jax.data.reader import heldout_batches, make_batches
+from terdit_jax.errors import UserError
+from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
+from terdit_jax.parallel.chips import peak_flops
+from terdit_jax.parallel.sharding import batch_sharding, batch_shards
+from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.training.examples import example_keys, make_examples
+from terdit_jax.training.heldout import make_heldout_loss
+from terdit_jax.training.interruption import Interruption
+from terdit_jax.training.metrics import MetricsWriter, Stopwatch, format_duration
+from terdit_jax.training.optimizer import learning_rate_schedule
+from terdit_jax.training.resume import check_resumable, describe_run
+from terdit_jax.training.setup import Setup
+from terdit_jax.training.state import State, abstract_state, make_state, packed_codes
+from terdit_jax.training.step import make_train_step, on_mesh
+from terdit_jax.training.window import code_statistics, empty_sums, means
+
+# Called with (step, EMA parameters); returns the path of the grid it wrote and the grid, (H, W, 3) uint8.
+DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
+
+
+def train(setup: Setup, draw_grid: DrawGrid) -> None:
+    """Runs, or continues, the training that `setup` describes.
+
+    Args:
+      setup: of `set_up`.
+      draw_grid: draws the sample grids.
+
+    Raises:
+      UserError: a workdir of another run, or too many non-finite steps in a row.
+    """
+    config = setup.config
+    checkpoints = Checkpoints(setup.workdir, config.checkpoint)
+    fingerprint = setup.dataset.metadata.fingerprint
+    if run := checkpoints.newest_run():
+        for change in check_resumable(run, config, fingerprint, str(setup.workdir)):
+            _say(f"continuing with a changed configuration: {change}")
+    target = abstract_state(setup.model, setup.optimizer, setup.mesh)
+    restored = checkpoints.restore(target)
+    state = restored[0] if restored else make_state(setup.model, setup.optimizer, setup.mesh, config.seed)
+    start = int(state["step"])
+    _introduce(setup, start)
+    if start >= config.train.num_steps:
+        _say(f"{setup.workdir} is done: it has trained {start:,} of {config.train.num_steps:,} steps")
+        _close(setup)
+        return
+    (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    with Interruption() as interruption:
+        run = _Run(setup, start, draw_grid, checkpoints)
+        state, step = run.train(state, start, interruption)
+        run.save(state, step)
+        checkpoints.close()
+        run.writer.close()
+    if step < config.train.num_steps:
+        _say(f"stopped by {interruption.name} at step {step:,}, state saved: the same command goes on from there")
+    else:
+        _close(setup)
+
+
+class _Run:
+    """The compiled functions and open files of one run, and what happens at which step."""
+
+    def __init__(self, setup: Setup, start: int, draw_grid: DrawGrid, checkpoints: Checkpoints):
+        config, metadata = setup.config, setup.dataset.metadata
+        self.setup, self.draw_grid, self.checkpoints = setup, draw_grid, checkpoints
+        common = (setup.schedule, setup.mesh, metadata.latent_scale)
+        self.train_step = make_train_step(config, setup.model, common[0], setup.optimizer, *common[1:])
+        self.heldout_loss = make_heldout_loss(config, setup.model, *common)
+        self.summarize = on_mesh(setup.mesh, jax.jit(partial(_summarize, setup), donate_argnums=0))
+        self.learning_rate = learning_rate_schedule(config.optimizer)
+        self.writer = MetricsWriter(setup.workdir, start, tensorboard=config.log.tensorboard and _is_first())
+        self.stopwatch = Stopwatch(start)
+        self.pending: tuple[int, dict[str, Array]] | None = None
+
+    def train(self, state: State, start: int, interruption: Interruption) -> tuple[State, int]:
+        """Steps until the run is complete or interrupted; returns the state and its step."""
+        config, step = self.setup.config, start
+        for batch in _device_batches(self.setup, start):
+            with jax.transfer_guard("disallow"):
+                state = self.train_step(state, batch)
+            step += 1
+            if step == start + 1:
+                jax.block_until_ready(state)
+                self.stopwatch.restart(step)  # the first step compiles
+            self.flush()  # the log of the step before: this step is already running
+            last = step == config.train.num_steps
+            if step % config.log.every == 0 or last:
+                figures, state = self.summarize(state, batch)
+                self.pending = step, figures
+            if _due(step, config.log.heldout_every) or last and config.log.heldout_every:
+                self.evaluate(state, step)
+            if _due(step, config.log.samples_every) or last and config.log.samples_every:
+                self.sample(state, step)
+            stop = last or interruption.reached(step)
+            if stop or _due(step, config.checkpoint.every):
+                self.save(state, step)
+            if stop:
+                break
+        return state, step
+
+    def flush(self) -> None:
+        """Fetches and writes the figures that are waiting, if any."""
+        if self.pending is None:
+            return
+        step, figures = self.pending
+        self.pending = None
+        figures = {name: float(value) for name, value in jax.device_get(figures).items()}
+        consecutive, skipped = int(figures.pop("skipped_consecutive")), int(figures["skipped_steps"])
+        figures["learning_rate"] = float(self.learning_rate(step - 1 - skipped))
+        timing = self._timing(step)
+        if _is_first():
+            self.writer.write(step, figures, timing)
+            self._report(step, figures, timing)
+        if skipped:
+            logging.warning("%d non-finite updates have been skipped so far", skipped)
+        if consecutive >= self.setup.config.train.max_nonfinite_steps:
+            raise UserError(
+                f"loss or gradient has been non-finite at every step from {step - consecutive + 1} to {step}: "
+                "go on from the last checkpoint with a lower config.optimizer.learning_rate or clip_norm"
+            )
+
+    def _timing(self, step: int) -> dict[str, float]:
+        config, model = self.setup.config, self.setup.model
+        rate = self.stopwatch.lap(step)
+        timing = {"images_per_second": rate * config.train.batch_size}
+        if rate:
+            timing["eta_seconds"] = (config.train.num_steps - step) / rate
+        if peak := peak_flops(jax.devices()[0].device_kind):
+            # Training is counted as three forward passes; rematerialisation is not useful work.
+            flops = 3 * model.flops_per_image() * timing["images_per_second"]
+            timing["mfu"] = flops / (peak * jax.device_count())
+        return timing
+
+    def _report(self, step: int, figures: dict[str, float], timing: dict[str, float]) -> None:
+        parts = [
+            f"step {step:,}/{self.setup.config.train.num_steps:,}",
+            f"loss {figures['loss']:.4f}",
+            f"{timing['images_per_second']:,.1f} images/s",
+        ]
+        if "mfu" in timing:
+            parts.append(f"MFU {timing['mfu']:.1%}")
+        if "eta_seconds" in timing:
+            parts.append(f"{format_duration(timing['eta_seconds'])} left")
+        _say("  ".join(parts))
+
+    def evaluate(self, state: State, step: int) -> None:
+        """Writes the held-out loss of raw and EMA weights."""
+        self.flush()
+        log, batch_size = self.setup.config.log, self.setup.config.train.batch_size
+        totals = {"heldout_loss": 0.0, "heldout_loss_ema": 0.0}
+        batches = heldout_batches(
+            self.setup.dataset,
+            batch_size=batch_size,
+            num_batches=log.heldout_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for number, batch in enumerate(batches):
+            batch = _to_devices(self.setup.mesh, batch)
+            for name, weights in (("heldout_loss", "params"), ("heldout_loss_ema", "ema_params")):
+                totals[name] += float(self.heldout_loss(state[weights], batch, jnp.int32(number)))
+        figures = {name: total / log.heldout_batches for name, total in totals.items()}
+        if _is_first():
+            self.writer.write(step, figures)
+            _say(f"step {step:,}  held-out loss {figures['heldout_loss']:.4f}, EMA {figures['heldout_loss_ema']:.4f}")
+        self.stopwatch.restart(step)
+
+    def sample(self, state: State, step: int) -> None:
+        """Draws and writes a grid from the EMA weights."""
+        self.flush()
+        path, grid = self.draw_grid(step, state["ema_params"])
+        if _is_first():
+            self.writer.write_picture(step, "samples", grid)
+            _say(f"step {step:,}  samples in {path}")
+        self.stopwatch.restart(step)
+
+    def save(self, state: State, step: int) -> None:
+        """Saves, behind everything that has been logged: a resumed run goes on where the metrics file ends."""
+        self.flush()
+        self.checkpoints.save(state, describe_run(self.setup.config, step, self.setup.dataset.metadata.fingerprint))
+        self.stopwatch.restart(step)
+
+
+def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dict[str, Array], State]:
+    """The figures of the window that ends here, and the state with an empty window."""
+    config, model, window = setup.config, setup.model, state["window"]
+    codes = packed_codes(model, state["params"])
+    figures = means(window["sums"]) | code_statistics(window["codes"], codes)
+    figures |= {"skipped_steps": state["skipped"]["total"], "skipped_consecutive": state["skipped"]["consecutive"]}
+    examples = make_examples(
+        batch,
+        example_keys(config.seed, state["step"], jnp.arange(config.train.batch_size)),
+        setup.schedule,
+        latent_scale=setup.dataset.metadata.latent_scale,
+        num_classes=model.num_classes,
+        class_dropout_prob=0.0,
+        horizontal_flip=False,
+    )
+    few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
+    examples = jax.tree.map(lambda leaf: leaf[:few], examples)
+    rms = activation_rms(model, make_operands(model, state["params"]), examples["x_t"], examples["t"], examples["y"])
+    figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
+    return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
+
+
+def _device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
+    """Global batches on the mesh from step `start` on, one always on its way while another is used."""
+    config = setup.config
+    batches = make_batches(
+        setup.dataset,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        in_memory=config.data.in_memory,
+        read_threads=config.data.read_threads,
+        prefetch=config.data.prefetch,
+    )
+    ready = _to_devices(setup.mesh, next(batches))
+    for batch in batches:
+        following = _to_devices(setup.mesh, batch)
+        yield ready
+        ready = following
+
+
+def _to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+    """This process's records to their part of the global batch. Positions stay behind: row r of a global batch is
+    position r of its step, which is all that keys its draws."""
+    sharding = batch_sharding(mesh)
+    arrays = {name: array for name, array in batch.items() if name != "position"}
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+
+
+def _introduce(setup: Setup, start: int) -> None:
+    counts = count_params(setup.model)
+    if not start:
+        _say(parameter_overview.get_parameter_overview(abstract_params(setup.model), include_stats=False))
+        _say(str(setup.config))
+    kind = f"ternary, {packed_bytes(setup.model) / 1e6:,.1f} MB packed" if setup.model.ternary else "full precision"
+    _say(f"{setup.config.name}: {counts['total']:,} parameters ({kind})")
+    axes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    _say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}")
+    _say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
+
+
+def _close(setup: Setup) -> None:
+    _say(f"checkpoints, metrics.jsonl, TensorBoard events and samples are in {setup.workdir}")
+    _say(f"next: python -m terdit_jax.sample --workdir={setup.workdir} --labels=0,1,2 --output=grid.png")
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def _say(line: str) -> None:
+    if _is_first():
+        print(line, flush=True)

@@ -1,0 +1,100 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and the progress line.
+
+Figures come in as plain floats; computing them is `window`'s and `heldout`'s.
+"""
+
+import json
+import math
+import time
+
+from etils import epath
+import numpy as np
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote beyond it."""
+
+    def __init__(self, workdir: epath.PathLike, start_step: int, *, tensorboard: bool):
+        self._path = epath.Path(workdir) / METRICS_FILE
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._lines = [line for line in lines if _step_of(line) <= start_step]
+        self._rewrite()
+        # Object stores cannot append: there the whole file, a few megabytes at most, is written again.
+        self._is_local = "://" not in str(self._path)
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1) if tensorboard else None
+
+    def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
+        """One line, on disk when this returns; `timing` stands apart because it is all that differs between reruns."""
+        line = {"step": step, **figures, **({"timing": timing} if timing else {})}
+        self._lines.append(json.dumps({name: _finite(value) for name, value in line.items()}))
+        if self._is_local:
+            with self._path.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+        else:
+            self._rewrite()
+        if self._events:
+            for name, value in {**figures, **(timing or {})}.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """(H, W, 3) uint8 to TensorBoard."""
+        if self._events:
+            self._events.add_image(name, picture, step, dataformats="HWC")
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
+
+    def _rewrite(self) -> None:
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in self._lines))
+        temporary.replace(self._path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line cut short by a kill belongs to no step and is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _finite(value: float | dict) -> float | dict | None:
+    """JSON knows no NaN: a figure without a value is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Stopwatch:
+    """Steps a second between logs, leaving out what is not training (compilation, evaluation, saving)."""
+
+    def __init__(self, step: int):
+        self._step, self._time = step, time.perf_counter()
+
+    def restart(self, step: int) -> None:
+        """Starts a new interval at `step`, now."""
+        self._step, self._time = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        """Steps a second since the last lap or restart, 0 if there was none."""
+        steps, seconds = step - self._step, time.perf_counter() - self._time
+        self.restart(step)
+        return steps / seconds if steps and seconds else 0.0
+
+
+def format_duration(seconds: float) -> str:
+    """45s, 12m30s, 3h05m or 2d07h."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,66 @@
+"""What a checkpoint says about its run, and which changes of configuration may continue it.
+
+The rate, its drop and the length of a run are decided in mid-run, so they may change; whatever would silently make it
+another run (model, data, order, batch) may not.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from terdit_jax.errors import UserError
+
+# Fields that a continued run may change, by prefix; every other one must stay.
+_FREE = (
+    "name",
+    "compute.",
+    "mesh.",
+    "optimizer.",
+    "checkpoint.",
+    "log.",
+    "sample.",
+    "train.num_steps",
+    "train.accumulation_steps",
+    "train.max_nonfinite_steps",
+    "data.dir",
+    "data.in_memory",
+    "data.read_threads",
+    "data.prefetch",
+)
+
+
+def describe_run(config: ConfigDict, step: int, fingerprint: str) -> dict[str, Any]:
+    """The JSON saved beside a state: its step, seed, data fingerprint and whole configuration."""
+    return {"step": step, "seed": config.seed, "data_fingerprint": fingerprint, "config": config.to_dict()}
+
+
+def check_resumable(run: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: str) -> list[str]:
+    """The allowed changes, one line each, between a saved run and the configuration that is to continue it.
+
+    Raises:
+      UserError: another data set, or a field that must not change.
+    """
+    if run["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"{workdir} was trained on data set {run['data_fingerprint'][:24]}, config.data.dir now holds "
+            f"{fingerprint[:24]}: give that data set or another --workdir"
+        )
+    before, after = _flatten(run["config"]), _flatten(config.to_dict())
+    changes = []
+    for field in sorted(before.keys() | after.keys()):
+        old, new = before.get(field), after.get(field)
+        if old == new:
+            continue
+        if not field.startswith(_FREE):
+            raise UserError(
+                f"{workdir} holds a run with {field}={old!r}, not {new!r}: give that value or another --workdir"
+            )
+        changes.append(f"config.{field}: {old!r} -> {new!r}")
+    return changes
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

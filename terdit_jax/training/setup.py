@@ -1,0 +1,78 @@
+"""A run's configuration, devices and data, checked against each other before anything is written."""
+
+import dataclasses
+
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import optax
+
+from terdit_jax.config import validate
+from terdit_jax.data.reader import AnyDataset, open_dataset
+from terdit_jax.data.synthetic import make_synthetic
+from terdit_jax.diffusion.schedule import Schedule, linear_schedule
+from terdit_jax.errors import UserError
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.parallel.sharding import batch_shards
+from terdit_jax.training.optimizer import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of, once its configuration has been found sound."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    model: DiTConfig
+    mesh: Mesh
+    dataset: AnyDataset
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+
+
+def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
+    """Checks configuration, devices and data against each other and makes the workdir.
+
+    Raises:
+      UserError: with the first thing that does not fit; nothing has been written then.
+    """
+    validate(config)
+    model = DiTConfig.from_config(config)
+    mesh = make_mesh(config.mesh)
+    batch_size, accumulation = config.train.batch_size, config.train.accumulation_steps
+    if batch_size % (accumulation * batch_shards(mesh)):
+        raise UserError(
+            f"config.train.batch_size={batch_size} is not divisible by accumulation_steps={accumulation} times the "
+            f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
+        )
+    if model.num_kv_heads % mesh.shape["tensor"]:
+        raise UserError(f"mesh axis tensor={mesh.shape['tensor']} does not divide the {model.num_kv_heads} kv heads")
+    dataset = _open_data(config, model)
+    workdir = epath.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write --workdir={workdir}: {error.strerror or error}") from error
+    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
+
+
+def _open_data(config: ConfigDict, model: DiTConfig) -> AnyDataset:
+    if config.data.synthetic:
+        return make_synthetic(model.sample_shape, model.num_classes)
+    if not config.data.dir:
+        raise UserError("config.data.dir is empty: name a prepared data set, or set config.data.synthetic=True")
+    dataset = open_dataset(config.data.dir)
+    metadata = dataset.metadata
+    if tuple(metadata.shape) != model.sample_shape:
+        raise UserError(
+            f"{config.data.dir} holds records of shape {tuple(metadata.shape)}, the model takes {model.sample_shape} "
+            "(config.model.input_size and in_channels)"
+        )
+    if metadata.num_classes != model.num_classes:
+        raise UserError(
+            f"{config.data.dir} has {metadata.num_classes} classes, config.model.num_classes={model.num_classes}"
+        )
+    if config.data.horizontal_flip and metadata.codec != "none" and not metadata.has_mirror:
+        raise UserError(f"{config.data.dir} has no mirrored latents: set config.data.horizontal_flip=False")
+    return dataset

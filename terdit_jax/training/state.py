@@ -1,0 +1,71 @@
+"""The training state: a nested dict of everything that the next step depends on, and its shardings.
+
+Saving it is `checkpoint`'s; `step` maps one state to the next.
+"""
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import init_params, make_operands
+from terdit_jax.parallel.sharding import tree_shardings
+from terdit_jax.ternary.linear import PackedLinear
+from terdit_jax.training.window import empty_sums
+
+State = dict
+
+
+def init_state(model: DiTConfig, optimizer: optax.GradientTransformation, seed: int) -> State:
+    """A fresh state.
+
+    Returns:
+      step () int32: updates tried so far.
+      params, ema_params: float32 trees of `init_params`; the EMA starts as a copy.
+      opt_state: the optimizer's.
+      skipped: {"total", "consecutive"} () int32 non-finite updates.
+      window: what has been seen since the last log (see `window`), so that a resumed run logs the same lines.
+    """
+    params = init_params(model, jax.random.key(seed))
+    return {
+        "step": jnp.int32(0),
+        "params": params,
+        "ema_params": jax.tree.map(jnp.copy, params),
+        "opt_state": optimizer.init(params),
+        "skipped": {"total": jnp.int32(0), "consecutive": jnp.int32(0)},
+        "window": {"sums": empty_sums(), "codes": packed_codes(model, params)},
+    }
+
+
+def packed_codes(model: DiTConfig, params: dict) -> dict[str, Array]:
+    """The 2-bit codes of every ternary matrix by operand path; empty for a full-precision model."""
+    if not model.ternary:
+        return {}
+    blocks = make_operands(model, params, packed=True)["blocks"]
+    return {
+        "blocks": {
+            kind: {
+                name: {"packed": map_.packed} for name, map_ in blocks[kind].items() if isinstance(map_, PackedLinear)
+            }
+            for kind in ("attention", "feed_forward", "adaLN_modulation")
+        }
+    }
+
+
+def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state as shapes with their shardings; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def make_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
+    """A fresh state, created sharded: no device ever holds more than its part."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=shardings)()

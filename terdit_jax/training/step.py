@@ -1,0 +1,161 @@
+"""One training step: ternarise once, accumulate gradients over microbatches, update parameters, moments and EMA.
+
+Everything is one jitted function of (state, batch); what surrounds it, from reading data to logging, is `loop`'s.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from terdit_jax.diffusion.loss import training_losses
+from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.parallel.sharding import constrain
+from terdit_jax.training.examples import Examples, example_keys, make_examples
+from terdit_jax.training.optimizer import ema_decay
+from terdit_jax.training.state import State
+from terdit_jax.training.window import quartile_sums
+
+
+def mean_loss(model: DiTConfig, schedule: Schedule, operands: dict, examples: Examples) -> tuple[Array, dict]:
+    """The mean of MSE + VB over the examples, and the sums a log window takes."""
+    out = forward(model, operands, examples["x_t"], examples["t"], examples["y"])
+    losses = training_losses(schedule, out, examples["x_0"], examples["x_t"], examples["t"], examples["noise"])
+    sums = {name: jnp.mean(losses[name]) for name in ("loss", "mse", "vb")}
+    return sums["loss"], sums | quartile_sums(losses["loss"], examples["t"], schedule.num_timesteps)
+
+
+def loss_and_grads(
+    model: DiTConfig, schedule: Schedule, params: dict, examples: Examples, accumulation_steps: int = 1
+) -> tuple[dict, dict]:
+    """The step's loss terms and the gradient of its mean loss.
+
+    Args:
+      model: the architecture.
+      schedule: the 1000-step process.
+      params: float32 parameters.
+      examples: B of them; B is divisible by accumulation_steps.
+      accumulation_steps: microbatches, run one after the other over the same codes.
+
+    Returns:
+      {"loss", "mse", "vb"} () means and {"quartile_loss", "quartile_count"} (4,) sums; gradients shaped as params.
+    """
+    operands, to_params = jax.vjp(lambda p: make_operands(model, p), params)
+    leaves, structure = jax.tree.flatten(operands)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def with_floats(floats: list[Array], others: Callable[[Array], Array | np.ndarray]) -> dict:
+        floats = iter(floats)
+        merged = [next(floats) if f else others(leaf) for leaf, f in zip(leaves, is_float, strict=True)]
+        return structure.unflatten(merged)
+
+    def micro(examples: Examples) -> tuple[dict, list[Array]]:
+        loss = lambda floats: mean_loss(model, schedule, with_floats(floats, lambda codes: codes), examples)  # noqa: E731
+        floats = [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(floats)
+        return sums, grads
+
+    if accumulation_steps == 1:
+        sums, grads = micro(examples)
+    else:
+        sums, grads = _accumulate(micro, examples, accumulation_steps)
+    # Integer codes take no gradient; theirs has come back through the sinks beside them.
+    no_gradient = lambda codes: np.zeros(codes.shape, jax.dtypes.float0)  # noqa: E731
+    (param_grads,) = to_params(with_floats(grads, no_gradient))
+    return sums, param_grads
+
+
+def _accumulate(micro: Callable, examples: Examples, steps: int) -> tuple[dict, list[Array]]:
+    """Means of the microbatches' terms and gradients, the gradients summed in float32 and rounded once at the end."""
+
+    def split(leaf: Array) -> Array:
+        # Microbatch k takes every steps-th example from k on: each device keeps a part of every microbatch.
+        leaf = jnp.swapaxes(leaf.reshape(-1, steps, *leaf.shape[1:]), 0, 1)
+        return constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
+
+    def add(carry: tuple, examples: Examples) -> tuple[tuple, None]:
+        return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), carry, micro(examples)), None
+
+    micros = jax.tree.map(split, examples)
+    shapes = jax.eval_shape(micro, jax.tree.map(lambda leaf: leaf[0], micros))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    (sums, grads), _ = jax.lax.scan(add, zeros, micros)
+    sums = {name: value if name.startswith("quartile") else value / steps for name, value in sums.items()}
+    return sums, jax.tree.map(lambda total, leaf: (total / steps).astype(leaf.dtype), grads, shapes[1])
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, config: ConfigDict, state: State, sums: dict, grads: dict
+) -> State:
+    """The next state; a non-finite loss or gradient leaves parameters, moments and EMA as they are, and is counted.
+
+    optax.apply_if_finite branches with lax.cond, which keeps both branches' states in memory; selecting leaf by leaf
+    costs nothing beside the update.
+    """
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    decay = ema_decay(config, state["step"])
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema_params"], params)
+
+    def keep(new: dict, old: dict) -> dict:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    seen = sums | {"grad_norm": grad_norm, "steps": jnp.float32(1)}
+    window_sums = {name: total + seen[name] for name, total in state["window"]["sums"].items()}
+    return {
+        "step": state["step"] + 1,
+        "params": keep(params, state["params"]),
+        "ema_params": keep(ema, state["ema_params"]),
+        "opt_state": keep(opt_state, state["opt_state"]),
+        "skipped": {
+            "total": state["skipped"]["total"] + ~finite,
+            "consecutive": jnp.where(finite, 0, state["skipped"]["consecutive"] + 1),
+        },
+        "window": {"sums": keep(window_sums, state["window"]["sums"]), "codes": state["window"]["codes"]},
+    }
+
+
+def make_train_step(
+    config: ConfigDict,
+    model: DiTConfig,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    latent_scale: float,
+) -> Callable[[State, dict], State]:
+    """The jitted step (state, global batch) -> state. The given state's memory is reused; do not read it again."""
+
+    def train_step(state: State, batch: dict[str, Array]) -> State:
+        indices = jnp.arange(config.train.batch_size)
+        examples = make_examples(
+            batch,
+            constrain(example_keys(config.seed, state["step"], indices), "batch"),
+            schedule,
+            latent_scale=latent_scale,
+            num_classes=model.num_classes,
+            class_dropout_prob=model.class_dropout_prob,
+            horizontal_flip=config.data.horizontal_flip,
+        )
+        sums, grads = loss_and_grads(model, schedule, state["params"], examples, config.train.accumulation_steps)
+        return apply_gradients(optimizer, config.optimizer, state, sums, grads)
+
+    return on_mesh(mesh, jax.jit(train_step, donate_argnums=0))
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """The function called with the mesh in context, which sharding constraints need while it is traced."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call

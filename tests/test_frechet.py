@@ -1,0 +1,68 @@
+"""The Frechet distance against closed forms, and the moments behind it."""
+
+import numpy as np
+import pytest
+
+from terdit_jax.errors import UserError
+from terdit_jax.evaluation.frechet import Statistics, frechet_distance, statistics
+
+
+def _rotation(dim, seed):
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(dim, dim)))[0]
+
+
+def _gaussian(mean, eigenvalues, rotation):
+    return Statistics(np.asarray(mean, float), rotation @ np.diag(eigenvalues) @ rotation.T, 100)
+
+
+def test_statistics_are_mean_and_unbiased_covariance():
+    features = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    found = statistics(features)
+    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(found.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, centred.T @ centred / 49, rtol=1e-12)
+    assert found.count == 50 and found.covariance.dtype == np.float64
+
+
+def test_commuting_covariances_match_closed_form():
+    rotation = _rotation(6, 1)
+    a_values, b_values = np.array([1, 2, 3, 4, 5, 6.0]), np.array([6, 1, 0.5, 4, 9, 2.0])
+    a, b = _gaussian(np.zeros(6), a_values, rotation), _gaussian(np.arange(6), b_values, rotation)
+    expected = np.square(np.arange(6)).sum() + np.square(np.sqrt(a_values) - np.sqrt(b_values)).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_by_two_covariances_that_do_not_commute_match_closed_form():
+    # In two dimensions tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)), and det(A B) = det A det B.
+    a = Statistics(np.zeros(2), np.array([[2.0, 0.7], [0.7, 1.0]]), 9)
+    b = Statistics(np.ones(2), np.array([[1.0, -0.4], [-0.4, 3.0]]), 9)
+    product = a.covariance @ b.covariance
+    overlap = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+    expected = 2 + np.trace(a.covariance + b.covariance) - 2 * overlap
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
+
+
+def test_rank_deficient_covariances_match_closed_form():
+    rotation = _rotation(64, 2)
+    a_values, b_values = np.zeros(64), np.zeros(64)
+    a_values[:3], b_values[2:5] = 1e4, 1e4  # they share one direction; the other four stand alone
+    distance = frechet_distance(
+        _gaussian(np.zeros(64), a_values, rotation), _gaussian(np.zeros(64), b_values, rotation)
+    )
+    assert distance == pytest.approx(4e4, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [10, 500])
+def test_distance_to_itself_is_zero(rows):
+    features = statistics(30 * np.random.default_rng(3).normal(size=(rows, 64)) @ _rotation(64, 4) + 100)
+    assert 0 <= frechet_distance(features, features) < 1e-6
+
+
+def test_unusable_features_are_refused():
+    with pytest.raises(UserError, match="widths 2 and 3"):
+        frechet_distance(_gaussian(np.zeros(2), np.ones(2), np.eye(2)), _gaussian(np.zeros(3), np.ones(3), np.eye(3)))
+    with pytest.raises(UserError, match=r"\(1, 4\)"):
+        statistics(np.zeros((1, 4)))
+    with pytest.raises(UserError, match="1 of 8"):
+        statistics(np.array([[1, 2, 3, np.nan], [1, 2, 3, 4]]))

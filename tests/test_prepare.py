@@ -1,0 +1,84 @@
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from terdit_jax.data import builder, schema, sources
+from terdit_jax.data.codec import PixelCodec
+
+ROOT = Path(__file__).parents[1]
+
+
+def prepare(*args):
+    command = [sys.executable, "-m", "terdit_jax.prepare", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def fails(*args):
+    """The one line that the command prints before it ends with status 2."""
+    run = prepare(*args)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1 and run.stderr.startswith("error: "), run.stderr
+    return run.stderr
+
+
+def test_digits(tmp_path):
+    output = tmp_path / "digits"
+    first = prepare("--source=digits", f"--output={output}")
+    assert first.returncode == 0, first.stderr
+    # Another process, so this also shows that the bytes do not depend on the process.
+    metadata = builder.build(sources.make_digits_source(), tmp_path / "here", codec=PixelCodec())
+    assert schema.verify(output) == metadata
+    lines = first.stdout.splitlines()
+    assert lines[-3] == "1,438 training and 359 held-out records of 8x8x1, 10 classes"
+    assert metadata.fingerprint in lines[-2]
+    assert lines[-1].startswith("next: python -m terdit_jax.main --config=configs/digits.py")
+    assert lines[-1].endswith(f"--config.data.dir={output}")
+    times = {file: os.stat(output / file).st_mtime_ns for file in os.listdir(output)}
+    again = prepare("--source=digits", f"--output={output}")
+    assert again.returncode == 0 and "already holds this data set" in again.stdout
+    assert again.stdout.splitlines()[1:] == lines[-3:]
+    assert {file: os.stat(output / file).st_mtime_ns for file in os.listdir(output)} == times
+    assert "heldout_share is 0.2 and not 0.5" in fails("--source=digits", f"--output={output}", "--heldout_share=0.5")
+
+
+def test_folder(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = np.full((20, 30, 3), 10 * index, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / name / f"{index}.png")
+    (tmp_path / "in" / "dog" / "bad.jpg").write_text("not a picture")
+    options = ["--source=folder", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--image_size=16"]
+    assert "1 of 21 pictures cannot be used" in prepare(*options).stderr
+    assert not (tmp_path / "out").exists()
+    run = prepare(*options, "--channels=1", "--heldout_share=0.25", "--mirror", "--max_bad_share=0.1")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("skipped dog/bad.jpg") == 1
+    metadata = schema.verify(tmp_path / "out")
+    assert metadata.shape == (16, 16, 1) and metadata.class_names == ("cat", "dog") and metadata.has_mirror
+    assert sum(split.records for split in metadata.splits.values()) == 20
+    next_command = run.stdout.splitlines()[-1]
+    for override in ("input_size=16", "in_channels=1", "num_classes=2"):
+        assert f"--config.model.{override}" in next_command
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "--source is missing"),
+        (["--source=imagenet"], "imagenet"),
+        (["--source=digits", "--image_size=16"], "--image_size=16: the digits are embedded"),
+        (["--source=folder"], "--input is missing"),
+        (["--source=folder", "--input=/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["--source=digits", "--output="], "--output is missing"),
+        (["--sauce=digits"], "sauce"),
+    ],
+)
+def test_flags_that_cannot_be_used(tmp_path, args, message):
+    assert message in fails(f"--output={tmp_path / 'out'}", *args)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,150 @@
+"""The training step against three real steps of the public code, and the equality of its many forms."""
+
+import dataclasses
+
+from golden_models import assert_trees_close, golden_arrays, golden_config, golden_params, nhwc, tiny_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.config import base_config
+from terdit_jax.diffusion.loss import q_sample
+from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.model.transformer import init_params
+from terdit_jax.parallel.sharding import path_name
+from terdit_jax.ternary.quantize import absmean_codes
+from terdit_jax.training.optimizer import make_optimizer
+from terdit_jax.training.state import init_state
+from terdit_jax.training.step import apply_gradients, loss_and_grads
+
+SCHEDULE = linear_schedule()
+
+
+def optimizer_config(**overrides):
+    config = base_config().optimizer
+    config.update(overrides)
+    return config
+
+
+def jitted(model, accumulation_steps=1):
+    return jax.jit(lambda params, examples: loss_and_grads(model, SCHEDULE, params, examples, accumulation_steps))
+
+
+def golden_examples(io, step):
+    x_0, noise = nhwc(io[f"x0_{step}"]), nhwc(io[f"noise_{step}"])
+    t, y = jnp.asarray(io[f"t_{step}"]), jnp.asarray(io[f"y_{step}"])
+    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(SCHEDULE, x_0, t, noise)}
+
+
+def test_three_golden_training_steps():
+    model, io = golden_config("train"), golden_arrays("train_io")
+    config = optimizer_config(learning_rate=5e-4, clip_norm=2.0, ema_decay=0.99)
+    optimizer = make_optimizer(config)
+    state = init_state(model, optimizer, 0)
+    params = jax.tree.map(jnp.asarray, golden_params(model, "train_init"))
+    state |= {"params": params, "ema_params": params, "opt_state": optimizer.init(params)}
+    run = jitted(model)
+    update = jax.jit(lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads))
+    seen = 0.0
+    for step in range(3):
+        sums, grads = run(state["params"], golden_examples(io, step))
+        if step == 0:
+            assert_grads_close(grads, golden_params(model, "train_grads_step0"))
+        state = update(state, sums, grads)
+        np.testing.assert_allclose(sums["loss"], io[f"loss_{step}"], rtol=1e-5)
+        np.testing.assert_allclose(sums["vb"], io[f"vb_{step}"].mean(), rtol=1e-5)
+        norm = float(state["window"]["sums"]["grad_norm"]) - seen
+        seen += norm
+        np.testing.assert_allclose(norm, io[f"grad_norm_{step}"], rtol=1e-5)
+    for name, ours in (("train_params_after3", state["params"]), ("train_ema_after3", state["ema_params"])):
+        expected = golden_params(model, name)
+        error = np.concatenate(
+            [np.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True)]
+        )
+        # Adam divides by the root of a gradient's square: where the gradient is rounding noise, so is the step's sign.
+        assert (error < 1e-6).mean() > 0.999 and error.max() < 1.5e-3, name
+
+
+def assert_grads_close(actual, expected):
+    """Every leaf within 1e-5 of the largest gradient and within 2e-5 of its own; qk-norm makes the alphas of q and k
+    scale-free, so that their gradients are rounding noise around zero and only the first bound applies."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        own = np.abs(e).max()
+        assert own > 0
+        scale_free = path_name(path) in ("blocks/attention/wq/alpha", "blocks/attention/wk/alpha")
+        bound = 1e-5 * largest if scale_free else min(1e-5 * largest, 2e-5 * own)
+        assert np.abs(a - e).max() < bound, path_name(path)
+
+
+def test_accumulation_changes_nothing():
+    model = tiny_config(depth=2, hidden_size=32)
+    params, examples = random_start(model), random_examples(model, 8)
+    whole, parts = jitted(model)(params, examples), jitted(model, 4)(params, examples)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole[1]))
+    assert_trees_close(parts, whole)
+
+
+def test_non_finite_update_is_skipped_and_counted():
+    model = tiny_config(depth=1, hidden_size=32)
+    config = optimizer_config()
+    optimizer = make_optimizer(config)
+    state = init_state(model, optimizer, 0)
+    sums, grads = jitted(model)(state["params"], random_examples(model, 4))
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args))
+    after = update(state, sums, bad)
+    for name in ("params", "ema_params", "opt_state", "window"):
+        jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
+    assert (int(after["step"]), int(after["skipped"]["total"]), int(after["skipped"]["consecutive"])) == (1, 1, 1)
+    after = update(after, sums, grads)
+    assert (int(after["step"]), int(after["skipped"]["total"]), int(after["skipped"]["consecutive"])) == (2, 1, 0)
+    assert float(after["window"]["sums"]["steps"]) == 1
+
+
+def test_bfloat16_gradients_follow_float32():
+    model = tiny_config(depth=2, hidden_size=32)
+    params, examples = random_start(model), random_examples(model, 8)
+    low = dataclasses.replace(model, dtype="bfloat16", grad_dtype="bfloat16")
+    _, expected = jitted(model)(params, examples)
+    _, actual = jitted(low)(params, examples)
+    flat = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(actual))
+    assert 0 < jnp.linalg.norm(flat(actual) - flat(expected)) < 0.05 * jnp.linalg.norm(flat(expected))
+
+
+@pytest.mark.parametrize("alpha_init", ["normal", "least_squares"])
+def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
+    """From the default start: the block's adaLN weight is zero and must still leave it."""
+    model = tiny_config(depth=2, hidden_size=32, alpha_init=alpha_init)
+    config = optimizer_config(learning_rate=1e-3)
+    optimizer = make_optimizer(config)
+    start = state = init_state(model, optimizer, 0)
+
+    @jax.jit
+    def step(state, examples):
+        sums, grads = loss_and_grads(model, SCHEDULE, state["params"], examples)
+        return apply_gradients(optimizer, config, state, sums, grads)
+
+    for i in range(10):
+        state = step(state, random_examples(model, 8, seed=i))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state["params"], start["params"])
+    assert all(jax.tree.leaves(moved)), moved
+    codes = absmean_codes(state["params"]["blocks"]["adaLN_modulation"]["weight"])
+    assert set(np.unique(codes)) == {-1, 0, 1}, "the zero adaLN matrix never got its codes"
+
+
+def random_start(model, seed=0):
+    """Parameters without a zero leaf: from the default start most gradients are zero for two steps."""
+    leaves, structure = jax.tree.flatten(init_params(model, jax.random.key(seed)))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return structure.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def random_examples(model, batch, seed=0):
+    keys = jax.random.split(jax.random.key(100 + seed), 4)
+    x_0, noise = (jax.random.normal(k, (batch, *model.sample_shape)) for k in keys[:2])
+    t = jax.random.randint(keys[2], (batch,), 0, 1000)
+    y = jax.random.randint(keys[3], (batch,), 0, model.num_classes + 1)
+    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(SCHEDULE, x_0, t, noise)}
