@@ -19,8 +19,6 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2."""
 
     def guarded(argv: Sequence[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
-            logging.set_verbosity(logging.WARNING)  # the libraries' notes at INFO would bury ours
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: every option is written --name=value")
@@ -41,7 +39,10 @@ def exit_with(message: str) -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # the libraries' notes at INFO would bury our lines
+        return rest
     except flags.Error as error:
         exit_with(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

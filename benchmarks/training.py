@@ -1,0 +1,169 @@
+"""Times the real training step on synthetic latents, against the device's own matmul rate measured in the same run.
+
+python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots,configs/terdit_4b.py:16:block --output=training.json
+
+Each run is config:batch[:remat]. Prints a table: images/s, MFU (vendor's dense bf16 peak), share of the measured matmul
+rate, and peak memory. Every run starts in a process of its own, so that peak memory is its own.
+"""
+
+from collections.abc import Sequence
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terdit_jax.data.reader import make_batches
+from terdit_jax.data.synthetic import make_synthetic
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.parallel.chips import peak_flops
+from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.parallel.sharding import batch_sharding
+from terdit_jax.training.setup import set_up
+from terdit_jax.training.state import make_state
+from terdit_jax.training.step import make_train_step
+
+_RUNS = flags.DEFINE_list("runs", None, "config:batch[:remat] each.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, behind warm-up.", lower_bound=1)
+_WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "training.json", "JSON file.")
+_ONE = flags.DEFINE_string("one", None, "A single run in this process; prints JSON.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    if _ONE.value:
+        print(json.dumps(measure_run(_ONE.value)))
+        return
+    if not _RUNS.value:
+        raise UserError("--runs is missing, e.g. --runs=configs/terdit_600m.py:64:dots")
+    rows = [_in_own_process(run) for run in _RUNS.value]
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps({**_provenance(), "rows": rows}, indent=1))
+    print(_table(rows))
+
+
+def measure_matmul_rate(size: int = 8192, repeats: int = 30) -> float:
+    """FLOP/s a device of dense bf16 matmuls of random data."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    matmul = jax.jit(lambda a, b: a @ b)
+    jax.block_until_ready(matmul(a, b))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready([matmul(a, b) for _ in range(repeats)])
+        times.append((time.perf_counter() - begin) / repeats)
+    return 2 * size**3 / float(np.median(times))
+
+
+def measure_run(run: str) -> dict:
+    """One row: the step of a config at a batch size, state and data as in training, saving and logging left out."""
+    path, batch_size, *remat = run.split(":")
+    config = _load(path)
+    config.train.batch_size = int(batch_size)
+    if remat:
+        config.compute.remat = remat[0]
+    config.data.synthetic = True
+    matmul_rate = measure_matmul_rate(*(() if jax.default_backend() == "gpu" else (512, 2)))
+    setup = set_up(config, "/tmp/benchmarks_training")
+    state = make_state(setup.model, setup.optimizer, setup.mesh, config.seed)
+    step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0)
+    batch = _one_batch(setup.model, config, make_mesh(config.mesh))
+    begin = time.perf_counter()
+    state = jax.block_until_ready(step(state, batch))
+    compile_seconds = time.perf_counter() - begin
+    for _ in range(_WARM_UP.value - 1):
+        state = step(state, batch)
+    jax.block_until_ready(state)
+    begin = time.perf_counter()
+    for _ in range(_STEPS.value):
+        state = step(state, batch)
+    sums = jax.device_get(jax.block_until_ready(state)["window"]["sums"])
+    images = _STEPS.value * config.train.batch_size / (time.perf_counter() - begin)
+    flops = 3 * setup.model.flops_per_image() * images / jax.device_count()
+    peak = peak_flops(jax.devices()[0].device_kind)
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "config": config.name,
+        "batch_size": config.train.batch_size,
+        "remat": config.compute.remat,
+        "devices": jax.device_count(),
+        "images_per_second": images,
+        "mfu": flops / peak if peak else None,
+        "matmul_rate": matmul_rate,
+        "share_of_matmul_rate": flops / matmul_rate,
+        "peak_gb": stats.get("peak_bytes_in_use", 0) / 1e9,
+        "compile_seconds": compile_seconds,
+        "mean_loss": float(sums["loss"] / sums["steps"]),
+        "finite_steps": int(sums["steps"]),
+    }
+
+
+def _one_batch(model: DiTConfig, config, mesh) -> dict:
+    batches = make_batches(
+        make_synthetic(model.sample_shape, model.num_classes),
+        seed=0,
+        batch_size=config.train.batch_size,
+        start_step=0,
+        process_index=0,
+        process_count=1,
+        in_memory=True,
+        read_threads=1,
+        prefetch=1,
+    )
+    batch = next(batches)
+    del batch["position"]
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def _load(path: str):
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _in_own_process(run: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.training", f"--one={run}"]
+    command += [f"--steps={_STEPS.value}", f"--warm_up={_WARM_UP.value}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"run": run, "failed": done.stderr.strip().splitlines()[-1][:300] if done.stderr else "no output"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _provenance() -> dict:
+    packages = ("jax", "jaxlib", "flax", "optax")
+    return {
+        "command": " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _table(rows: list[dict]) -> str:
+    lines = ["| config | batch | remat | images/s | MFU | of measured matmul rate | peak GB |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['run']} | failed: {row['failed']} |")
+            continue
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "?"
+        lines.append(
+            f"| {row['config']} | {row['batch_size']} | {row['remat']} | {row['images_per_second']:.1f} | {mfu} "
+            f"| {row['share_of_matmul_rate']:.1%} | {row['peak_gb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""Imports go one way: a package of terdit_jax imports only from the packages above it in LAYERS."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "terdit_jax"
+LAYERS = (
+    "ternary", "diffusion", "parallel", "model", "data", "training", "inference", "evaluation", "interop",
+)  # fmt: skip
+FOUNDATIONS = ("errors", "config")  # imported by anyone; config imports errors, errors nothing of ours
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(module: str) -> str:
+    """The part of terdit_jax that a module path `terdit_jax.part.rest` belongs to; "" for terdit_jax itself."""
+    return (module.split(".") + [""])[1]
+
+
+def imported_layers(source: str, module: str, is_package: bool = False) -> set[str]:
+    """The parts of terdit_jax that a module's source imports anywhere, inside functions included."""
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            base = parts[: len(parts) - node.level + is_package] if node.level else []  # one dot: its own package
+            base += [node.module] if node.module else []
+            imported |= {".".join([*base, alias.name]) for alias in node.names}
+    return {layer_of(name) for name in imported if name.split(".")[0] == "terdit_jax"}
+
+
+def violations(source: str, module: str, is_package: bool = False) -> set[str]:
+    """The parts of terdit_jax that a module imports and must not."""
+    own = layer_of(module)
+    if own in LAYERS:
+        allowed = {*LAYERS[: LAYERS.index(own) + 1], *FOUNDATIONS}
+    elif own in FOUNDATIONS:
+        allowed = set(FOUNDATIONS[: FOUNDATIONS.index(own)])
+    elif own:  # a command
+        allowed = {*LAYERS, *FOUNDATIONS}
+    else:
+        allowed = set()
+    return imported_layers(source, module, is_package) - allowed
+
+
+def test_every_package_has_its_place():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_come_from_above(path):
+    is_package = path.name == "__init__.py"
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    module = ".".join(parts[:-1] if is_package else parts)
+    assert not violations(path.read_text(), module, is_package), f"{module} imports from below itself"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("terdit_jax.ternary.linear", "from terdit_jax.model.config import DiTConfig", {"model"}),
+        ("terdit_jax.ternary.linear", "import terdit_jax.model.config", {"model"}),
+        ("terdit_jax.ternary.linear", "from terdit_jax import training, errors", {"training"}),
+        ("terdit_jax.ternary.linear", "from ..training import loop", {"training"}),
+        ("terdit_jax.ternary.linear", "from . import packing", set()),
+        ("terdit_jax.data.reader", "def f():\n    from terdit_jax.training import loop", {"training"}),
+        ("terdit_jax.training.loop", "from terdit_jax.main import main", {"main"}),
+        ("terdit_jax.training.loop", "from terdit_jax.data.reader import make_batches\nimport jax", set()),
+        ("terdit_jax.sample", "from terdit_jax import main\nfrom terdit_jax.interop import published", {"main"}),
+        ("terdit_jax.errors", "from terdit_jax.config import base_config", {"config"}),
+        ("terdit_jax.config", "from terdit_jax.errors import UserError", set()),
+    ],
+)
+def test_a_violation_is_caught(module, source, found):
+    assert violations(source, module) == found
+
+
+def test_a_violation_in_a_package_file_is_caught():
+    assert violations("from ..model import block", "terdit_jax.ternary", is_package=True) == {"model"}
+    assert violations("from . import packing", "terdit_jax.ternary", is_package=True) == set()

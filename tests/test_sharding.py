@@ -1,0 +1,169 @@
+"""Every leaf lies by exactly one rule, and no mesh changes a training step."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+import pytest
+
+from golden_models import assert_trees_close, tiny_config
+from terdit_jax.config import base_config
+from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.errors import UserError
+from terdit_jax.model.transformer import abstract_params, init_params, make_operands
+from terdit_jax.parallel.mesh import make_mesh, mesh_shape
+from terdit_jax.parallel.sharding import RULES, batch_sharding, logical_axes, partition_spec, path_name, tree_shardings
+from terdit_jax.training.examples import example_keys, make_examples
+from terdit_jax.training.state import abstract_state, init_state
+from terdit_jax.training.step import loss_and_grads
+
+SCHEDULE = linear_schedule()
+# Eight heads and every width a multiple of eight, so that each axis can take all devices.
+MODEL = tiny_config(num_heads=8, depth=2)
+BATCH = 16
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+
+
+def start_without_zeros():
+    leaves, structure = jax.tree.flatten(init_params(MODEL, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def stored_batch(step):
+    keys = jax.random.split(jax.random.key(50 + step), 3)
+    shape = (BATCH, *MODEL.sample_shape)
+    return {
+        "mean": np.asarray(jax.random.normal(keys[0], shape), np.float16),
+        "std": np.asarray(0.1 * jnp.abs(jax.random.normal(keys[1], shape)), np.float16),
+        "label": np.asarray(jax.random.randint(keys[2], (BATCH,), 0, MODEL.num_classes), np.int32),
+    }
+
+
+def three_steps(mesh, accumulation_steps=1):
+    """Losses and gradients of three steps of plain gradient descent, which hides no gradient's size as Adam does."""
+
+    @jax.jit
+    def step(params, batch, number):
+        examples = make_examples(
+            batch,
+            example_keys(0, number, jnp.arange(BATCH)),
+            SCHEDULE,
+            latent_scale=1.0,
+            num_classes=MODEL.num_classes,
+            class_dropout_prob=0.1,
+            horizontal_flip=True,
+        )
+        sums, grads = loss_and_grads(MODEL, SCHEDULE, params, examples, accumulation_steps)
+        scale = 1e-3 / optax.tree.norm(grads)
+        return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
+
+    params = start_without_zeros()
+    if mesh is not None:
+        params = jax.device_put(params, tree_shardings(params, mesh))
+    seen = []
+    for number in range(3):
+        batch = stored_batch(number)
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(mesh))
+        params, sums, grads = step(params, batch, jnp.int32(number))
+        seen.append(jax.tree.map(np.asarray, (sums, grads)))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with jax.default_device(jax.devices()[0]):
+        seen = three_steps(None)
+    assert all(np.abs(leaf).max() > 0 for _, grads in seen for leaf in jax.tree.leaves(grads))
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)])
+def test_any_mesh_equals_one_device(one_device, shape):
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        seen = three_steps(mesh)
+    for ours, expected in zip(seen, one_device, strict=True):
+        assert_trees_close(ours[0], expected[0])
+        assert_trees_close(ours[1], expected[1])
+
+
+def test_accumulation_on_a_mesh_equals_one_device(one_device):
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        seen = three_steps(mesh, accumulation_steps=4)
+    for ours, expected in zip(seen, one_device, strict=True):
+        assert_trees_close(ours, expected)
+
+
+def every_tree():
+    """All trees that lie on a mesh: the state of every kind of model, and its operands in every make."""
+    for options in (
+        {},
+        {"ternary": False},
+        {"qk_norm": False, "adaln_rms_norm": False},
+        {"num_kv_heads": 4, "positions": "rope_1d_sincos_2d"},
+    ):
+        model = tiny_config(**{"num_heads": 8, **options})
+        yield jax.eval_shape(lambda m=model: init_state(m, optax.adamw(1e-3), 0))
+        for packed in (False, True) if model.ternary else (False,):
+            yield jax.eval_shape(lambda p, m=model, k=packed: make_operands(m, p, packed=k), abstract_params(model))
+
+
+def test_every_leaf_matches_exactly_one_rule_and_every_rule_is_used():
+    axes_seen = set()
+    for tree in every_tree():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if leaf.shape:
+                axes = logical_axes(path_name(path))
+                assert len(axes) == len(leaf.shape), path_name(path)
+                axes_seen.add(axes)
+    assert axes_seen == {axes for _, axes in RULES}
+
+
+def test_moments_and_averages_lie_as_their_parameters():
+    state = abstract_state(MODEL, optax.adamw(1e-3), mesh_of(2, 2, 2))
+    expected = jax.tree.map(lambda leaf: leaf.sharding.spec, state["params"])
+    moments = state["opt_state"][0]
+    for tree in (state["ema_params"], moments.mu, moments.nu):
+        assert jax.tree.map(lambda leaf: leaf.sharding.spec, tree) == expected
+    sharded = [leaf for leaf in jax.tree.leaves(state["params"]) if any(leaf.sharding.spec)]
+    total = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    assert sum(leaf.size for leaf in sharded) > 0.95 * total
+
+
+def test_unknown_and_ambiguous_paths_are_refused():
+    with pytest.raises(ValueError, match="matches 0 sharding rules"):
+        logical_axes("blocks/attention/wq/gate")
+
+
+def test_a_width_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="fsdp=8 does not divide dimension 12"):
+        partition_spec("params/blocks/attention/wq/weight", (2, 16, 12), mesh_of(1, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 1, 1), "data=3, fsdp=1, tensor=1.*8 devices"),
+        ((-1, -1, 1), "at most one"),
+        ((0, 8, 1), "positive"),
+        ((-1, 3, 1), "8 devices"),
+    ],
+)
+def test_meshes_that_do_not_multiply_out_are_refused(sizes, message):
+    config = base_config().mesh
+    config.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    with pytest.raises(UserError, match=message):
+        mesh_shape(config, 8)
+
+
+def test_minus_one_takes_the_rest():
+    config = base_config().mesh
+    config.update({"data": 2, "fsdp": -1, "tensor": 2})
+    assert mesh_shape(config, 8) == (2, 2, 2)
