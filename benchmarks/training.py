@@ -152,7 +152,8 @@ def _provenance() -> dict:
 
 
 def _table(rows: list[dict]) -> str:
-    lines = ["| config | batch | remat | images/s | MFU | of measured matmul rate | peak GB |", "|---|---|---|---|---|---|---|"]
+    columns = ("config", "batch", "remat", "images/s", "MFU", "of measured matmul rate", "peak GB")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         if "failed" in row:
             lines.append(f"| {row['run']} | failed: {row['failed']} |")

@@ -39,7 +39,7 @@ def base_config() -> ConfigDict:
     config.compute = ConfigDict(
         {
             "dtype": "bfloat16",  # activations and matmul operands; parameters stay float32
-            "grad_dtype": "bfloat16",  # gradients of the ternary and block matrices as they cross the mesh
+            "grad_dtype": "bfloat16",  # gradients of ternary matrices as they cross the mesh; full-precision ones have `dtype`
             "remat": "none",  # none | block | dots
             "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn
             "scan_layers": True,

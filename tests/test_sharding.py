@@ -1,5 +1,6 @@
 """Every leaf lies by exactly one rule, and no mesh changes a training step."""
 
+from golden_models import assert_trees_close, tiny_config
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -7,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from golden_models import assert_trees_close, tiny_config
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError

@@ -36,7 +36,7 @@ class Checkpoints:
         """
         self.directory = epath.Path(workdir) / "checkpoints"
         self._signer: threading.Thread | None = None
-        read_only = checkpoint is None
+        self._read_only = read_only = checkpoint is None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else checkpoint.keep,
             keep_period=None if read_only else checkpoint.keep_every or None,
@@ -79,15 +79,16 @@ class Checkpoints:
           UserError: if no checkpoint is sound, or the newest sound one is of another model.
         """
         items = [item for item, names in _ITEMS.items() if set(names) & set(target)]
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged: list[int] = []
+        for step in reversed(self.steps()):
             damage = find_damage(self.directory / str(step), [*items, RUN])
             if damage is None:
+                self._set_aside(damaged)
                 return self._read(step, items, target)
             logging.error("CHECKPOINT %d IS DAMAGED (%s): falling back to the step before it", step, damage)
-            self._set_aside(step)
-        if steps:
-            raise UserError(f"{self.directory}: none of the {len(steps)} checkpoints is sound, nothing to go on from")
+            damaged.append(step)
+        if damaged:  # they stay where they are: an empty directory would look like a run that has not begun
+            raise UserError(f"{self.directory}: no sound checkpoint among {sorted(damaged)}, nothing to go on from")
         return None
 
     def newest_run(self) -> dict[str, Any] | None:
@@ -131,12 +132,15 @@ class Checkpoints:
         if len(stored) == len(wanted) and any(a != b for a, b in zip(stored, wanted, strict=True)):
             raise UserError(f"checkpoint {step} of {self.directory} holds arrays of another dtype than this model's")
 
-    def _set_aside(self, step: int) -> None:
-        """Moves a damaged step out of the way: it would be taken for the latest one, and its number must be free."""
-        if jax.process_index() == 0 and not self._manager._options.read_only:  # noqa: SLF001
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged steps out of the way: they would be taken for the latest, and their numbers must be free."""
+        if self._read_only or not steps:
+            return
+        if jax.process_index() == 0:
             place = self.directory.parent / "damaged_checkpoints"
             place.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(_free_name(place, str(step)))
+            for step in steps:
+                (self.directory / str(step)).rename(_free_name(place, str(step)))
         self._manager.reload()
 
     def _sign_when_finished(self, step: int) -> None:

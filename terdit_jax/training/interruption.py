@@ -17,9 +17,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         # Across processes, JAX's preemption service agrees on one step; it listens for SIGTERM itself.
-        signals = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._ask) for number in signals}
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -61,13 +61,15 @@ def train(setup: Setup, draw_grid: DrawGrid) -> None:
         _say(f"{setup.workdir} is done: it has trained {start:,} of {config.train.num_steps:,} steps")
         _close(setup)
         return
-    (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    if _is_first():
+        (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     with Interruption() as interruption:
         run = _Run(setup, start, draw_grid, checkpoints)
         state, step = run.train(state, start, interruption)
         run.save(state, step)
         checkpoints.close()
-        run.writer.close()
+        if run.writer:
+            run.writer.close()
     if step < config.train.num_steps:
         _say(f"stopped by {interruption.name} at step {step:,}, state saved: the same command goes on from there")
     else:
@@ -85,7 +87,7 @@ class _Run:
         self.heldout_loss = make_heldout_loss(config, setup.model, *common)
         self.summarize = on_mesh(setup.mesh, jax.jit(partial(_summarize, setup), donate_argnums=0))
         self.learning_rate = learning_rate_schedule(config.optimizer)
-        self.writer = MetricsWriter(setup.workdir, start, tensorboard=config.log.tensorboard and _is_first())
+        self.writer = MetricsWriter(setup.workdir, start, tensorboard=config.log.tensorboard) if _is_first() else None
         self.stopwatch = Stopwatch(start)
         self.pending: tuple[int, dict[str, Array]] | None = None
 
@@ -125,7 +127,7 @@ class _Run:
         consecutive, skipped = int(figures.pop("skipped_consecutive")), int(figures["skipped_steps"])
         figures["learning_rate"] = float(self.learning_rate(step - 1 - skipped))
         timing = self._timing(step)
-        if _is_first():
+        if self.writer:
             self.writer.write(step, figures, timing)
             self._report(step, figures, timing)
         if skipped:
@@ -177,7 +179,7 @@ class _Run:
             for name, weights in (("heldout_loss", "params"), ("heldout_loss_ema", "ema_params")):
                 totals[name] += float(self.heldout_loss(state[weights], batch, jnp.int32(number)))
         figures = {name: total / log.heldout_batches for name, total in totals.items()}
-        if _is_first():
+        if self.writer:
             self.writer.write(step, figures)
             _say(f"step {step:,}  held-out loss {figures['heldout_loss']:.4f}, EMA {figures['heldout_loss_ema']:.4f}")
         self.stopwatch.restart(step)
@@ -186,7 +188,7 @@ class _Run:
         """Draws and writes a grid from the EMA weights."""
         self.flush()
         path, grid = self.draw_grid(step, state["ema_params"])
-        if _is_first():
+        if self.writer:
             self.writer.write_picture(step, "samples", grid)
             _say(f"step {step:,}  samples in {path}")
         self.stopwatch.restart(step)

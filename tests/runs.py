@@ -1,0 +1,101 @@
+"""Small training runs for tests that need one: a shrunken digits configuration, and the commands as a user starts them."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from terdit_jax.config import base_config
+from terdit_jax.data.builder import build
+from terdit_jax.data.codec import PixelCodec
+from terdit_jax.data.sources import make_digits_source
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.training.optimizer import make_optimizer
+from terdit_jax.training.state import abstract_state
+
+ROOT = Path(__file__).parents[1]
+# configs/digits.py, made small enough that a step takes milliseconds.
+SHRUNKEN = {
+    "model.hidden_size": 32,
+    "model.depth": 2,
+    "model.ffn_multiple_of": 32,
+    "train.num_steps": 40,
+    "train.batch_size": 16,
+    "optimizer.drop_step": 30,
+    "checkpoint.every": 6,
+    "log.every": 4,
+    "log.heldout_every": 20,
+    "log.heldout_batches": 1,
+    "log.samples_every": 0,
+    "log.tensorboard": False,
+    "sample.num_steps": 5,
+    "sample.num_images": 4,
+}
+
+
+def prepare_digits(path: Path) -> Path:
+    build(make_digits_source(), path, codec=PixelCodec())
+    return path
+
+
+def start(module: str, *arguments: str, cache: Path) -> subprocess.Popen:
+    """A command in a process of its own, on one CPU device, with compiled programs kept in `cache`."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", f"terdit_jax.{module}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+    """Waits for a command, checks its exit status, and returns what it printed on stdout and stderr."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def train_arguments(data: Path, workdir: Path, **overrides) -> list[str]:
+    """Flags of terdit_jax.main for the shrunken run; overrides use __ for a dot."""
+    fields = {**SHRUNKEN, "data.dir": data, **{name.replace("__", "."): value for name, value in overrides.items()}}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["--config=configs/digits.py", f"--workdir={workdir}", *flags]
+
+
+def saved_run(workdir: Path) -> tuple[dict, dict]:
+    """The newest state of a workdir, as host arrays, and its JSON."""
+    checkpoints = Checkpoints(workdir)
+    run = checkpoints.newest_run()
+    config = base_config()
+    config.update(run["config"])
+    target = abstract_state(DiTConfig.from_config(config), make_optimizer(config.optimizer), make_mesh(config.mesh))
+    state, run = checkpoints.restore(target)
+    return jax.tree.map(np.asarray, state), run
+
+
+def metrics_without_timing(workdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    """Parameters, EMA, moments, counters and metrics (timings aside) equal bit for bit."""
+    (state, run), (expected_state, expected_run) = saved_run(workdir), saved_run(expected)
+    assert run["step"] == expected_run["step"]
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+    assert metrics_without_timing(workdir) == metrics_without_timing(expected)

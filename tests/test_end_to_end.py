@@ -1,0 +1,124 @@
+"""A shipped configuration, shrunken, as a user runs it: train, be killed, resume, be damaged, finish, sample."""
+
+import os
+from pathlib import Path
+import random
+import re
+import signal
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+from runs import assert_same_run, finish, metrics_without_timing, prepare_digits, saved_run, start, train_arguments
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A prepared data set, an uninterrupted run on it, and a cache of compiled programs."""
+    root = tmp_path_factory.mktemp("runs")
+    data, cache, whole = prepare_digits(root / "digits"), root / "cache", root / "whole"
+    out, _ = finish(start("main", *train_arguments(data, whole), cache=cache))
+    assert "next: python -m terdit_jax.sample" in out
+    return data, cache, whole
+
+
+def killed_run(places, workdir: Path, at_step: int) -> None:
+    """Starts the run and kills it with -9 once it has logged `at_step`."""
+    data, cache, _ = places
+    process = start("main", *train_arguments(data, workdir), cache=cache)
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and any(line["step"] >= at_step for line in safe_lines(workdir))):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+
+
+def safe_lines(workdir: Path) -> list[dict]:
+    try:
+        return metrics_without_timing(workdir)
+    except ValueError:  # a line is being written
+        return []
+
+
+def resume(places, workdir: Path) -> tuple[str, str]:
+    data, cache, _ = places
+    return finish(start("main", *train_arguments(data, workdir), cache=cache))
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(places, tmp_path):
+    step = random.Random(os.urandom(8)).randrange(8, 33)
+    killed_run(places, tmp_path, at_step=step)
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    out, _ = resume(places, tmp_path)
+    resumed_at = int(re.search(r"resuming at step (\d+)", out).group(1))
+    assert 0 < resumed_at and kept, f"killed at {step}"
+    assert_same_run(tmp_path, places[2])
+
+
+def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(places, tmp_path):
+    killed_run(places, tmp_path, at_step=24)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    newest = tmp_path / "checkpoints" / str(steps[-1])
+    payload = max((path for path in (newest / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(payload.read_bytes())
+    content[len(content) // 2] ^= 1
+    payload.write_bytes(content)
+    out, err = resume(places, tmp_path)
+    assert f"CHECKPOINT {steps[-1]} IS DAMAGED" in err
+    assert f"resuming at step {steps[-2]}" in out
+    assert (tmp_path / "damaged_checkpoints" / str(steps[-1])).exists()
+    assert_same_run(tmp_path, places[2])
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(places, tmp_path):
+    data, cache, whole = places
+    process = start("main", *train_arguments(data, tmp_path), cache=cache)
+    while not safe_lines(tmp_path) if (tmp_path / "metrics.jsonl").exists() else True:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    out, _ = finish(process)
+    assert "stopped by SIGTERM" in out
+    assert 0 < saved_run(tmp_path)[1]["step"] < 40
+    resume(places, tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(places):
+    data, cache, whole = places
+    before = (whole / "metrics.jsonl").read_bytes()
+    out, _ = finish(start("main", *train_arguments(data, whole), cache=cache))
+    assert "is done: it has trained 40 of 40 steps" in out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_rate_and_length_continue_and_another_model_is_refused(places, tmp_path):
+    data, cache, _ = places
+    finish(start("main", *train_arguments(data, tmp_path, train__num_steps=8), cache=cache))
+    longer = train_arguments(data, tmp_path, train__num_steps=12, optimizer__learning_rate=1e-3)
+    out, _ = finish(start("main", *longer, cache=cache))
+    assert "config.optimizer.learning_rate: 0.002 -> 0.001" in out and "resuming at step 8" in out
+    lines = metrics_without_timing(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
+    other = train_arguments(data, tmp_path, model__hidden_size=64)
+    _, err = finish(start("main", *other, cache=cache), status=2)
+    assert err.strip().splitlines()[-1].startswith("error: ") and "model.hidden_size=32, not 64" in err
+    assert saved_run(tmp_path)[1]["step"] == 12
+
+
+def test_sample_draws_from_the_run(places, tmp_path):
+    _, cache, whole = places
+    common = ("sample", f"--workdir={whole}", "--labels=0,1,2", "--num_samples=6", "--num_steps=5")
+    finish(start(*common, f"--output={tmp_path / 'grid.png'}", cache=cache))
+    assert Image.open(tmp_path / "grid.png").size[0] > 64
+    finish(start(*common, f"--output={tmp_path / 'a.npz'}", "--batch_size=6", cache=cache))
+    finish(start(*common, f"--output={tmp_path / 'b.npz'}", "--batch_size=4", cache=cache))
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a["arr_0"].shape == (6, 8, 8, 3) and a["arr_0"].dtype == np.uint8
+        assert a["labels"].tolist() == [0, 1, 2, 0, 1, 2]
+        # The same pictures whatever the batch, up to float rounding at a pixel's edge.
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
