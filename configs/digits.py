@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     model.input_size = 8
     model.in_channels = 1
     model.patch_size = 4
-    model.hidden_size = 96
+    model.hidden_size = 128
     model.depth = 4
     model.num_heads = 4
     model.num_classes = 10
@@ -32,25 +32,25 @@ def get_config() -> ConfigDict:
     config.data.in_memory = True
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 2e-3
-    optimizer.drop_step = 1500
-    optimizer.drop_learning_rate = 2e-4
+    optimizer.learning_rate = 1e-3
+    optimizer.drop_step = 2250
+    optimizer.drop_learning_rate = 1e-4
     optimizer.ema_decay = 0.995
     optimizer.ema_ramp = True
 
-    config.train.num_steps = 2000
+    config.train.num_steps = 3000
     config.train.batch_size = 128
 
-    config.checkpoint.every = 250
-    config.log.every = 50
-    config.log.heldout_every = 500
+    config.checkpoint.every = 500
+    config.log.every = 100
+    config.log.heldout_every = 1000
     config.log.heldout_batches = 2
-    config.log.samples_every = 500
+    config.log.samples_every = 1000
 
     sample = config.sample
-    sample.method = "ddim"
+    sample.method = "ddpm"
     sample.num_steps = 50
-    sample.cfg_scale = 3.0
+    sample.cfg_scale = 1.25
     sample.cfg_channels = 0
     sample.num_images = 20
     return config

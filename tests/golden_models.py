@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -33,7 +34,7 @@ def golden_config(name: str) -> DiTConfig:
 
 
 def golden_params(config: DiTConfig, name: str) -> dict:
-    return params_from_published(config, load_file(GOLDEN / f"{name}.safetensors"))
+    return jax.tree.map(jnp.asarray, params_from_published(config, load_file(GOLDEN / f"{name}.safetensors")))
 
 
 def golden_arrays(name: str) -> dict[str, np.ndarray]:

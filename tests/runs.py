@@ -1,4 +1,4 @@
-"""Small training runs for tests that need one: a shrunken digits configuration, and the commands as a user starts them."""
+"""Small training runs for tests that need one: a shrunken digits configuration, and commands as a user starts them."""
 
 import json
 import os

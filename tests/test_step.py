@@ -42,7 +42,7 @@ def test_three_golden_training_steps():
     config = optimizer_config(learning_rate=5e-4, clip_norm=2.0, ema_decay=0.99)
     optimizer = make_optimizer(config)
     state = init_state(model, optimizer, 0)
-    params = jax.tree.map(jnp.asarray, golden_params(model, "train_init"))
+    params = golden_params(model, "train_init")
     state |= {"params": params, "ema_params": params, "opt_state": optimizer.init(params)}
     run = jitted(model)
     update = jax.jit(lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads))

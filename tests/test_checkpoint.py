@@ -1,0 +1,168 @@
+"""Every kind of damage is found before a checkpoint is used, and nothing is lost on the way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.config import base_config
+from terdit_jax.errors import UserError
+from terdit_jax.parallel.mesh import AXES
+from terdit_jax.training.checkpoint import MANIFEST, Checkpoints, find_damage
+
+
+def state(step):
+    values = jnp.arange(64.0).reshape(8, 8) + step
+    return {
+        "step": jnp.int32(step),
+        "params": {"w": values},
+        "ema_params": {"w": values * 2},
+        "opt_state": ({"mu": values * 3},),
+        "skipped": {"total": jnp.int32(0)},
+        "window": {"sums": {"loss": jnp.float32(step)}},
+    }
+
+
+def target(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def open_checkpoints(workdir, **overrides):
+    settings = base_config().checkpoint
+    settings.update(overrides)
+    return Checkpoints(workdir, settings)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with checkpoints 1, 2 and 3."""
+    checkpoints = open_checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(state(step), {"step": step})
+    checkpoints.close()
+    return tmp_path
+
+
+def restored_step(workdir):
+    checkpoints = open_checkpoints(workdir)
+    restored, run = checkpoints.restore(target(state(0)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state(run["step"]))
+    checkpoints.close()
+    return run["step"]
+
+
+def truncate(step):
+    largest(step).write_bytes(largest(step).read_bytes()[:-1])
+
+
+def flip(step):
+    content = bytearray(largest(step).read_bytes())
+    content[-1] ^= 0x10
+    largest(step).write_bytes(content)
+
+
+def empty(step):
+    for path in sorted(step.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "flipped bit": flip,
+    "missing file": lambda step: largest(step).unlink(),
+    "missing manifest": lambda step: (step / MANIFEST).unlink(),
+    "torn manifest": lambda step: (step / MANIFEST).write_text("{"),
+    "empty manifest": lambda step: (step / MANIFEST).write_text("{}"),
+    "empty step": empty,
+}
+
+
+def largest(step):
+    return max((p for p in (step / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_newest_state_comes_back(saved):
+    assert restored_step(saved) == 3
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_falls_back_and_is_set_aside(saved, damage, caplog):
+    damage(saved / "checkpoints" / "3")
+    assert restored_step(saved) == 2
+    assert "CHECKPOINT 3 IS DAMAGED" in caplog.text
+    assert (saved / "damaged_checkpoints" / "3").exists()
+    # Its number is free again: a continued run saves step 3 anew.
+    checkpoints = open_checkpoints(saved)
+    checkpoints.save(state(3), {"step": 3})
+    checkpoints.close()
+    assert restored_step(saved) == 3
+
+
+def test_without_a_sound_checkpoint_nothing_is_moved(saved):
+    for step in (1, 2, 3):
+        flip(saved / "checkpoints" / str(step))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no sound checkpoint among \[1, 2, 3\]"):
+            open_checkpoints(saved).restore(target(state(0)))
+    assert not (saved / "damaged_checkpoints").exists()
+
+
+def test_a_half_written_step_is_ignored(saved):
+    (saved / "checkpoints" / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert restored_step(saved) == 3
+
+
+def test_reading_sets_nothing_aside(saved):
+    flip(saved / "checkpoints" / "3")
+    wanted = {"ema_params": target(state(0))["ema_params"]}
+    truncated = saved / "checkpoints" / "2" / "rest"
+    largest_rest = max((p for p in truncated.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest_rest.unlink()
+    found, run = Checkpoints(saved).restore(wanted)
+    # Only what is read must be sound: the EMA of 3 is, though its raw weights are not.
+    assert run["step"] == 3
+    np.testing.assert_array_equal(found["ema_params"]["w"], state(3)["ema_params"]["w"])
+    assert not (saved / "damaged_checkpoints").exists()
+
+
+def test_other_shapes_dtypes_and_trees_are_refused(saved):
+    for wanted in (
+        {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+        {"w": jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)},
+        {"v": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+    ):
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = jax.tree.map(lambda s, p=sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), wanted)
+        with pytest.raises(UserError):
+            Checkpoints(saved).restore({"ema_params": wanted})
+    assert restored_step(saved) == 3
+
+
+def test_saved_on_one_mesh_and_restored_on_another(tmp_path):
+    def spread(shape, tree, spec):
+        mesh = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        matrix, scalar = (jax.sharding.NamedSharding(mesh, s) for s in (spec, jax.sharding.PartitionSpec()))
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, matrix if leaf.ndim else scalar), tree)
+
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(spread((1, 8, 1), state(5), jax.sharding.PartitionSpec("fsdp")), {"step": 5})
+    checkpoints.close()
+    wanted = target(spread((2, 2, 2), state(0), jax.sharding.PartitionSpec("tensor", "fsdp")))
+    restored, _ = Checkpoints(tmp_path).restore(wanted)
+    jax.tree.map(np.testing.assert_array_equal, restored, state(5))
+    assert restored["params"]["w"].sharding == wanted["params"]["w"].sharding
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = open_checkpoints(tmp_path, keep=2, keep_every=3)
+    for step in range(1, 7):
+        checkpoints.save(state(step), {"step": step})
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 5, 6]
+    assert all(find_damage(tmp_path / "checkpoints" / str(s), ["params", "rest", "run"]) is None for s in (3, 5, 6))
+
+
+def test_unwritable_place_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot use"):
+        open_checkpoints(tmp_path / "file")

@@ -1,0 +1,99 @@
+"""Bad input is one line and leaves nothing behind, whatever part of a run finds it."""
+
+from pathlib import Path
+
+import pytest
+from runs import SHRUNKEN, finish, prepare_digits, start, train_arguments
+
+from terdit_jax.config import base_config
+from terdit_jax.errors import UserError
+from terdit_jax.training.setup import set_up
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def digits_config(digits, **overrides):
+    config = base_config()
+    fields = {
+        "model.input_size": 8, "model.in_channels": 1, "model.patch_size": 4, "model.num_heads": 4,
+        "model.num_classes": 10, "data.horizontal_flip": False, "data.dir": str(digits), **SHRUNKEN,
+    }  # fmt: skip
+    config.update_from_flattened_dict({**fields, **{k.replace("__", "."): v for k, v in overrides.items()}})
+    return config
+
+
+def test_a_sound_configuration_makes_the_workdir(digits, tmp_path):
+    setup = set_up(digits_config(digits), tmp_path / "new" / "run")
+    assert setup.workdir.exists() and setup.model.sample_shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__num_heads": 5}, "hidden_size=32 is not divisible by model.num_heads=5"),
+        ({"model__depth": 0}, "model.depth=0: must be positive"),
+        ({"model__hidden_size": -32}, "model.hidden_size=-32: must be positive"),
+        ({"model__positions": "rope"}, "choose one of rope_1d, rope_1d_sincos_2d"),
+        ({"train__batch_size": 12}, "batch_size=12 is not divisible by accumulation_steps=1 times the 8 devices"),
+        ({"train__accumulation_steps": 3}, "batch_size=16 is not divisible by accumulation_steps=3"),
+        ({"train__batch_size": 0}, "train.batch_size=0: must be positive"),
+        ({"train__num_steps": -1}, "train.num_steps=-1: must be positive"),
+        ({"mesh__data": 3}, "does not multiply out to the 8 devices"),
+        ({"mesh__data": 1, "mesh__tensor": 8}, "tensor=8 does not divide the 4 kv heads"),
+        ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
+        ({"data__dir": ""}, "config.data.dir is empty"),
+        ({"data__dir": "/nowhere/digits"}, "/nowhere/digits"),
+        ({"model__in_channels": 3}, r"records of shape \(8, 8, 1\), the model takes \(8, 8, 3\)"),
+        ({"model__num_classes": 7}, "has 10 classes, config.model.num_classes=7"),
+    ],
+)
+def test_what_does_not_fit_is_named(digits, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        set_up(digits_config(digits, **overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unwritable_workdir(digits, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="cannot write --workdir"):
+        set_up(digits_config(digits), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.width=3"], "width"),
+        ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.depth=deep"], "depth"),
+        ("main", ["--config=configs/nothing.py", "--workdir=W"], "configs/nothing.py"),
+        ("main", ["--workdir=W"], "--config and --workdir are both needed"),
+        ("main", ["--config=configs/digits.py", "--workdir=W", "digits"], "unexpected argument 'digits'"),
+        ("sample", ["--workdir=W", "--output=grid.gif"], "must end in .png or .npz"),
+        ("sample", ["--workdir=W", "--output=grid.png"], "holds no run"),
+        ("sample", ["--workdir=W", "--output=grid.png", "--num_samples=0"], "--num_samples=0: must be positive"),
+        ("sample", ["--workdir=W", "--output=grid.png", "--guidance=4"], "guidance"),
+    ],
+)
+def test_commands_answer_in_one_line_with_status_2(tmp_path, module, arguments, message):
+    arguments = [argument.replace("=W", f"={tmp_path / 'run'}") for argument in arguments]
+    out, err = finish(start(module, *arguments, cache=tmp_path / "cache"), status=2)
+    (line,) = [line for line in err.splitlines() if line.strip()]
+    assert line.startswith("error: ") and message in line and not out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_changed_under_a_workdir_is_refused(digits, tmp_path):
+    cache, workdir, other = tmp_path / "cache", tmp_path / "run", tmp_path / "other"
+    arguments = train_arguments(digits, workdir, train__num_steps=2, log__heldout_every=0)
+    finish(start("main", *arguments, cache=cache))
+    finish(start("prepare", "--source=digits", "--heldout_share=0.5", f"--output={other}", cache=cache))
+    arguments = train_arguments(other, workdir, train__num_steps=4, log__heldout_every=0)
+    _, err = finish(start("main", *arguments, cache=cache), status=2)
+    assert "was trained on data set" in err and sorted(p.name for p in Path(workdir, "checkpoints").iterdir()) == ["2"]
+    label = ["--labels=0,10", f"--workdir={workdir}", f"--output={tmp_path / 'grid.png'}"]
+    _, err = finish(start("sample", *label, cache=cache), status=2)
+    assert "label 10 is out of range" in err and not (tmp_path / "grid.png").exists()
