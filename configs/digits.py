@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     model.input_size = 8
     model.in_channels = 1
     model.patch_size = 4
-    model.hidden_size = 128
+    model.hidden_size = 96
     model.depth = 4
     model.num_heads = 4
     model.num_classes = 10
@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
     config.data.in_memory = True
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 1e-3
+    optimizer.learning_rate = 1.5e-3
     optimizer.drop_step = 2250
-    optimizer.drop_learning_rate = 1e-4
+    optimizer.drop_learning_rate = 1.5e-4
     optimizer.ema_decay = 0.995
     optimizer.ema_ramp = True
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 import jax
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from terdit_jax.errors import UserError, run_command
@@ -27,13 +27,23 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    if _CONFIG.value is None or not _WORKDIR.value:
+    config = _load_config()
+    if config is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are both needed, e.g. --config=configs/digits.py --workdir=runs/digits")
     # On CPUs, steps dispatched asynchronously fight over the cores: five times slower on two of them.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
-    setup = set_up(_CONFIG.value, _WORKDIR.value)
+    setup = set_up(config, _WORKDIR.value)
     train(setup, _grid_drawer(setup))
+
+
+def _load_config() -> ConfigDict | None:
+    """The configuration; ml_collections reports a file that does not load only when it is first read."""
+    try:
+        return _CONFIG.value and _CONFIG.value.copy_and_resolve_references()
+    except OSError as error:
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def _grid_drawer(setup: Setup) -> DrawGrid:
