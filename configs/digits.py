@@ -26,19 +26,20 @@ def get_config() -> ConfigDict:
 
     config.compute.dtype = "float32"
     config.compute.grad_dtype = "float32"
+    config.compute.scan_layers = False  # XLA on CPUs runs a loop's body on fewer threads: 1.5 times slower
 
     config.data.dir = "data/digits"
     config.data.horizontal_flip = False
     config.data.in_memory = True
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 1.5e-3
-    optimizer.drop_step = 2250
-    optimizer.drop_learning_rate = 1.5e-4
+    optimizer.learning_rate = 2e-3
+    optimizer.drop_step = 2600
+    optimizer.drop_learning_rate = 2e-4
     optimizer.ema_decay = 0.995
     optimizer.ema_ramp = True
 
-    config.train.num_steps = 3000
+    config.train.num_steps = 3500
     config.train.batch_size = 128
 
     config.checkpoint.every = 500

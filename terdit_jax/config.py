@@ -5,6 +5,7 @@ fields and wrong types, `validate` refuses values that cannot work before anythi
 """
 
 from collections.abc import Callable
+import math
 
 from ml_collections import ConfigDict
 
@@ -39,7 +40,7 @@ def base_config() -> ConfigDict:
     config.compute = ConfigDict(
         {
             "dtype": "bfloat16",  # activations and matmul operands; parameters stay float32
-            "grad_dtype": "bfloat16",  # gradients of ternary matrices as they cross the mesh; full-precision ones have `dtype`
+            "grad_dtype": "bfloat16",  # gradients of ternary matrices as they cross the mesh; the others' have `dtype`
             "remat": "none",  # none | block | dots
             "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn
             "scan_layers": True,
@@ -98,7 +99,7 @@ def base_config() -> ConfigDict:
             "num_images": 16,
         }
     )
-    return config
+    return config.lock()
 
 
 _POSITIVE = (
@@ -121,7 +122,7 @@ def validate(config: ConfigDict) -> None:
       UserError: naming the first offending field and its value.
     """
     for field in _POSITIVE:
-        _check(config, field, lambda value: value > 0, "must be positive")
+        _check(config, field, lambda value: 0 < value < math.inf, "must be positive and finite")
     for field in _NOT_NEGATIVE:
         _check(config, field, lambda value: value >= 0, "must not be negative")
     for field in _SHARES:

@@ -1,5 +1,6 @@
 """Small training runs for tests that need one: a shrunken digits configuration, and commands as a user starts them."""
 
+from collections.abc import Mapping
 import json
 import os
 from pathlib import Path
@@ -44,7 +45,7 @@ def prepare_digits(path: Path) -> Path:
     return path
 
 
-def start(module: str, *arguments: str, cache: Path) -> subprocess.Popen:
+def start(module: str, *arguments: str, cache: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """A command in a process of its own, on one CPU device, with compiled programs kept in `cache`."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
@@ -52,6 +53,7 @@ def start(module: str, *arguments: str, cache: Path) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
+        **(environment or {}),
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"terdit_jax.{module}", *arguments],

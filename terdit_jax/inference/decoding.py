@@ -18,6 +18,6 @@ def to_pictures(latents: np.ndarray, latent_scale: float) -> np.ndarray:
     """
     if latents.shape[-1] in (1, 3):
         return latents / latent_scale
-    shown = latents[..., :3]
+    shown = latents[..., : 3 if latents.shape[-1] > 2 else 1]
     low, high = shown.min(axis=(0, 1, 2)), shown.max(axis=(0, 1, 2))
     return 2 * (shown - low) / np.maximum(high - low, 1e-6) - 1

@@ -54,7 +54,8 @@ def params_from_published(config: DiTConfig, tensors: Mapping[str, np.ndarray]) 
       tensors: name -> array; `*.weight` of a ternary map may be master weights or packed planes.
 
     Raises:
-      UserError: a tensor that is missing, that the model does not have, or that has another shape.
+      UserError: a tensor that is missing, that the model does not have, that has another shape, or whose packed
+        codes are none.
     """
     unused = set(tensors)
 
@@ -65,6 +66,10 @@ def params_from_published(config: DiTConfig, tensors: Mapping[str, np.ndarray]) 
         array = np.asarray(tensors[name])
         if packable and array.dtype == np.uint8:
             array = unpack_planes(array)
+            if array.max(initial=0) > 1:
+                raise UserError(
+                    f"checkpoint tensor {name!r} holds the 2-bit code 11, which stands for no ternary value"
+                )
         elif name.endswith(".alphas") and array.shape == (1,):
             array = array[0]
         if array.shape != shape:

@@ -72,6 +72,11 @@ class DiTConfig:
             self.hidden_size % 4 == 0, f"model.hidden_size={self.hidden_size}: must be a multiple of 4 to be packed"
         )
         _require(
+            self.mlp_width % 4 == 0,
+            f"model.ffn_multiple_of={self.ffn_multiple_of} makes the feed-forward {self.mlp_width} wide: "
+            "must be a multiple of 4 to be packed",
+        )
+        _require(
             0 <= self.class_dropout_prob < 1,
             f"model.class_dropout_prob={self.class_dropout_prob}: must be in [0, 1)",
         )

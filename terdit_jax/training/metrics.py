@@ -29,7 +29,7 @@ class MetricsWriter:
     def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """One line, on disk when this returns; `timing` stands apart because it is all that differs between reruns."""
         line = {"step": step, **figures, **({"timing": timing} if timing else {})}
-        self._lines.append(json.dumps({name: _finite(value) for name, value in line.items()}))
+        self._lines.append(json.dumps(_finite(line)))
         if self._is_local:
             with self._path.open("a") as file:
                 file.write(self._lines[-1] + "\n")
@@ -60,12 +60,14 @@ def _step_of(line: str) -> float:
     """The step of a line; a line cut short by a kill belongs to no step and is dropped."""
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
 def _finite(value: float | dict) -> float | dict | None:
     """JSON knows no NaN: a figure without a value is null."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

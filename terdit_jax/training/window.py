@@ -40,8 +40,8 @@ def code_statistics(before: dict, after: dict) -> dict[str, Array]:
     for kind in after.get("blocks", {}):
         old, new = (jax.tree.leaves(codes["blocks"][kind]) for codes in (before, after))
         total = sum(leaf.size * 4 for leaf in new)
-        # Bits 2j+1..2j hold T + 1, so a zero is 0b01 and a change is any differing bit of the pair.
-        zeros = sum(_count_low_bits(leaf & ~(leaf >> 1)) for leaf in new)
+        # Bits 2j+1..2j hold T + 1 in 0..2: only a zero has its low bit set; a change is any differing bit of a pair.
+        zeros = sum(_count_low_bits(leaf) for leaf in new)
         changes = sum(_count_low_bits((a ^ b) | (a ^ b) >> 1) for a, b in zip(old, new, strict=True))
         out |= {f"zero_share/{kind}": zeros / total, f"changed_share/{kind}": changes / total}
     return out

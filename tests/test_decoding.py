@@ -1,0 +1,39 @@
+"""Pixels come back at their own values; an autoencoder's latents become a preview that uses the whole range."""
+
+import numpy as np
+import pytest
+
+from terdit_jax.inference.decoding import to_pictures
+
+
+def latents(channels):
+    return np.random.default_rng(0).normal(size=(3, 4, 4, channels)).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_unscaled_and_not_clipped(channels):
+    drawn = latents(channels)
+    pictures = to_pictures(drawn, 0.5)
+    assert pictures.dtype == np.float32 and np.abs(pictures).max() > 1
+    np.testing.assert_array_equal(pictures, 2 * drawn)
+
+
+def test_preview_stretches_each_of_three_channels_to_its_range():
+    drawn = latents(4) * np.float32([1, 10, 0.1, 1000]) + np.float32([0, 5, -3, 0])
+    pictures = to_pictures(drawn, 0.18215)
+    assert pictures.shape == (3, 4, 4, 3) and pictures.dtype == np.float32
+    np.testing.assert_allclose(pictures.min((0, 1, 2)), -1, atol=1e-6)
+    np.testing.assert_allclose(pictures.max((0, 1, 2)), 1, atol=1e-6)
+    for channel in range(3):  # an increasing, straight map of the latents
+        slope, _ = np.polyfit(drawn[..., channel].ravel(), pictures[..., channel].ravel(), 1)
+        correlation = np.corrcoef(drawn[..., channel].ravel(), pictures[..., channel].ravel())[0, 1]
+        assert slope > 0 and correlation > 1 - 1e-6
+
+
+def test_preview_of_a_constant_channel_is_finite():
+    pictures = to_pictures(np.full((1, 2, 2, 4), 7.0, np.float32), 1.0)
+    assert np.isfinite(pictures).all() and np.abs(pictures).max() <= 1
+
+
+def test_two_channels_make_a_picture_too():
+    assert to_pictures(latents(2), 1.0).shape[-1] in (1, 3)

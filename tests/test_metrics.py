@@ -1,0 +1,110 @@
+"""metrics.jsonl survives kills and continuations: what was written before the checkpoint stays, the rest goes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from terdit_jax.training import metrics
+from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter, Stopwatch, format_duration
+
+
+def open_writer(workdir, start_step=0, tensorboard=False):
+    return MetricsWriter(workdir, start_step, tensorboard=tensorboard)
+
+
+def read(workdir):
+    return (workdir / METRICS_FILE).read_bytes()
+
+
+def parse(workdir):
+    """The lines under JSON's own rules, which know no NaN."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in read(workdir).splitlines()]
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path):
+    writer = open_writer(tmp_path)
+    assert read(tmp_path) == b""
+    writer.write(100, {"loss": 0.5}, {"images_per_second": 12.0})
+    assert parse(tmp_path) == [{"step": 100, "loss": 0.5, "timing": {"images_per_second": 12.0}}]
+    writer.write(200, {"heldout_loss": 0.25})
+    assert parse(tmp_path)[1:] == [{"step": 200, "heldout_loss": 0.25}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_figure_without_a_value_is_null(tmp_path, value):
+    open_writer(tmp_path).write(1, {"loss": value, "mse": 0.0})
+    assert parse(tmp_path) == [{"step": 1, "loss": None, "mse": 0.0}]
+
+
+def test_reopening_drops_later_lines_and_keeps_earlier_ones_byte_for_byte(tmp_path):
+    writer = open_writer(tmp_path)
+    for step in (10, 20, 30, 40):
+        writer.write(step, {"loss": 1 / step}, {"images_per_second": step / 3})
+    before = read(tmp_path)
+    open_writer(tmp_path, start_step=20).write(30, {"loss": 9.0})
+    kept = b"".join(before.splitlines(keepends=True)[:2])
+    assert read(tmp_path) == kept + b'{"step": 30, "loss": 9.0}\n'
+    open_writer(tmp_path)
+    assert read(tmp_path) == b"", "a run that starts over keeps nothing"
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 20, "lo', '{"step": 2', "{", '{"loss": 0.5}'])
+def test_reopening_drops_a_torn_line(tmp_path, torn):
+    good = '{"step": 10,  "loss": 0.5}\n'  # spaced as we never do: kept as it stands
+    (tmp_path / METRICS_FILE).write_text(good + torn)
+    open_writer(tmp_path, start_step=1000).write(1010, {})
+    assert read(tmp_path).decode() == good + '{"step": 1010}\n'
+
+
+def test_a_whole_line_without_its_newline_is_kept(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"step": 10}')
+    open_writer(tmp_path, start_step=10).write(20, {})
+    assert [line["step"] for line in parse(tmp_path)] == [10, 20]
+
+
+def test_tensorboard_gets_the_same_figures_and_the_pictures(tmp_path):
+    writer = open_writer(tmp_path, tensorboard=True)
+    writer.write(1, {"loss": 0.5}, {"images_per_second": 12.0})
+    writer.write_picture(1, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    (events,) = tmp_path.glob("events.out.tfevents*")
+    content = events.read_bytes()
+    assert all(tag in content for tag in (b"loss", b"images_per_second", b"samples"))
+
+
+def test_without_tensorboard_there_are_no_events(tmp_path):
+    writer = open_writer(tmp_path)
+    writer.write(1, {"loss": 0.5})
+    writer.write_picture(1, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    assert not list(tmp_path.glob("events*"))
+
+
+def test_stopwatch_counts_from_the_last_lap_or_restart(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    stopwatch = Stopwatch(5)
+    now = 10.0
+    assert stopwatch.lap(25) == 2.0
+    assert stopwatch.lap(25) == 0.0, "no step since"
+    now = 100.0
+    stopwatch.restart(30)
+    now = 104.0
+    assert stopwatch.lap(32) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"), (45.2, "45s"), (59.6, "1m00s"), (750, "12m30s"), (3600, "1h00m"), (11_100, "3h05m"),
+        (86_399.6, "1d00h"), (198_000, "2d07h"), (float("nan"), "?"), (float("inf"), "?"),
+    ],
+)  # fmt: skip
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text

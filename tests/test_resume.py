@@ -1,0 +1,102 @@
+"""Which changes of configuration may continue a run: the ones decided in mid-run are told, the others refused."""
+
+import json
+
+import pytest
+
+from terdit_jax.config import base_config
+from terdit_jax.errors import UserError
+from terdit_jax.training.resume import check_resumable, describe_run
+
+FINGERPRINT = "0123456789abcdef" * 4
+
+FREE = {
+    "name": "renamed", "compute.dtype": "float32", "compute.remat": "block", "mesh.fsdp": 8,
+    "optimizer.learning_rate": 1e-4, "optimizer.drop_step": 1000, "optimizer.ema_ramp": True, "checkpoint.every": 7,
+    "log.every": 7, "sample.cfg_scale": 1.5, "train.num_steps": 7, "train.accumulation_steps": 2,
+    "train.max_nonfinite_steps": 3, "data.dir": "elsewhere", "data.in_memory": True, "data.read_threads": 2,
+    "data.prefetch": 2,
+}  # fmt: skip
+FIXED = {
+    "seed": 1, "model.depth": 2, "model.ternary": False, "model.alpha_init": "least_squares",
+    "model.class_dropout_prob": 0.0, "train.batch_size": 128, "data.horizontal_flip": False, "data.synthetic": True,
+}  # fmt: skip
+
+
+def changed(**fields):
+    config = base_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def saved_run():
+    """As it comes back from the checkpoint's JSON."""
+    return json.loads(json.dumps(describe_run(base_config(), 120, FINGERPRINT)))
+
+
+def check(config, fingerprint=FINGERPRINT):
+    return check_resumable(saved_run(), config, fingerprint, "runs/a")
+
+
+def value_of(field):
+    value = base_config().to_dict()
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def test_a_saved_run_says_what_it_is():
+    run = saved_run()
+    assert (run["step"], run["seed"], run["data_fingerprint"]) == (120, 0, FINGERPRINT)
+    assert run["config"] == base_config().to_dict()
+
+
+def test_the_same_configuration_continues_silently():
+    assert check(base_config()) == []
+
+
+@pytest.mark.parametrize("field", FREE)
+def test_a_free_field_is_reported_with_both_values(field):
+    assert check(changed(**{field: FREE[field]})) == [f"config.{field}: {value_of(field)!r} -> {FREE[field]!r}"]
+
+
+@pytest.mark.parametrize("field", FIXED)
+def test_a_fixed_field_is_refused_with_both_values(field):
+    with pytest.raises(UserError) as caught:
+        check(changed(**{field: FIXED[field]}))
+    message = str(caught.value)
+    assert "runs/a" in message and "\n" not in message
+    assert f"{field}={value_of(field)!r}, not {FIXED[field]!r}" in message
+
+
+def test_every_field_of_the_model_is_fixed():
+    """Spelled out as a rule, so that a field that is added to the model is fixed too."""
+    for name in base_config().model:
+        run = saved_run()
+        run["config"]["model"][name] = "another"
+        with pytest.raises(UserError, match=f"model.{name}='another'"):
+            check_resumable(run, base_config(), FINGERPRINT, "runs/a")
+
+
+def test_all_free_changes_are_reported_one_line_each():
+    lines = check(changed(**FREE))
+    assert [line.split(":")[0] for line in lines] == [f"config.{field}" for field in sorted(FREE)]
+
+
+def test_a_fixed_field_is_refused_beside_free_ones():
+    with pytest.raises(UserError, match="seed=0, not 5"):
+        check(changed(**{**FREE, "seed": 5}))
+
+
+def test_another_data_set_is_refused():
+    other = "f" * 64
+    with pytest.raises(UserError, match=f"(?s){FINGERPRINT[:24]}.*{other[:24]}") as caught:
+        check(base_config(), other)
+    assert "runs/a" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_field_that_one_side_lacks_is_refused_if_it_is_fixed():
+    run = saved_run()
+    del run["config"]["model"]["qk_norm"]
+    with pytest.raises(UserError, match="model.qk_norm=None, not True"):
+        check_resumable(run, base_config(), FINGERPRINT, "runs/a")
