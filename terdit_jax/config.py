@@ -105,11 +105,11 @@ def base_config() -> ConfigDict:
 _POSITIVE = (
     "train.num_steps", "train.batch_size", "train.accumulation_steps", "train.max_nonfinite_steps",
     "optimizer.learning_rate", "optimizer.drop_learning_rate", "optimizer.clip_norm", "optimizer.eps",
-    "checkpoint.every", "checkpoint.keep", "log.every", "log.heldout_batches",
+    "checkpoint.every", "log.every", "log.heldout_batches",
     "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "optimizer.drop_step", "optimizer.weight_decay", "checkpoint.keep_every", "log.heldout_every",
+    "optimizer.drop_step", "optimizer.weight_decay", "checkpoint.keep_every", "log.heldout_every",
     "log.samples_every", "sample.cfg_scale", "sample.cfg_channels",
 )  # fmt: skip
 _SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
@@ -127,6 +127,9 @@ def validate(config: ConfigDict) -> None:
         _check(config, field, lambda value: value >= 0, "must not be negative")
     for field in _SHARES:
         _check(config, field, lambda value: 0 <= value < 1, "must be in [0, 1)")
+    _check(config, "seed", lambda value: 0 <= value < 2**32, "must lie in [0, 2**32)")
+    # The newest checkpoint counts only once its checksums stand beside it: until then the one before it must stay.
+    _check(config, "checkpoint.keep", lambda value: value >= 2, "must be at least 2")
 
 
 def _check(config: ConfigDict, field: str, accept: Callable[[float], bool], rule: str) -> None:

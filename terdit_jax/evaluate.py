@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     dataset = _open_pictures(sampler.config.data.dir)
     train, heldout = (_read_pictures(dataset, split) for split in ("train", "heldout"))
     if _SAMPLES.value:
-        samples = _load_samples(_SAMPLES.value)
+        samples = _load_samples(_SAMPLES.value, dataset.metadata.shape[-1])
     else:
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
         images = sampler.draw(
@@ -77,7 +77,7 @@ def _read_pictures(dataset: Dataset, split: str) -> Pictures:
     return Pictures(batch["mean"].astype(np.float32), batch["label"])
 
 
-def _load_samples(path: str) -> Pictures:
+def _load_samples(path: str, channels: int) -> Pictures:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
@@ -85,6 +85,8 @@ def _load_samples(path: str) -> Pictures:
         raise UserError(f"--samples={path}: not an npz with arr_0 and labels ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
+    if channels == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
+        images = images[..., :1]  # terdit_jax.sample writes grey pictures as evaluators want them, in three channels
     return Pictures(images.astype(np.float32) / 127.5 - 1, labels)
 
 

@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
     sampler = load_sampler(_WORKDIR.value, _WEIGHTS.value)
+    if _OUTPUT.value.endswith(".npz") and (sampler.codec != "none" or sampler.model.in_channels not in (1, 3)):
+        raise UserError(f"--output={_OUTPUT.value}: this model draws latents, of which only a .png preview can be made")
     labels = _parse_labels(sampler.model.num_classes)
     begin = time.perf_counter()
     images = sampler.draw(

@@ -8,11 +8,11 @@ from terdit_jax.errors import UserError
 POSITIVE = {
     "train.num_steps": 0, "train.batch_size": 0, "train.accumulation_steps": -1, "train.max_nonfinite_steps": 0,
     "optimizer.learning_rate": 0.0, "optimizer.drop_learning_rate": -1e-4, "optimizer.clip_norm": 0.0,
-    "optimizer.eps": 0.0, "checkpoint.every": 0, "checkpoint.keep": 0, "log.every": 0, "log.heldout_batches": 0,
+    "optimizer.eps": 0.0, "checkpoint.every": 0, "log.every": 0, "log.heldout_batches": 0,
     "sample.num_steps": 0, "sample.num_images": -4, "data.read_threads": 0, "data.prefetch": 0,
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "seed": -1, "optimizer.drop_step": -1, "optimizer.weight_decay": -0.1, "checkpoint.keep_every": -1,
+    "optimizer.drop_step": -1, "optimizer.weight_decay": -0.1, "checkpoint.keep_every": -1,
     "log.heldout_every": -1, "log.samples_every": -1, "sample.cfg_scale": -0.5, "sample.cfg_channels": -1,
 }  # fmt: skip
 SHARES = {"optimizer.b1": 1.0, "optimizer.b2": -0.1, "optimizer.ema_decay": 1.0}
@@ -21,6 +21,10 @@ RULES = [
     *((field, value, "must not be negative") for field, value in NOT_NEGATIVE.items()),
     *((field, value, "must be in [0, 1)") for field, value in SHARES.items()),
     ("optimizer.learning_rate", float("nan"), "must be positive and finite"),
+    ("optimizer.learning_rate", float("inf"), "must be positive and finite"),
+    ("checkpoint.keep", 1, "must be at least 2"),
+    ("seed", -1, "must lie in [0, 2**32)"),
+    ("seed", 2**32, "must lie in [0, 2**32)"),
     ("sample.cfg_scale", float("nan"), "must not be negative"),
     ("optimizer.ema_decay", float("nan"), "must be in [0, 1)"),
 ]

@@ -122,3 +122,18 @@ def test_sample_draws_from_the_run(places, tmp_path):
         assert a["labels"].tolist() == [0, 1, 2, 0, 1, 2]
         # The same pictures whatever the batch, up to float rounding at a pixel's edge.
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+
+
+def test_a_run_that_only_diverges_is_aborted_with_its_steps_named(places, tmp_path):
+    data, cache, _ = places
+    wild = {"optimizer__learning_rate": 1e30, "train__max_nonfinite_steps": 3, "log__heldout_every": 0}
+    _, err = finish(start("main", *train_arguments(data, tmp_path, **wild), cache=cache), status=2)
+    assert re.search(r"error: loss or gradient has been non-finite at every step from \d+ to \d+", err)
+
+
+def test_what_sample_writes_evaluate_reads(places, tmp_path):
+    _, cache, whole = places
+    npz, scores = tmp_path / "samples.npz", tmp_path / "scores.json"
+    finish(start("sample", f"--workdir={whole}", "--num_samples=20", f"--output={npz}", cache=cache))
+    out, _ = finish(start("evaluate", f"--workdir={whole}", f"--samples={npz}", f"--output={scores}", cache=cache))
+    assert "classifier_agreement" in out and scores.exists()

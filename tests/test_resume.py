@@ -1,14 +1,17 @@
 """Which changes of configuration may continue a run: the ones decided in mid-run are told, the others refused."""
 
+import dataclasses
 import json
 
 import pytest
 
 from terdit_jax.config import base_config
+from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.training.resume import check_resumable, describe_run
 
 FINGERPRINT = "0123456789abcdef" * 4
+DATA = dataclasses.replace(make_synthetic((8, 8, 1), 10).metadata, fingerprint=FINGERPRINT)
 
 FREE = {
     "name": "renamed", "compute.dtype": "float32", "compute.remat": "block", "mesh.fsdp": 8,
@@ -31,7 +34,7 @@ def changed(**fields):
 
 def saved_run():
     """As it comes back from the checkpoint's JSON."""
-    return json.loads(json.dumps(describe_run(base_config(), 120, FINGERPRINT)))
+    return json.loads(json.dumps(describe_run(base_config(), 120, DATA)))
 
 
 def check(config, fingerprint=FINGERPRINT):
@@ -49,6 +52,7 @@ def test_a_saved_run_says_what_it_is():
     run = saved_run()
     assert (run["step"], run["seed"], run["data_fingerprint"]) == (120, 0, FINGERPRINT)
     assert run["config"] == base_config().to_dict()
+    assert (run["latent_scale"], run["codec"]) == (1.0, "none")
 
 
 def test_the_same_configuration_continues_silently():

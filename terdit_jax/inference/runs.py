@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.config import base_config
-from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.sampling import draw_all, make_draw
@@ -32,6 +31,7 @@ class Sampler:
     mesh: Mesh
     operands: dict
     latent_scale: float
+    codec: str  # "none" where the model draws pixels
 
     def draw(
         self,
@@ -96,5 +96,4 @@ def load_sampler(workdir: epath.PathLike, weights: str = "ema") -> Sampler:
     state, run = checkpoints.restore(target)
     with jax.set_mesh(mesh):
         operands = jax.jit(lambda params: make_operands(model, params, packed=model.ternary))(state[name])
-    latent_scale = 1.0 if config.data.synthetic else open_dataset(config.data.dir).metadata.latent_scale
-    return Sampler(config, run["step"], model, mesh, operands, latent_scale)
+    return Sampler(config, run["step"], model, mesh, operands, run["latent_scale"], run["codec"])

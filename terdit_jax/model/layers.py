@@ -134,5 +134,8 @@ def layer_norm(x: Array, scale: Array | float = 1.0, bias: Array | float = 0.0, 
 
 def linear(x: Array, operands: dict[str, Array], dtype: DTypeLike = jnp.float32) -> Array:
     """x W^T + b of a full-precision map, computed in `dtype`, returned in float32."""
-    y = jnp.matmul(x.astype(dtype), operands["weight"].astype(dtype).T, preferred_element_type=jnp.float32)
+    # Accelerators multiply float32 in fewer bits unless told otherwise; what asks for float32 here is small.
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    weight = operands["weight"].astype(dtype).T
+    y = jnp.matmul(x.astype(dtype), weight, precision=precision, preferred_element_type=jnp.float32)
     return y + operands["bias"]

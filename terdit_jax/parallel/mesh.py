@@ -35,7 +35,7 @@ def initialize_processes() -> None:
     elif (
         any(name in os.environ for name in _CLUSTER_VARIABLES)
         or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-        or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1  # set by srun only
         or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     ):
         jax.distributed.initialize()

@@ -135,6 +135,19 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def local_block(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which contiguous block of a global batch this process's devices hold: (its number, how many blocks there are).
+
+    Meshes follow the network's topology, so the block need not be the process's own number, and processes that
+    `tensor` joins share one.
+
+    Raises:
+      UserError: if the rows of this process are not one such block.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({(cut.start or 0, cut.stop or batch_size) for (cut,) in places})
+    first, last = rows[0][0], rows[-1][1]
+    size = last - first
+    if sum(stop - start for start, stop in rows) != size or first % size or batch_size % size:
+        raise UserError(f"mesh {dict(mesh.shape)} gives process {jax.process_index()} scattered rows {rows} of a batch")
+    return first // size, batch_size // size

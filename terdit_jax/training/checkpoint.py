@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import concurrent.futures
 import hashlib
 import json
-import threading
 import time
 from typing import Any
 
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+import numpy as np
 import orbax.checkpoint as ocp
 
 from terdit_jax.errors import UserError
@@ -35,7 +36,9 @@ class Checkpoints:
           UserError: if the directory cannot be written.
         """
         self.directory = epath.Path(workdir) / "checkpoints"
-        self._signer: threading.Thread | None = None
+        self._signer: concurrent.futures.Future | None = None
+        self._background = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._restored: int | None = None
         self._read_only = read_only = checkpoint is None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else checkpoint.keep,
@@ -62,11 +65,10 @@ class Checkpoints:
         trees = {item: {name: state[name] for name in names} for item, names in _ITEMS.items()}
         arguments = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
         self.wait()
-        if step in self._manager.all_steps():
-            return  # it was restored from there; orbax would refuse to save the step again
+        if step == self._restored:
+            return  # it came from there; orbax would refuse to save the step again
         self._manager.save(step, args=ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonSave(run)}), force=True)
-        self._signer = threading.Thread(target=self._sign_when_finished, args=(step,), daemon=True)
-        self._signer.start()
+        self._signer = self._background.submit(self._sign_when_finished, step)
 
     def restore(self, target: dict) -> tuple[dict, dict[str, Any]] | None:
         """The newest sound state and its run's JSON, or None if there is no checkpoint at all.
@@ -79,35 +81,33 @@ class Checkpoints:
           UserError: if no checkpoint is sound, or the newest sound one is of another model.
         """
         items = [item for item, names in _ITEMS.items() if set(names) & set(target)]
-        damaged: list[int] = []
-        for step in reversed(self.steps()):
-            damage = find_damage(self.directory / str(step), [*items, RUN])
-            if damage is None:
-                self._set_aside(damaged)
-                return self._read(step, items, target)
-            logging.error("CHECKPOINT %d IS DAMAGED (%s): falling back to the step before it", step, damage)
-            damaged.append(step)
-        if damaged:  # they stay where they are: an empty directory would look like a run that has not begun
-            raise UserError(f"{self.directory}: no sound checkpoint among {sorted(damaged)}, nothing to go on from")
-        return None
+        steps = self.steps()
+        step = self._newest_sound([*items, RUN], set_aside=True)
+        if step is None:
+            if steps:  # they stay where they are: an empty directory would look like a run that has not begun
+                raise UserError(f"{self.directory}: no sound checkpoint among {steps}, nothing to go on from")
+            return None
+        self._restored = step
+        return self._read(step, items, target)
 
     def newest_run(self) -> dict[str, Any] | None:
         """The JSON of the newest checkpoint whose JSON can be read, or None."""
-        for step in reversed(self.steps()):
-            if find_damage(self.directory / str(step), [RUN]) is None:
-                return self._manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
-        return None
+        step = self._newest_sound([RUN], set_aside=False)
+        if step is None:
+            return None
+        return self._manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
 
     def wait(self) -> None:
         """Blocks until every save is on disk and signed."""
         self._manager.wait_until_finished()
         if self._signer:
-            self._signer.join()
-            self._signer = None
+            signer, self._signer = self._signer, None
+            signer.result()
 
     def close(self) -> None:
         """As `wait`, then releases the directory."""
         self.wait()
+        self._background.shutdown()
         self._manager.close()
 
     def _read(self, step: int, items: list[str], target: dict) -> tuple[dict, dict[str, Any]]:
@@ -132,16 +132,32 @@ class Checkpoints:
         if len(stored) == len(wanted) and any(a != b for a, b in zip(stored, wanted, strict=True)):
             raise UserError(f"checkpoint {step} of {self.directory} holds arrays of another dtype than this model's")
 
+    def _newest_sound(self, items: list[str], *, set_aside: bool) -> int | None:
+        """The newest step whose items are sound, or None; the first process reads and decides for all of them."""
+        none = -1
+        chosen = none
+        if jax.process_index() == 0:
+            damaged = []
+            for step in reversed(self.steps()):
+                damage = find_damage(self.directory / str(step), items)
+                if damage is None:
+                    chosen = step
+                    break
+                logging.error("CHECKPOINT %d IS DAMAGED (%s): falling back to the step before it", step, damage)
+                damaged.append(step)
+            if set_aside and chosen != none and not self._read_only:
+                self._set_aside(damaged)
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        self._manager.reload()
+        return None if chosen == none else chosen
+
     def _set_aside(self, steps: list[int]) -> None:
         """Moves damaged steps out of the way: they would be taken for the latest, and their numbers must be free."""
-        if self._read_only or not steps:
-            return
-        if jax.process_index() == 0:
-            place = self.directory.parent / "damaged_checkpoints"
+        place = self.directory.parent / "damaged_checkpoints"
+        for step in steps:
             place.mkdir(exist_ok=True)
-            for step in steps:
-                (self.directory / str(step)).rename(_free_name(place, str(step)))
-        self._manager.reload()
+            (self.directory / str(step)).rename(_free_name(place, str(step)))
 
     def _sign_when_finished(self, step: int) -> None:
         """Writes the manifest as soon as orbax has given the step its final name (it offers no call-back so late)."""
@@ -161,14 +177,19 @@ def write_manifest(step_directory: epath.Path) -> None:
 
 def find_damage(step_directory: epath.Path, items: Iterable[str]) -> str | None:
     """What is wrong with the given items of a checkpoint, or None: checked against the manifest before it is read."""
+    try:
+        return _find_damage(step_directory, tuple(f"{item}/" for item in items))
+    except FileNotFoundError as error:
+        return f"{epath.Path(error.filename).name if error.filename else 'a file'} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it cannot be read: {_first_line(error)}"
+
+
+def _find_damage(step_directory: epath.Path, prefixes: tuple[str, ...]) -> str | None:
     manifest = step_directory / MANIFEST
     if not manifest.exists():
         return "its SHA-256 manifest is missing"
-    try:
-        recorded = json.loads(manifest.read_text())
-    except ValueError:
-        return "its SHA-256 manifest is not JSON"
-    prefixes = tuple(f"{item}/" for item in items)
+    recorded = json.loads(manifest.read_text())
     recorded = {name: digest for name, digest in recorded.items() if name.startswith(prefixes)}
     present = {name for name in _files(step_directory) if name.startswith(prefixes)}
     for prefix in prefixes:

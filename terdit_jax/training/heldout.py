@@ -25,10 +25,12 @@ def make_heldout_loss(
     """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no flip, no label dropout."""
 
     def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
-        indices = jnp.arange(len(batch["label"]))
+        # Keyed by the place among all held-out examples: how they are cut into batches changes nothing.
+        size = len(batch["label"])
+        keys = example_keys(config.seed + _SEED_OFFSET, 0, number * size + jnp.arange(size))
         examples = make_examples(
             batch,
-            constrain(example_keys(config.seed + _SEED_OFFSET, number, indices), "batch"),
+            constrain(keys, "batch"),
             schedule,
             latent_scale=latent_scale,
             num_classes=model.num_classes,

@@ -19,7 +19,7 @@ from terdit_jax.data.reader import heldout_batches, make_batches
 from terdit_jax.errors import UserError
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
-from terdit_jax.parallel.sharding import batch_sharding, batch_shards
+from terdit_jax.parallel.sharding import batch_sharding, batch_shards, local_block
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.heldout import make_heldout_loss
@@ -59,17 +59,19 @@ def train(setup: Setup, draw_grid: DrawGrid) -> None:
     _introduce(setup, start)
     if start >= config.train.num_steps:
         _say(f"{setup.workdir} is done: it has trained {start:,} of {config.train.num_steps:,} steps")
+        checkpoints.close()
         _close(setup)
         return
     if _is_first():
         (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     with Interruption() as interruption:
         run = _Run(setup, start, draw_grid, checkpoints)
-        state, step = run.train(state, start, interruption)
-        run.save(state, step)
-        checkpoints.close()
-        if run.writer:
-            run.writer.close()
+        try:
+            step = run.train(state, start, interruption)
+        finally:  # a save under way is finished, whatever ended the run
+            checkpoints.close()
+            if run.writer:
+                run.writer.close()
     if step < config.train.num_steps:
         _say(f"stopped by {interruption.name} at step {step:,}, state saved: the same command goes on from there")
     else:
@@ -91,8 +93,8 @@ class _Run:
         self.stopwatch = Stopwatch(start)
         self.pending: tuple[int, dict[str, Array]] | None = None
 
-    def train(self, state: State, start: int, interruption: Interruption) -> tuple[State, int]:
-        """Steps until the run is complete or interrupted; returns the state and its step."""
+    def train(self, state: State, start: int, interruption: Interruption) -> int:
+        """Steps until the run is complete or interrupted, and saves; returns the step it has reached."""
         config, step = self.setup.config, start
         for batch in _device_batches(self.setup, start):
             with jax.transfer_guard("disallow"):
@@ -104,7 +106,8 @@ class _Run:
             self.flush()  # the log of the step before: this step is already running
             last = step == config.train.num_steps
             if step % config.log.every == 0 or last:
-                figures, state = self.summarize(state, batch)
+                with self.stopwatch.paused():  # the first call compiles
+                    figures, state = self.summarize(state, batch)
                 self.pending = step, figures
             if _due(step, config.log.heldout_every) or last and config.log.heldout_every:
                 self.evaluate(state, step)
@@ -115,7 +118,7 @@ class _Run:
                 self.save(state, step)
             if stop:
                 break
-        return state, step
+        return step
 
     def flush(self) -> None:
         """Fetches and writes the figures that are waiting, if any."""
@@ -165,20 +168,24 @@ class _Run:
     def evaluate(self, state: State, step: int) -> None:
         """Writes the held-out loss of raw and EMA weights."""
         self.flush()
-        log, batch_size = self.setup.config.log, self.setup.config.train.batch_size
+        config, mesh = self.setup.config, self.setup.mesh
+        # As many examples as training has in memory at once.
+        batch_size = config.train.batch_size // config.train.accumulation_steps
+        num_batches = config.log.heldout_batches * config.train.accumulation_steps
+        block, num_blocks = local_block(mesh, batch_size)
         totals = {"heldout_loss": 0.0, "heldout_loss_ema": 0.0}
         batches = heldout_batches(
             self.setup.dataset,
             batch_size=batch_size,
-            num_batches=log.heldout_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            num_batches=num_batches,
+            process_index=block,
+            process_count=num_blocks,
         )
         for number, batch in enumerate(batches):
-            batch = _to_devices(self.setup.mesh, batch)
+            batch = _to_devices(mesh, batch, batch_size)
             for name, weights in (("heldout_loss", "params"), ("heldout_loss_ema", "ema_params")):
                 totals[name] += float(self.heldout_loss(state[weights], batch, jnp.int32(number)))
-        figures = {name: total / log.heldout_batches for name, total in totals.items()}
+        figures = {name: total / num_batches for name, total in totals.items()}
         if self.writer:
             self.writer.write(step, figures)
             _say(f"step {step:,}  held-out loss {figures['heldout_loss']:.4f}, EMA {figures['heldout_loss_ema']:.4f}")
@@ -196,7 +203,7 @@ class _Run:
     def save(self, state: State, step: int) -> None:
         """Saves, behind everything that has been logged: a resumed run goes on where the metrics file ends."""
         self.flush()
-        self.checkpoints.save(state, describe_run(self.setup.config, step, self.setup.dataset.metadata.fingerprint))
+        self.checkpoints.save(state, describe_run(self.setup.config, step, self.setup.dataset.metadata))
         self.stopwatch.restart(step)
 
 
@@ -225,30 +232,35 @@ def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dic
 def _device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
     """Global batches on the mesh from step `start` on, one always on its way while another is used."""
     config = setup.config
+    batch_size = config.train.batch_size
+    block, num_blocks = local_block(setup.mesh, batch_size)
     batches = make_batches(
         setup.dataset,
         seed=config.seed,
-        batch_size=config.train.batch_size,
+        batch_size=batch_size,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=block,
+        process_count=num_blocks,
         in_memory=config.data.in_memory,
         read_threads=config.data.read_threads,
         prefetch=config.data.prefetch,
     )
-    ready = _to_devices(setup.mesh, next(batches))
+    ready = _to_devices(setup.mesh, next(batches), batch_size)
     for batch in batches:
-        following = _to_devices(setup.mesh, batch)
+        following = _to_devices(setup.mesh, batch, batch_size)
         yield ready
         ready = following
 
 
-def _to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+def _to_devices(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, Array]:
     """This process's records to their part of the global batch. Positions stay behind: row r of a global batch is
     position r of its step, which is all that keys its draws."""
     sharding = batch_sharding(mesh)
     arrays = {name: array for name, array in batch.items() if name != "position"}
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
+        for name, array in arrays.items()
+    }
 
 
 def _introduce(setup: Setup, start: int) -> None:

@@ -3,6 +3,8 @@
 Figures come in as plain floats; computing them is `window`'s and `heldout`'s.
 """
 
+from collections.abc import Iterator
+import contextlib
 import json
 import math
 import time
@@ -80,6 +82,13 @@ class Stopwatch:
     def restart(self, step: int) -> None:
         """Starts a new interval at `step`, now."""
         self._step, self._time = step, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time spent in its body."""
+        begin = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - begin
 
     def lap(self, step: int) -> float:
         """Steps a second since the last lap or restart, 0 if there was none."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from terdit_jax.data.schema import Metadata
 from terdit_jax.errors import UserError
 
 # Fields that a continued run may change, by prefix; every other one must stay.
@@ -29,9 +30,16 @@ _FREE = (
 )
 
 
-def describe_run(config: ConfigDict, step: int, fingerprint: str) -> dict[str, Any]:
-    """The JSON saved beside a state: its step, seed, data fingerprint and whole configuration."""
-    return {"step": step, "seed": config.seed, "data_fingerprint": fingerprint, "config": config.to_dict()}
+def describe_run(config: ConfigDict, step: int, data: Metadata) -> dict[str, Any]:
+    """The JSON saved beside a state: its step, seed, whole configuration, and what sampling must know of the data."""
+    return {
+        "step": step,
+        "seed": config.seed,
+        "data_fingerprint": data.fingerprint,
+        "latent_scale": data.latent_scale,
+        "codec": data.codec,
+        "config": config.to_dict(),
+    }
 
 
 def check_resumable(run: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: str) -> list[str]:

@@ -52,8 +52,8 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     workdir = epath.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write --workdir={workdir}: {error.strerror or error}") from error
+    except (OSError, ImportError) as error:
+        raise UserError(f"cannot write --workdir={workdir}: {getattr(error, 'strerror', None) or error}") from error
     return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
 
 

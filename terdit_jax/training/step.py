@@ -17,7 +17,7 @@ from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward, make_operands
-from terdit_jax.parallel.sharding import constrain
+from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay
 from terdit_jax.training.state import State
@@ -56,6 +56,11 @@ def loss_and_grads(
         merged = [next(floats) if f else others(leaf) for leaf, f in zip(leaves, is_float, strict=True)]
         return structure.unflatten(merged)
 
+    def place(floats: list[Array]) -> list[Array]:
+        """Lays gradients out as their operands are: what is summed over microbatches stays cut over the mesh."""
+        placed = jax.tree.leaves(constrain_tree(with_floats(floats, lambda codes: codes)))
+        return [leaf for leaf, f in zip(placed, is_float, strict=True) if f]
+
     def micro(examples: Examples) -> tuple[dict, list[Array]]:
         loss = lambda floats: mean_loss(model, schedule, with_floats(floats, lambda codes: codes), examples)  # noqa: E731
         floats = [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
@@ -65,14 +70,14 @@ def loss_and_grads(
     if accumulation_steps == 1:
         sums, grads = micro(examples)
     else:
-        sums, grads = _accumulate(micro, examples, accumulation_steps)
+        sums, grads = _accumulate(micro, place, examples, accumulation_steps)
     # Integer codes take no gradient; theirs has come back through the sinks beside them.
     no_gradient = lambda codes: np.zeros(codes.shape, jax.dtypes.float0)  # noqa: E731
     (param_grads,) = to_params(with_floats(grads, no_gradient))
     return sums, param_grads
 
 
-def _accumulate(micro: Callable, examples: Examples, steps: int) -> tuple[dict, list[Array]]:
+def _accumulate(micro: Callable, place: Callable, examples: Examples, steps: int) -> tuple[dict, list[Array]]:
     """Means of the microbatches' terms and gradients, the gradients summed in float32 and rounded once at the end."""
 
     def split(leaf: Array) -> Array:
@@ -81,12 +86,13 @@ def _accumulate(micro: Callable, examples: Examples, steps: int) -> tuple[dict, 
         return constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
 
     def add(carry: tuple, examples: Examples) -> tuple[tuple, None]:
-        return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), carry, micro(examples)), None
+        sums, grads = jax.tree.map(lambda total, new: total + new.astype(jnp.float32), carry, micro(examples))
+        return (sums, place(grads)), None
 
     micros = jax.tree.map(split, examples)
     shapes = jax.eval_shape(micro, jax.tree.map(lambda leaf: leaf[0], micros))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-    (sums, grads), _ = jax.lax.scan(add, zeros, micros)
+    sums, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    (sums, grads), _ = jax.lax.scan(add, (sums, place(grads)), micros)
     sums = {name: value if name.startswith("quartile") else value / steps for name, value in sums.items()}
     return sums, jax.tree.map(lambda total, leaf: (total / steps).astype(leaf.dtype), grads, shapes[1])
 

@@ -20,7 +20,7 @@ def empty_sums() -> dict[str, Array]:
 def quartile_sums(losses: Array, t: Array, num_timesteps: int) -> dict[str, Array]:
     """losses (B,), t (B,) -> the summed loss and the count in each quartile of t, (4,) float32 each."""
     member = jax.nn.one_hot(t * NUM_QUARTILES // num_timesteps, NUM_QUARTILES, dtype=jnp.float32)
-    return {"quartile_loss": losses @ member, "quartile_count": member.sum(0)}
+    return {"quartile_loss": jnp.sum(losses[:, None] * member, 0), "quartile_count": member.sum(0)}
 
 
 def means(sums: dict[str, Array]) -> dict[str, Array]:
