@@ -40,20 +40,25 @@ class Checkpoints:
         self._background = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._restored: int | None = None
         self._read_only = read_only = checkpoint is None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else checkpoint.keep,
-            keep_period=None if read_only else checkpoint.keep_every or None,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
         handlers = {item: ocp.PyTreeCheckpointHandler() for item in _ITEMS}
+        verbosity = logging.get_verbosity()
+        if read_only:
+            logging.set_verbosity(logging.ERROR)  # orbax warns that what is opened to be read is read only
         try:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else checkpoint.keep,
+                keep_period=None if read_only else checkpoint.keep_every or None,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            )
             self._manager = ocp.CheckpointManager(
                 self.directory, options=options, item_handlers=handlers | {RUN: ocp.JsonCheckpointHandler()}
             )
         except OSError as error:
             raise UserError(f"cannot use {self.directory}: {error.strerror or error}") from error
+        finally:
+            logging.set_verbosity(verbosity)
 
     def steps(self) -> list[int]:
         """The steps on disk, ascending, damaged ones included."""
