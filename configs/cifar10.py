@@ -6,8 +6,8 @@ python -m terdit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 Data: `cifar10/` holds train/CLASS/*.png and test/CLASS/*.png, which becomes the held-out split. Reading CIFAR-10
 from TFDS: not yet.
 Hardware: one H200.
-Hours: not yet run. The whole run is 0.65 EFLOP: an hour at 181 TFLOP/s, 18% of an H200's dense bf16 peak.
-Expected: not yet run.
+Hours: about one; a trial of 3,761 steps ran at 3,430 images/s (17.6% MFU) on one H200.
+Expected: the whole run not yet run. The trial's held-out loss was 0.0379 (EMA 0.0374) at step 2,500.
 """
 
 from ml_collections import ConfigDict
