@@ -1,6 +1,7 @@
 """The whole network against the public PyTorch code, its parameter counts, and its equivalent forms."""
 
 import dataclasses
+from functools import partial
 
 from golden_models import assert_close, golden_arrays, golden_config, golden_params, nhwc, tiny_config
 import jax
@@ -24,13 +25,18 @@ MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny")
 SIZES = {"600m": (1536, 16, 32), "4b": (3072, 32, 32), "7b": (4096, 32, 32)}
 
 
+@partial(jax.jit, static_argnums=0)
 def random_params(config, seed=0, spread=0.1):
     """Fresh parameters with noise on every leaf, so that nothing is zero and every path carries a gradient."""
-    params = init_params(config, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(init_params(config, jax.random.key(seed)))
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [leaf + spread * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(structure, noisy)
+
+
+@partial(jax.jit, static_argnums=(0,), static_argnames=("packed",))
+def output(config, params, x_t, t, y, packed=False):
+    return forward(config, make_operands(config, params, packed=packed), x_t, t, y)
 
 
 def inputs(config, batch=4, seed=3):
@@ -79,7 +85,7 @@ def test_calling_the_module_is_the_forward_pass():
     model = DiT(config, rngs=nnx.Rngs(params=jax.random.key(0)))
     params = init_params(config, jax.random.key(0))
     model.final_layer.linear.weight[...] = params["final_layer"]["linear"]["weight"] = jnp.full((32, 64), 0.1)
-    expected = forward(config, make_operands(config, params), *inputs(config))
+    expected = output(config, params, *inputs(config))
     assert_close(model(*inputs(config)), np.asarray(expected))
 
 
@@ -148,15 +154,15 @@ def test_grouped_kv_heads_match_repeated_heads(heads, kv_heads):
         repeated["blocks"]["attention"][name]["weight"] = jnp.repeat(per_head, heads // kv_heads, 1).reshape(
             config.depth, config.hidden_size, -1
         )
-    expected = forward(full, make_operands(full, repeated), *inputs(config))
-    assert_close(forward(config, make_operands(config, params), *inputs(config)), np.asarray(expected))
+    expected = output(full, repeated, *inputs(config))
+    assert_close(output(config, params, *inputs(config)), np.asarray(expected))
 
 
 def test_grouped_kv_heads_with_qk_norm_are_packed_as_trained():
     config = tiny_config(num_heads=8, num_kv_heads=2)
     params = random_params(config)
-    trained = forward(config, make_operands(config, params), *inputs(config))
-    assert_close(forward(config, make_operands(config, params, packed=True), *inputs(config)), np.asarray(trained), 0)
+    trained = output(config, params, *inputs(config))
+    assert_close(output(config, params, *inputs(config), packed=True), np.asarray(trained), 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -171,9 +177,9 @@ def test_packed_model_equals_trained_model_bit_for_bit(dtype):
 
 def test_bfloat16_follows_float32():
     params = random_params(tiny_config())
-    expected = forward(tiny_config(), make_operands(tiny_config(), params), *inputs(tiny_config()))
+    expected = output(tiny_config(), params, *inputs(tiny_config()))
     config = tiny_config(dtype="bfloat16")
-    error = forward(config, make_operands(config, params), *inputs(config)) - expected
+    error = output(config, params, *inputs(config)) - expected
     assert 0 < jnp.linalg.norm(error) < 2e-2 * jnp.linalg.norm(expected)
 
 
@@ -183,7 +189,7 @@ def test_absolute_positions_tell_places_apart():
     x_t = jnp.broadcast_to(x_t[:, :1, :1], x_t.shape)
     for positions, varies in (("rope_1d", False), ("rope_1d_sincos_2d", True)):
         config = tiny_config(positions=positions)
-        out = forward(config, make_operands(config, random_params(config)), x_t, t, y)
+        out = output(config, random_params(config), x_t, t, y)
         assert bool(jnp.abs(out[:, :2, :2] - out[:, 2:4, 2:4]).max() > 1e-2) == varies
 
 
