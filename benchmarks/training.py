@@ -21,13 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terdit_jax.data.reader import make_batches
-from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.chips import peak_flops
-from terdit_jax.parallel.mesh import make_mesh
-from terdit_jax.parallel.sharding import batch_sharding
+from terdit_jax.training.loop import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step
@@ -77,7 +73,7 @@ def measure_run(run: str) -> dict:
     setup = set_up(config, "/tmp/benchmarks_training")
     state = make_state(setup.model, setup.optimizer, setup.mesh, config.seed)
     step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0)
-    batch = _one_batch(setup.model, config, make_mesh(config.mesh))
+    batch = next(device_batches(setup, 0))
     begin = time.perf_counter()
     state = jax.block_until_ready(step(state, batch))
     compile_seconds = time.perf_counter() - begin
@@ -106,23 +102,6 @@ def measure_run(run: str) -> dict:
         "mean_loss": float(sums["loss"] / sums["steps"]),
         "finite_steps": int(sums["steps"]),
     }
-
-
-def _one_batch(model: DiTConfig, config, mesh) -> dict:
-    batches = make_batches(
-        make_synthetic(model.sample_shape, model.num_classes),
-        seed=0,
-        batch_size=config.train.batch_size,
-        start_step=0,
-        process_index=0,
-        process_count=1,
-        in_memory=True,
-        read_threads=1,
-        prefetch=1,
-    )
-    batch = next(batches)
-    del batch["position"]
-    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def _load(path: str):

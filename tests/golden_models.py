@@ -1,5 +1,6 @@
 """The reference models of tests/golden: their configurations, parameters and recorded inputs and outputs."""
 
+from functools import partial
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from terdit_jax.interop.published import params_from_published
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import init_params
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -35,6 +37,14 @@ def golden_config(name: str) -> DiTConfig:
 
 def golden_params(config: DiTConfig, name: str) -> dict:
     return jax.tree.map(jnp.asarray, params_from_published(config, load_file(GOLDEN / f"{name}.safetensors")))
+
+
+@partial(jax.jit, static_argnums=0)
+def random_params(config: DiTConfig, seed: int = 0) -> dict:
+    """Fresh parameters with noise on every leaf: from the default start most gradients are zero for two steps."""
+    leaves, structure = jax.tree.flatten(init_params(config, jax.random.key(seed)))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return structure.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
 def golden_arrays(name: str) -> dict[str, np.ndarray]:

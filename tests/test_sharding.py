@@ -1,6 +1,6 @@
 """Every leaf lies by exactly one rule, and no mesh changes a training step."""
 
-from golden_models import assert_trees_close, tiny_config
+from golden_models import assert_trees_close, random_params, tiny_config
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
-from terdit_jax.model.transformer import abstract_params, init_params, make_operands
+from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.mesh import make_mesh, mesh_shape
 from terdit_jax.parallel.sharding import RULES, batch_sharding, logical_axes, partition_spec, path_name, tree_shardings
 from terdit_jax.training.examples import example_keys, make_examples
@@ -27,12 +27,6 @@ BATCH = 16
 
 def mesh_of(data, fsdp, tensor):
     return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
-
-
-def start_without_zeros():
-    leaves, structure = jax.tree.flatten(init_params(MODEL, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return structure.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
 def stored_batch(step):
@@ -63,7 +57,7 @@ def three_steps(mesh, accumulation_steps=1):
         scale = 1e-3 / optax.tree.norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 
-    params = jax.jit(start_without_zeros)()
+    params = random_params(MODEL)
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(params, mesh))
     seen = []

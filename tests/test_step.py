@@ -2,7 +2,15 @@
 
 import dataclasses
 
-from golden_models import assert_trees_close, golden_arrays, golden_config, golden_params, nhwc, tiny_config
+from golden_models import (
+    assert_trees_close,
+    golden_arrays,
+    golden_config,
+    golden_params,
+    nhwc,
+    random_params,
+    tiny_config,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +19,6 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.loss import q_sample
 from terdit_jax.diffusion.schedule import linear_schedule
-from terdit_jax.model.transformer import init_params
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.quantize import absmean_codes
 from terdit_jax.training.optimizer import make_optimizer
@@ -80,7 +87,7 @@ def assert_grads_close(actual, expected):
 
 def test_accumulation_changes_nothing():
     model = tiny_config(depth=2, hidden_size=32)
-    params, examples = random_start(model), random_examples(model, 8)
+    params, examples = random_params(model), random_examples(model, 8)
     whole, parts = jitted(model)(params, examples), jitted(model, 4)(params, examples)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole[1]))
     assert_trees_close(parts, whole)
@@ -105,7 +112,7 @@ def test_non_finite_update_is_skipped_and_counted():
 
 def test_bfloat16_gradients_follow_float32():
     model = tiny_config(depth=2, hidden_size=32)
-    params, examples = random_start(model), random_examples(model, 8)
+    params, examples = random_params(model), random_examples(model, 8)
     low = dataclasses.replace(model, dtype="bfloat16", grad_dtype="bfloat16")
     _, expected = jitted(model)(params, examples)
     _, actual = jitted(low)(params, examples)
@@ -133,13 +140,6 @@ def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
     assert all(jax.tree.leaves(moved)), moved
     codes = absmean_codes(state["params"]["blocks"]["adaLN_modulation"]["weight"])
     assert set(np.unique(codes)) == {-1, 0, 1}, "the zero adaLN matrix never got its codes"
-
-
-def random_start(model, seed=0):
-    """Parameters without a zero leaf: from the default start most gradients are zero for two steps."""
-    leaves, structure = jax.tree.flatten(init_params(model, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return structure.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
 def random_examples(model, batch, seed=0):

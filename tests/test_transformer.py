@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 
-from golden_models import assert_close, golden_arrays, golden_config, golden_params, nhwc, tiny_config
+from golden_models import assert_close, golden_arrays, golden_config, golden_params, nhwc, random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,15 +23,6 @@ from terdit_jax.model.transformer import (
 
 MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny")
 SIZES = {"600m": (1536, 16, 32), "4b": (3072, 32, 32), "7b": (4096, 32, 32)}
-
-
-@partial(jax.jit, static_argnums=0)
-def random_params(config, seed=0, spread=0.1):
-    """Fresh parameters with noise on every leaf, so that nothing is zero and every path carries a gradient."""
-    leaves, structure = jax.tree.flatten(init_params(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + spread * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
 
 
 @partial(jax.jit, static_argnums=(0,), static_argnames=("packed",))

@@ -15,7 +15,7 @@ from terdit_jax.inference.sampling import draw_all, make_draw
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.mesh import make_mesh
-from terdit_jax.parallel.sharding import tree_shardings
+from terdit_jax.parallel.sharding import abstract_sharded
 from terdit_jax.training.checkpoint import Checkpoints
 
 WEIGHTS = ("ema", "raw")
@@ -87,13 +87,7 @@ def load_sampler(workdir: epath.PathLike, weights: str = "ema") -> Sampler:
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     model, mesh = DiTConfig.from_config(config), make_mesh(config.mesh)
     name = {"ema": "ema_params", "raw": "params"}[weights]
-    shapes = {name: abstract_params(model)}
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(shapes, mesh),
-    )
-    state, run = checkpoints.restore(target)
+    state, run = checkpoints.restore(abstract_sharded({name: abstract_params(model)}, mesh))
     with jax.set_mesh(mesh):
         operands = jax.jit(lambda params: make_operands(model, params, packed=model.ternary))(state[name])
     return Sampler(config, run["step"], model, mesh, operands, run["latent_scale"], run["codec"])

@@ -103,6 +103,15 @@ def tree_shardings(tree, mesh: Mesh):
     )
 
 
+def abstract_sharded(shapes, mesh: Mesh):
+    """The shapes with their shardings: what restoring and compiling want in place of arrays. Nothing is allocated."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
 def constrain_tree(tree):
     """Constrains every leaf to its rule on the mesh in context; the identity where there is none."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -96,7 +96,7 @@ class _Run:
     def train(self, state: State, start: int, interruption: Interruption) -> int:
         """Steps until the run is complete or interrupted, and saves; returns the step it has reached."""
         config, step = self.setup.config, start
-        for batch in _device_batches(self.setup, start):
+        for batch in device_batches(self.setup, start):
             with jax.transfer_guard("disallow"):
                 state = self.train_step(state, batch)
             step += 1
@@ -213,23 +213,22 @@ def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dic
     codes = packed_codes(model, state["params"])
     figures = means(window["sums"]) | code_statistics(window["codes"], codes)
     figures |= {"skipped_steps": state["skipped"]["total"], "skipped_consecutive": state["skipped"]["consecutive"]}
+    few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
     examples = make_examples(
-        batch,
-        example_keys(config.seed, state["step"], jnp.arange(config.train.batch_size)),
+        jax.tree.map(lambda leaf: leaf[:few], batch),
+        example_keys(config.seed, state["step"], jnp.arange(few)),
         setup.schedule,
         latent_scale=setup.dataset.metadata.latent_scale,
         num_classes=model.num_classes,
         class_dropout_prob=0.0,
         horizontal_flip=False,
     )
-    few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
-    examples = jax.tree.map(lambda leaf: leaf[:few], examples)
     rms = activation_rms(model, make_operands(model, state["params"]), examples["x_t"], examples["t"], examples["y"])
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
     return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
 
 
-def _device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
+def device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
     """Global batches on the mesh from step `start` on, one always on its way while another is used."""
     config = setup.config
     batch_size = config.train.batch_size

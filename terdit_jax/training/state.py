@@ -11,7 +11,7 @@ import optax
 
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, make_operands
-from terdit_jax.parallel.sharding import tree_shardings
+from terdit_jax.parallel.sharding import abstract_sharded
 from terdit_jax.ternary.linear import PackedLinear
 from terdit_jax.training.window import empty_sums
 
@@ -56,12 +56,7 @@ def packed_codes(model: DiTConfig, params: dict) -> dict[str, Array]:
 
 def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state as shapes with their shardings; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(shapes, mesh),
-    )
+    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0)), mesh)
 
 
 def make_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
