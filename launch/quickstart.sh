@@ -10,5 +10,5 @@ WORKDIR=${WORKDIR:-$ROOT/runs/digits}
 install_package
 "$PYTHON" -m terdit_jax.prepare --source=digits --output="$DATA_DIR"
 "$PYTHON" -m terdit_jax.main --config="$ROOT/configs/digits.py" --workdir="$WORKDIR" --config.data.dir="$DATA_DIR" "$@"
-"$PYTHON" -m terdit_jax.sample --workdir="$WORKDIR" --labels=0,1,2,3,4,5,6,7,8,9 --num_samples=100 --output="$WORKDIR/grid.png"
+"$PYTHON" -m terdit_jax.sample --model="$WORKDIR" --labels=0,1,2,3,4,5,6,7,8,9 --num_samples=100 --output="$WORKDIR/grid.png"
 "$PYTHON" -m terdit_jax.evaluate --workdir="$WORKDIR"

@@ -78,6 +78,7 @@ def base_config() -> ConfigDict:
             "batch_size": 256,  # over all devices and processes
             "accumulation_steps": 1,  # microbatches an optimizer step
             "max_nonfinite_steps": 10,  # skipped in a row before the run is aborted
+            "init_from": "",  # weights to start from: a workdir, an artifact, a published checkpoint, safetensors
         }
     )
     config.checkpoint = ConfigDict({"every": 5000, "keep": 3, "keep_every": 0})  # keep_every 0: none for good

@@ -12,10 +12,13 @@ from etils import epath
 import jax
 import numpy as np
 
+from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.proxy import Pictures, proxy_metrics, sample_labels
-from terdit_jax.inference.runs import load_sampler
+from terdit_jax.inference.runtime import load_model
+from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.training.checkpoint import Checkpoints
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
 
@@ -43,14 +46,14 @@ def main(argv: Sequence[str]) -> None:
     # Many small steps: on CPUs, queueing them makes the threads of one step fight those of the next.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-    sampler = load_sampler(_WORKDIR.value, weights=_WEIGHTS.value)
-    dataset = _open_pictures(sampler.config.data.dir)
+    model = load_model(_WORKDIR.value, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
+    dataset = _open_pictures(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
     train, heldout = (_read_pictures(dataset, split) for split in ("train", "heldout"))
     if _SAMPLES.value:
         samples = _load_samples(_SAMPLES.value, dataset.metadata.shape[-1])
     else:
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
-        images = sampler.draw(
+        images = model.draw(
             labels, seed=_SEED.value, num_steps=_NUM_STEPS.value, cfg_scale=_CFG_SCALE.value, method=_METHOD.value
         )
         samples = Pictures(images, labels)

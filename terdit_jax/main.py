@@ -4,6 +4,7 @@ Any field is overridden with --config.section.field=value; the same command resu
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from absl import flags
 from etils import epath
@@ -15,6 +16,7 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import draw_all, make_draw
+from terdit_jax.interop.weights import start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.mesh import initialize_processes
 from terdit_jax.training.loop import DrawGrid, train
@@ -34,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
     setup = set_up(config, _WORKDIR.value)
-    train(setup, _grid_drawer(setup))
+    start = config.train.init_from
+    train(setup, _grid_drawer(setup), partial(start_params, start, setup.model) if start else None)
 
 
 def _load_config() -> ConfigDict | None:

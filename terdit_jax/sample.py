@@ -1,4 +1,4 @@
-"""Draws pictures from a trained run: `python -m terdit_jax.sample --workdir=DIR --labels=0,1,2 --output=grid.png`."""
+"""Draws pictures: `python -m terdit_jax.sample --model=runs/digits --labels=0,1,2 --output=grid.png`."""
 
 from collections.abc import Sequence
 import time
@@ -8,19 +8,22 @@ from etils import epath
 import jax
 import numpy as np
 
+from terdit_jax.config import base_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.pictures import make_grid, save_npz, save_png, to_uint8
-from terdit_jax.inference.runs import load_sampler
-from terdit_jax.parallel.mesh import initialize_processes
+from terdit_jax.inference.runtime import DTYPES, load_model
+from terdit_jax.parallel.mesh import initialize_processes, make_mesh
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.")
+_MODEL = flags.DEFINE_string("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.")
 _LABELS = flags.DEFINE_list("labels", None, "Classes, given to the pictures in turn; all of them if left out.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Pictures; one for each label if left out.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's config.sample if left out.")
 _METHOD = flags.DEFINE_string("method", None, "ddpm or ddim; the run's config.sample if left out.")
 _CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all noise: picture i depends on (seed, i) alone.")
-_WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or raw.")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn at once.")
 _OUTPUT = flags.DEFINE_string("output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels.")
 
@@ -28,8 +31,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "A .png for a grid, a .npz for arr
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    if not _WORKDIR.value or not _OUTPUT.value:
-        raise UserError("--workdir and --output are both needed")
+    if not _MODEL.value or not _OUTPUT.value:
+        raise UserError("--model and --output are both needed, e.g. --model=runs/digits --output=grid.png")
     if not _OUTPUT.value.endswith((".png", ".npz")):
         raise UserError(f"--output={_OUTPUT.value}: must end in .png or .npz")
     for flag in (_NUM_SAMPLES, _NUM_STEPS, _BATCH_SIZE):
@@ -39,12 +42,19 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--cfg_scale={_CFG_SCALE.value}: must not be negative")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
-    sampler = load_sampler(_WORKDIR.value, _WEIGHTS.value)
-    if _OUTPUT.value.endswith(".npz") and (sampler.codec != "none" or sampler.model.in_channels not in (1, 3)):
+    model = load_model(
+        _MODEL.value,
+        mesh=make_mesh(base_config().mesh),
+        ema=_WEIGHTS.value == "ema",
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+    )
+    description = model.description
+    if _OUTPUT.value.endswith(".npz") and (description.codec != "none" or model.config.in_channels not in (1, 3)):
         raise UserError(f"--output={_OUTPUT.value}: this model draws latents, of which only a .png preview can be made")
-    labels = _parse_labels(sampler.model.num_classes)
+    labels = _parse_labels(model.config.num_classes)
     begin = time.perf_counter()
-    images = sampler.draw(
+    images = model.draw(
         labels,
         seed=_SEED.value,
         num_steps=_NUM_STEPS.value,
@@ -57,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
         pictures, path = to_uint8(images), epath.Path(_OUTPUT.value)
         save_png(path, make_grid(pictures)) if path.suffix == ".png" else save_npz(path, pictures, labels)
         seconds = time.perf_counter() - begin
-        print(f"{len(labels)} pictures of step {sampler.step:,} in {seconds:.1f} s: {path}", flush=True)
+        which = description.name if description.step is None else f"{description.name}, step {description.step:,}"
+        print(f"{len(labels)} pictures of {which} in {seconds:.1f} s: {path}", flush=True)
 
 
 def _parse_labels(num_classes: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The reference models of tests/golden: their configurations, parameters and recorded inputs and outputs."""
 
-from functools import partial
 import json
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from terdit_jax.interop.published import params_from_published
+from terdit_jax.interop.published import StateDict, read_leaves
+from terdit_jax.interop.weights import master_params
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import init_params
+from terdit_jax.model.transformer import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,15 +36,23 @@ def golden_config(name: str) -> DiTConfig:
 
 
 def golden_params(config: DiTConfig, name: str) -> dict:
-    return jax.tree.map(jnp.asarray, params_from_published(config, load_file(GOLDEN / f"{name}.safetensors")))
+    """float32, ternary weights that the file holds packed as master weights that ternarise to the same codes."""
+    state_dict = StateDict.of(load_file(GOLDEN / f"{name}.safetensors"))
+    return jax.tree.map(jnp.asarray, master_params(config, read_leaves(config, state_dict)))
 
 
-@partial(jax.jit, static_argnums=0)
 def random_params(config: DiTConfig, seed: int = 0) -> dict:
-    """Fresh parameters with noise on every leaf: from the default start most gradients are zero for two steps."""
-    leaves, structure = jax.tree.flatten(init_params(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return structure.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    """Parameters none of which is zero, for from the default start most gradients are zero for two steps.
+
+    Drawn by NumPy: JAX would spend seconds compiling a generator for every shape.
+    """
+    generator = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = 0.15 * generator.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(noise + np.float32(path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
 
 def golden_arrays(name: str) -> dict[str, np.ndarray]:

@@ -166,3 +166,67 @@ def test_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use"):
         open_checkpoints(tmp_path / "file")
+
+
+def leaf_of(workdir, item, step=None):
+    run, read = Checkpoints(workdir).read_leaves(item, step)
+    ((path, leaf),) = read(["w"])
+    assert path == "w" and isinstance(leaf, np.ndarray)
+    return run, leaf
+
+
+@pytest.mark.parametrize("item", ["params", "ema_params"])
+@pytest.mark.parametrize(("step", "found"), [(None, 3), (1, 1)])
+def test_leaves_of_a_step(saved, item, step, found):
+    run, leaf = leaf_of(saved, item, step)
+    assert run == {"step": found}
+    np.testing.assert_array_equal(leaf, state(found)[item]["w"])
+
+
+def test_leaves_come_one_by_one_in_the_order_asked_for(tmp_path):
+    tree = {"a": {"w": jnp.arange(24.0).reshape(2, 3, 4), "alpha": jnp.ones(2)}, "b": jnp.full((3,), 2, jnp.bfloat16)}
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(state(1) | {"params": tree}, {"step": 1})
+    checkpoints.close()
+    _, read = Checkpoints(tmp_path).read_leaves("params")
+    for paths in (["b", "a/w", "a/alpha"], ["a/alpha", "b"], []):
+        leaves = read(paths)
+        assert iter(leaves) is leaves
+        found = list(leaves)
+        assert [path for path, _ in found] == paths
+        for path, leaf in found:
+            expected = tree["b"] if path == "b" else tree["a"][path[2:]]
+            assert leaf.dtype == expected.dtype
+            np.testing.assert_array_equal(leaf, expected)
+
+
+def test_a_step_that_is_not_there(saved, tmp_path_factory):
+    with pytest.raises(UserError, match=r"has no step 7: there are \[1, 2, 3\]$"):
+        Checkpoints(saved).read_leaves("params", 7)
+    empty_run = tmp_path_factory.mktemp("empty")
+    open_checkpoints(empty_run).close()
+    with pytest.raises(UserError, match="has no step 7: there are none$"):
+        Checkpoints(empty_run).read_leaves("params", 7)
+    with pytest.raises(UserError, match="holds no sound checkpoint: there are steps none$"):
+        Checkpoints(empty_run).read_leaves("params")
+
+
+def test_a_damaged_step_is_refused_if_asked_for_and_passed_over_if_not(saved, caplog):
+    flip(saved / "checkpoints" / "3")
+    with pytest.raises(
+        UserError, match="checkpoint 3 of .* is damaged: params/.* does not match its SHA-256$"
+    ) as caught:
+        Checkpoints(saved).read_leaves("params", 3)
+    assert "\n" not in str(caught.value)
+    assert leaf_of(saved, "params")[0] == {"step": 2}
+    assert "CHECKPOINT 3 IS DAMAGED" in caplog.text
+    # What is not read may be damaged; nothing is set aside by reading.
+    assert leaf_of(saved, "ema_params", 3)[0] == {"step": 3}
+    assert not (saved / "damaged_checkpoints").exists()
+
+
+def test_without_a_sound_step_there_are_no_leaves(saved):
+    for step in (1, 2, 3):
+        flip(saved / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=r"holds no sound checkpoint: there are steps \[1, 2, 3\]$"):
+        Checkpoints(saved).read_leaves("params")

@@ -21,7 +21,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     data, cache, whole = prepare_digits(root / "digits"), root / "cache", root / "whole"
     out, _ = finish(start("main", *train_arguments(data, whole), cache=cache))
-    assert "next: python -m terdit_jax.sample" in out
+    assert f"next: python -m terdit_jax.sample --model={whole} " in out
     return data, cache, whole
 
 
@@ -118,7 +118,7 @@ def test_another_rate_and_length_continue_and_another_model_is_refused(places, t
 
 def test_sample_draws_from_the_run(places, tmp_path):
     _, cache, whole = places
-    common = ("sample", f"--workdir={whole}", "--labels=0,1,2", "--num_samples=6", "--num_steps=5")
+    common = ("sample", f"--model={whole}", "--labels=0,1,2", "--num_samples=6", "--num_steps=5")
     finish(start(*common, f"--output={tmp_path / 'grid.png'}", cache=cache))
     assert Image.open(tmp_path / "grid.png").size[0] > 64
     finish(start(*common, f"--output={tmp_path / 'a.npz'}", "--batch_size=6", cache=cache))
@@ -128,6 +128,19 @@ def test_sample_draws_from_the_run(places, tmp_path):
         assert a["labels"].tolist() == [0, 1, 2, 0, 1, 2]
         # The same pictures whatever the batch, up to float rounding at a pixel's edge.
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+
+
+def test_an_exported_run_draws_the_runs_pictures(places, tmp_path):
+    _, cache, whole = places
+    artifact = tmp_path / "digits.safetensors"
+    out, _ = finish(start("export", f"--workdir={whole}", f"--output={artifact}", cache=cache))
+    assert "step 40, averaged weights" in out
+    for model, output in ((whole, "a.npz"), (artifact, "b.npz")):
+        finish(start("sample", f"--model={model}", "--num_samples=6", f"--output={tmp_path / output}", cache=cache))
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a["arr_0"].shape == (6, 8, 8, 3) and a["arr_0"].std() > 0
+        np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+        np.testing.assert_array_equal(a["labels"], b["labels"])
 
 
 def test_a_run_that_only_diverges_is_aborted_with_its_steps_named(places, tmp_path):
@@ -140,6 +153,6 @@ def test_a_run_that_only_diverges_is_aborted_with_its_steps_named(places, tmp_pa
 def test_what_sample_writes_evaluate_reads(places, tmp_path):
     _, cache, whole = places
     npz, scores = tmp_path / "samples.npz", tmp_path / "scores.json"
-    finish(start("sample", f"--workdir={whole}", "--num_samples=20", f"--output={npz}", cache=cache))
+    finish(start("sample", f"--model={whole}", "--num_samples=20", f"--output={npz}", cache=cache))
     out, _ = finish(start("evaluate", f"--workdir={whole}", f"--samples={npz}", f"--output={scores}", cache=cache))
     assert "classifier_agreement" in out and scores.exists()

@@ -2,12 +2,14 @@
 
 import ast
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "terdit_jax"
 LAYERS = (
-    "ternary", "diffusion", "parallel", "model", "data", "training", "inference", "evaluation", "interop",
+    "ternary", "diffusion", "parallel", "model", "data", "training", "interop", "inference", "evaluation",
 )  # fmt: skip
 FOUNDATIONS = ("errors", "config")  # imported by anyone; config imports errors, errors nothing of ours
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -41,8 +43,8 @@ def violations(source: str, module: str, is_package: bool = False) -> set[str]:
         allowed = set(FOUNDATIONS[: FOUNDATIONS.index(own)])
     elif own:  # a command
         allowed = {*LAYERS, *FOUNDATIONS}
-    else:
-        allowed = set()
+    else:  # terdit_jax itself, which offers load_model
+        allowed = {"inference"}
     return imported_layers(source, module, is_package) - allowed
 
 
@@ -72,6 +74,9 @@ def test_imports_come_from_above(path):
         ("terdit_jax.sample", "from terdit_jax import main\nfrom terdit_jax.interop import published", {"main"}),
         ("terdit_jax.errors", "from terdit_jax.config import base_config", {"config"}),
         ("terdit_jax.config", "from terdit_jax.errors import UserError", set()),
+        ("terdit_jax.interop.weights", "from terdit_jax.inference.runtime import load_model", {"inference"}),
+        ("terdit_jax", "def f():\n    from terdit_jax.inference.runtime import load_model", set()),
+        ("terdit_jax", "from terdit_jax.main import main", {"main"}),
     ],
 )
 def test_a_violation_is_caught(module, source, found):
@@ -81,3 +86,14 @@ def test_a_violation_is_caught(module, source, found):
 def test_a_violation_in_a_package_file_is_caught():
     assert violations("from ..model import block", "terdit_jax.ternary", is_package=True) == {"model"}
     assert violations("from . import packing", "terdit_jax.ternary", is_package=True) == set()
+
+
+@pytest.mark.parametrize("module", ["terdit_jax", "terdit_jax.interop.pytorch"])
+def test_who_runs_a_model_in_pytorch_needs_no_jax(module):
+    """Not even installed."""
+    if module.endswith("pytorch"):
+        pytest.importorskip("torch")
+    code = f"import sys; sys.modules['jax'] = None; import {module}; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'terdit_jax'" in done.stdout and "'flax'" not in done.stdout and "'jaxlib'" not in done.stdout

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.ternary.packing import pack, pack_planes, unpack, unpack_planes
+from terdit_jax.ternary.packing import (
+    holds_unused_code,
+    pack,
+    pack_planes,
+    packed_to_planes,
+    planes_to_packed,
+    unpack,
+    unpack_planes,
+)
 
 CODES = jax.random.randint(jax.random.key(0), (3, 16, 32), -1, 2, jnp.int8)
 
@@ -40,3 +48,28 @@ def test_axes_that_do_not_pack_are_refused():
         pack(jnp.zeros((4, 6), jnp.int8))
     with pytest.raises(ValueError, match="multiple of 4"):
         pack_planes(np.zeros((6, 4), np.int8))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (16, 32), (12, 20), (48, 8)])
+def test_planes_and_packed_codes_become_each_other(shape):
+    codes = np.random.default_rng(0).integers(-1, 2, shape, np.int8)
+    planes, packed = pack_planes(codes), np.asarray(pack(jnp.asarray(codes)))
+    for actual, expected in ((planes_to_packed(planes), packed), (packed_to_planes(packed), planes)):
+        assert (actual.shape, actual.dtype) == (expected.shape, np.uint8)
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_views_of_a_file_that_lie_anywhere_are_converted_too():
+    planes = pack_planes(np.random.default_rng(0).integers(-1, 2, (16, 32), np.int8))
+    buffer = np.zeros(planes.nbytes + 1, np.uint8)
+    buffer[1:] = planes.ravel()
+    view = buffer[1:].reshape(planes.shape)
+    view.flags.writeable = False
+    np.testing.assert_array_equal(planes_to_packed(view), planes_to_packed(planes))
+
+
+def test_every_bit_pair_that_stands_for_nothing_is_found():
+    for byte in range(256):
+        planes = np.zeros((3, 4), np.uint8)
+        planes[2, 1] = byte
+        assert holds_unused_code(planes) == any(byte >> shift & 3 == 3 for shift in (0, 2, 4, 6)), bin(byte)

@@ -1,18 +1,26 @@
-"""A published state dict becomes our parameters and back without losing a bit; one that does not fit is named."""
+"""A published state dict becomes our leaves and back without losing a bit; one that does not fit is named."""
 
+from deployed import VARIANTS, random_params, small_config
 from golden_models import GOLDEN, golden_config
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop.published import params_from_published, published_name, published_tensors
+from terdit_jax.interop.published import (
+    StateDict,
+    model_leaves,
+    params_leaves,
+    params_tree,
+    published_layout,
+    published_name,
+    published_tensors,
+    read_leaves,
+)
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.sharding import path_name
-from terdit_jax.ternary.packing import pack_planes
-from terdit_jax.ternary.quantize import absmean_codes
+from terdit_jax.ternary.packing import unpack, unpack_planes
 
 WQ = "layers.1.attention.wq.weight"
 
@@ -29,21 +37,41 @@ def packed():
     return golden_config("terdit_tiny"), load_file(GOLDEN / "terdit_tiny.safetensors")
 
 
-@pytest.mark.parametrize("name", ["train_init", "largedit_tiny"])
+def read(model, tensors):
+    return params_tree(read_leaves(model, StateDict.of(tensors)))
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (actual[key].shape, actual[key].dtype) == (tensor.shape, tensor.dtype), key
+        assert np.asarray(actual[key]).tobytes() == tensor.tobytes(), key
+
+
+@pytest.mark.parametrize("name", ["train_init", "terdit_tiny", "terdit_tiny_noqk", "largedit_tiny"])
 def test_there_and_back_is_the_same_bit_for_bit(name):
     model = golden_config("train" if name == "train_init" else name)
     tensors = load_file(GOLDEN / f"{name}.safetensors")
-    back = dict(published_tensors(model, params_from_published(model, tensors)))
-    assert back.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        assert (back[key].shape, back[key].dtype) == (tensor.shape, tensor.dtype), key
-        assert back[key].tobytes() == tensor.tobytes(), key
+    back = dict(published_tensors(model, read_leaves(model, StateDict.of(tensors))))
+    assert_same(back, tensors)
+    layout = published_layout(model, packed=name.startswith("terdit"))
+    assert list(layout.items()) == [(key, (array.dtype, array.shape)) for key, array in back.items()]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_every_kind_of_model_goes_out_and_back(overrides):
+    model = small_config(**overrides)
+    params = random_params(model)
+    tensors = dict(published_tensors(model, params_leaves(params)))
+    assert {name: (array.dtype, array.shape) for name, array in tensors.items()} == published_layout(model, False)
+    back = read(model, tensors)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def test_the_tree_is_the_models_own(master):
     model, tensors = master
-    params = params_from_published(model, tensors)
-    target = abstract_params(model)
+    params, target = read(model, tensors), abstract_params(model)
     assert jax.tree.structure(params) == jax.tree.structure(target)
     for ours, expected in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
         assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
@@ -51,7 +79,7 @@ def test_the_tree_is_the_models_own(master):
 
 def test_layers_lie_on_axis_0_under_their_own_numbers(master):
     model, tensors = master
-    blocks = params_from_published(model, tensors)["blocks"]
+    blocks = read(model, tensors)["blocks"]
     for i in range(model.depth):
         for ours, name in (
             (blocks["attention"]["wq"]["weight"], f"layers.{i}.attention.wq.weight"),
@@ -63,25 +91,45 @@ def test_layers_lie_on_axis_0_under_their_own_numbers(master):
     assert np.any(blocks["attention"]["wq"]["weight"][0] != blocks["attention"]["wq"]["weight"][1])
 
 
-def test_packed_planes_become_codes_that_pack_to_the_same_planes(packed):
+def test_planes_become_packed_leaves_of_the_same_codes(packed):
     model, tensors = packed
-    planes = [name for name, tensor in tensors.items() if tensor.dtype == np.uint8]
-    assert len(planes) == 8 * model.depth
-    back = dict(published_tensors(model, params_from_published(model, tensors)))
-    codes_of = jax.jit(absmean_codes)
-    for name in planes:
-        assert set(np.unique(back[name])) <= {-1, 0, 1}
-        codes = np.asarray(codes_of(jnp.asarray(back[name])[None])[0], np.int8)
-        np.testing.assert_array_equal(codes, back[name], err_msg="ternarising the codes gives them again")
-        np.testing.assert_array_equal(pack_planes(codes), tensors[name])
+    leaves = dict(read_leaves(model, StateDict.of(tensors)))
+    ternary = [leaf for leaf in model_leaves(model) if leaf.ternary]
+    assert len(ternary) == 8 and all(leaves[leaf.path].dtype == np.uint8 for leaf in ternary)
+    for leaf in ternary:
+        codes = np.stack([unpack_planes(tensors[name]) for name in leaf.names])
+        np.testing.assert_array_equal(unpack(leaves[leaf.path]), codes, err_msg=leaf.path)
+
+
+def test_nothing_is_read_before_it_is_asked_for(packed):
+    model, tensors = packed
+    been_read = []
+    state_dict = StateDict(StateDict.of(tensors).layout, lambda name: been_read.append(name) or tensors[name])
+    leaves = read_leaves(model, state_dict)
+    assert not been_read
+    for leaf in model_leaves(model):
+        next(leaves)
+        assert been_read[-len(leaf.names) :] == leaf.names, "a leaf reads its own tensors and no more"
+    assert sorted(been_read) == sorted(tensors)
+
+
+def test_full_precision_leaves_come_first(packed):
+    ternary = [leaf.ternary for leaf in model_leaves(packed[0])]
+    assert ternary == sorted(ternary) and any(ternary) and not all(ternary)
 
 
 def test_other_float_dtypes_become_float32(master):
     model, tensors = master
     halves = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
-    params = params_from_published(model, halves)
+    params = read(model, halves)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     np.testing.assert_array_equal(params["x_embedder"]["weight"], halves["x_embedder.weight"].astype(np.float32))
+
+
+def test_scales_without_an_axis_are_read_too(master):
+    model, tensors = master
+    scalars = {name: tensor.reshape(()) if name.endswith(".alphas") else tensor for name, tensor in tensors.items()}
+    jax.tree.map(np.testing.assert_array_equal, read(model, scalars), read(model, tensors))
 
 
 @pytest.mark.parametrize("name", ["x_embedder.bias", WQ, "layers.0.attention.wk.alphas", "final_layer.linear.weight"])
@@ -89,7 +137,7 @@ def test_a_missing_tensor_is_named(master, name):
     model, tensors = master
     del tensors[name]
     with pytest.raises(UserError, match=f"lacks tensor '{name}'"):
-        params_from_published(model, tensors)
+        read(model, tensors)
 
 
 @pytest.mark.parametrize("name", ["rope.freqs", "layers.2.ffn_norm.weight", "layers.0.attention.wq.bias"])
@@ -97,14 +145,14 @@ def test_an_unknown_tensor_is_named(master, name):
     model, tensors = master
     tensors[name] = np.zeros(64, np.float32)
     with pytest.raises(UserError, match=rf"'{name}' does not belong to this model \(1 such\)"):
-        params_from_published(model, tensors)
+        read(model, tensors)
 
 
 def test_unknown_tensors_are_counted(master):
     model, tensors = master
     tensors |= {"b": np.zeros(1), "a": np.zeros(1)}
     with pytest.raises(UserError, match=r"'a' does not belong to this model \(2 such\)"):
-        params_from_published(model, tensors)
+        read(model, tensors)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +162,7 @@ def test_unknown_tensors_are_counted(master):
         ("y_embedder.embedding_table.weight", (10, 64), (11, 64)),
         (WQ, (64, 32), (64, 64)),
         (WQ, (64 * 64,), (64, 64)),
-        ("layers.0.attention.wk.alphas", (2,), ()),
+        ("layers.0.attention.wk.alphas", (2,), (1,)),
         ("layers.1.adaLN_modulation.2.weight", (64,), (384,)),
     ],
 )
@@ -122,7 +170,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(master, name, shape, neede
     model, tensors = master
     tensors[name] = np.ones(shape, np.float32)
     with pytest.raises(UserError) as caught:
-        params_from_published(model, tensors)
+        read(model, tensors)
     assert str(caught.value) == f"checkpoint tensor {name!r} has shape {shape}, this model needs {needed}"
 
 
@@ -130,28 +178,48 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(master, name, shape, neede
 def test_misshapen_planes_are_named(packed, shape):
     model, tensors = packed
     tensors[WQ] = np.zeros(shape, np.uint8)
-    with pytest.raises(UserError, match=f"'{WQ}' has shape .* this model needs \\(64, 64\\)"):
-        params_from_published(model, tensors)
+    with pytest.raises(UserError, match=f"'{WQ}' has shape .* this model needs \\(16, 64\\)"):
+        read(model, tensors)
 
 
-def test_planes_are_refused_where_the_model_has_no_ternary_map(packed):
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"), [("x_embedder.weight", (64, 16), np.uint8), (WQ, (64, 64), np.int32)]
+)
+def test_a_dtype_that_the_model_cannot_use_is_named(packed, name, shape, dtype):
     model, tensors = packed
-    tensors["x_embedder.weight"] = np.zeros((16, 16), np.uint8)
-    with pytest.raises(UserError, match="'x_embedder.weight' has shape"):
-        params_from_published(model, tensors)
+    tensors[name] = np.zeros(shape, dtype)
+    with pytest.raises(UserError, match=f"'{name}' is {np.dtype(dtype)}, this model cannot use that"):
+        read(model, tensors)
 
 
 def test_planes_with_the_unused_code_are_refused(packed):
     model, tensors = packed
-    tensors[WQ] = np.full_like(tensors[WQ], 0b11111111)
-    with pytest.raises(UserError, match=WQ):
-        params_from_published(model, tensors)
+    tensors[WQ] = tensors[WQ].copy()
+    tensors[WQ][3, 5] |= 0b00110000
+    with pytest.raises(UserError, match=f"'{WQ}' holds the 2-bit code 11"):
+        read(model, tensors)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(master, value):
+    model, tensors = master
+    tensors[WQ] = tensors[WQ].copy()
+    tensors[WQ][3, 5] = value
+    with pytest.raises(UserError, match=f"'{WQ}' holds values that are not finite"):
+        read(model, tensors)
+
+
+def test_layers_of_which_some_are_packed_are_refused(packed):
+    model, tensors = packed
+    tensors[WQ] = unpack_planes(tensors[WQ]).astype(np.float32)
+    with pytest.raises(UserError, match="packed in some layers and not in others"):
+        read(model, tensors)
 
 
 def test_a_full_precision_checkpoint_is_no_ternary_model(master):
     model, _ = master
     with pytest.raises(UserError, match="lacks tensor"):
-        params_from_published(model, load_file(GOLDEN / "largedit_tiny.safetensors"))
+        read(model, load_file(GOLDEN / "largedit_tiny.safetensors"))
 
 
 def test_every_parameter_has_its_own_published_name(master):

@@ -72,10 +72,10 @@ def test_unwritable_workdir(digits, tmp_path):
         ("main", ["--config=configs/nothing.py", "--workdir=W"], "configs/nothing.py"),
         ("main", ["--workdir=W"], "--config and --workdir are both needed"),
         ("main", ["--config=configs/digits.py", "--workdir=W", "digits"], "unexpected argument 'digits'"),
-        ("sample", ["--workdir=W", "--output=grid.gif"], "must end in .png or .npz"),
-        ("sample", ["--workdir=W", "--output=grid.png"], "holds no run"),
-        ("sample", ["--workdir=W", "--output=grid.png", "--num_samples=0"], "--num_samples=0: must be positive"),
-        ("sample", ["--workdir=W", "--output=grid.png", "--guidance=4"], "guidance"),
+        ("sample", ["--model=W", "--output=grid.gif"], "must end in .png or .npz"),
+        ("sample", ["--model=W", "--output=grid.png"], "run does not exist"),
+        ("sample", ["--model=W", "--output=grid.png", "--num_samples=0"], "--num_samples=0: must be positive"),
+        ("sample", ["--model=W", "--output=grid.png", "--guidance=4"], "guidance"),
     ],
 )
 def test_commands_answer_in_one_line_with_status_2(tmp_path, module, arguments, message):
@@ -94,6 +94,6 @@ def test_a_data_set_changed_under_a_workdir_is_refused(digits, tmp_path):
     arguments = train_arguments(other, workdir, train__num_steps=4, log__heldout_every=0)
     _, err = finish(start("main", *arguments, cache=cache), status=2)
     assert "was trained on data set" in err and sorted(p.name for p in Path(workdir, "checkpoints").iterdir()) == ["2"]
-    label = ["--labels=0,10", f"--workdir={workdir}", f"--output={tmp_path / 'grid.png'}"]
+    label = ["--labels=0,10", f"--model={workdir}", f"--output={tmp_path / 'grid.png'}"]
     _, err = finish(start("sample", *label, cache=cache), status=2)
     assert "label 10 is out of range" in err and not (tmp_path / "grid.png").exists()

@@ -48,9 +48,7 @@ def test_three_golden_training_steps():
     model, io = golden_config("train"), golden_arrays("train_io")
     config = optimizer_config(learning_rate=5e-4, clip_norm=2.0, ema_decay=0.99)
     optimizer = make_optimizer(config)
-    state = init_state(model, optimizer, 0)
-    params = golden_params(model, "train_init")
-    state |= {"params": params, "ema_params": params, "opt_state": optimizer.init(params)}
+    state = init_state(model, optimizer, 0, golden_params(model, "train_init"))
     run = jitted(model)
     update = jax.jit(lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads))
     seen = 0.0
@@ -97,7 +95,7 @@ def test_non_finite_update_is_skipped_and_counted():
     model = tiny_config(depth=1, hidden_size=32)
     config = optimizer_config()
     optimizer = make_optimizer(config)
-    state = init_state(model, optimizer, 0)
+    state = init_state(model, optimizer, 0, random_params(model))
     sums, grads = jitted(model)(state["params"], random_examples(model, 4))
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
     update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args))
@@ -127,7 +125,7 @@ def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
     model = tiny_config(depth=2, hidden_size=32, alpha_init=alpha_init)
     config = optimizer_config(learning_rate=1e-3)
     optimizer = make_optimizer(config)
-    start = state = init_state(model, optimizer, 0)
+    start = state = jax.jit(lambda: init_state(model, optimizer, 0))()
 
     @jax.jit
     def step(state, examples):
@@ -143,8 +141,7 @@ def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
 
 
 def random_examples(model, batch, seed=0):
-    keys = jax.random.split(jax.random.key(100 + seed), 4)
-    x_0, noise = (jax.random.normal(k, (batch, *model.sample_shape)) for k in keys[:2])
-    t = jax.random.randint(keys[2], (batch,), 0, 1000)
-    y = jax.random.randint(keys[3], (batch,), 0, model.num_classes + 1)
+    random = np.random.default_rng(seed)
+    x_0, noise = random.standard_normal((2, batch, *model.sample_shape), np.float32)
+    t, y = random.integers(0, 1000, batch), random.integers(0, model.num_classes + 1, batch)
     return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(SCHEDULE, x_0, t, noise)}

@@ -1,6 +1,6 @@
 """Guided sampling from operands: whole loops in one jit, each image fixed by (seed, its index).
 
-Where the weights come from is `runs`'s, what pictures look like on disk `pictures`'s.
+Where the weights come from is `runtime`'s, what pictures look like on disk `pictures`'s.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward
-from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain
+from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
 
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 
@@ -80,15 +80,10 @@ def draw_all(
         # The last batch is filled up with further images, which are dropped: one shape, one compilation.
         batch_labels = np.resize(labels[start : start + batch_size], batch_size).astype(np.int32)
         with jax.set_mesh(mesh):
-            batch = draw(operands, _spread(batch_labels, mesh), _spread(indices, mesh))
+            batch = draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)))
         images.append(_gather(batch))
         report(min(start + batch_size, len(labels)))
     return np.concatenate(images)[: len(labels)]
-
-
-def _spread(values: np.ndarray, mesh: Mesh) -> Array:
-    """A host array that every process holds whole, cut over the mesh's batch axes."""
-    return jax.make_array_from_callback(values.shape, batch_sharding(mesh), lambda index: values[index])
 
 
 def _gather(batch: Array) -> np.ndarray:

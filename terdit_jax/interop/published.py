@@ -1,19 +1,28 @@
-"""The names and layouts of TerDiT's and Large-DiT's published state dicts, to and from our parameter tree.
+"""The names and layouts of TerDiT's and Large-DiT's published state dicts, to and from the leaves of our parameters.
 
-It maps arrays already in memory; reading and writing files is left to its callers. PyTorch is not needed.
+Both directions go leaf by leaf, so that a model passes through in the memory of its largest leaf; files are left to
+the modules beside this one. PyTorch is not needed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+from functools import lru_cache
 import re
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.sharding import path_name
-from terdit_jax.ternary.packing import unpack_planes
+from terdit_jax.ternary.packing import CODES_PER_BYTE, holds_unused_code, packed_to_planes, planes_to_packed
+
+Leaves = Iterable[tuple[str, np.ndarray]]  # (path, whole leaf) of a parameter tree; ternary weights may be packed
+Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # published name -> (dtype, shape)
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float64))
 
 # Our path -> the published name; `{}` takes the layer's number, which we keep on axis 0.
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -43,58 +52,142 @@ def published_name(path: str) -> str:
     raise ValueError(f"{path} has no published name")
 
 
-def params_from_published(config: DiTConfig, tensors: Mapping[str, np.ndarray]) -> dict:
-    """Our parameter tree from a published state dict, float32.
+@dataclasses.dataclass(frozen=True)
+class StateDict:
+    """A published state dict, one tensor of it in memory at a time: `layout` says what there is, `read` reads it."""
 
-    Packed weights (uint8 planes) become float32 matrices of -1, 0 and 1: ternarising those gives the same codes
-    again, so the model computes what the checkpoint's did.
+    layout: Layout
+    read: Callable[[str], np.ndarray]
 
-    Args:
-      config: the architecture.
-      tensors: name -> array; `*.weight` of a ternary map may be master weights or packed planes.
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "StateDict":
+        """Of arrays that are in memory, or mapped, already."""
+        return cls({name: (array.dtype, array.shape) for name, array in arrays.items()}, arrays.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of the parameter tree and the published tensors it is made of: one, or one a layer where `name` has {}."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]  # of one published tensor, with alphas as (1,)
+    depth: int | None  # layers, which we stack on axis 0
+    ternary: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name] if self.depth is None else [self.name.format(i) for i in range(self.depth)]
+
+    def stored(self, packed: bool) -> tuple[np.dtype, tuple[int, ...]]:
+        """Dtype and shape of a published tensor, ternary weights as 2-bit planes if `packed`."""
+        if packed and self.ternary:
+            return np.dtype(np.uint8), (self.shape[0] // CODES_PER_BYTE, *self.shape[1:])
+        return np.dtype(np.float32), self.shape
+
+
+@lru_cache(maxsize=64)
+def model_leaves(config: DiTConfig) -> tuple[Leaf, ...]:
+    """The leaves of a model, those that stay full precision first; from shapes alone."""
+    leaves = []
+    for path, target in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        path = path_name(path)
+        name = published_name(path)
+        stacked = "{}" in name
+        shape = (target.shape[1:] if stacked else target.shape) or (1,)
+        ternary = config.ternary and stacked and path.endswith("/weight")
+        leaves.append(Leaf(path, name, shape, config.depth if stacked else None, ternary))
+    return tuple(sorted(leaves, key=lambda leaf: leaf.ternary))
+
+
+def published_layout(config: DiTConfig, packed: bool) -> Layout:
+    """Every tensor of a model's published state dict, in the order in which `published_tensors` yields them."""
+    return {name: leaf.stored(packed) for leaf in model_leaves(config) for name in leaf.names}
+
+
+def check_layout(config: DiTConfig, layout: Layout) -> None:
+    """Compares names, shapes and dtypes with the model's before a tensor is read.
 
     Raises:
-      UserError: a tensor that is missing, that the model does not have, that has another shape, or whose packed
-        codes are none.
+      UserError: naming a tensor that is missing, that the model does not have, or that has another shape or dtype.
     """
-    unused = set(tensors)
-
-    def take(name: str, shape: tuple[int, ...], packable: bool) -> np.ndarray:
-        if name not in tensors:
-            raise UserError(f"checkpoint lacks tensor {name!r} that this model needs")
-        unused.discard(name)
-        array = np.asarray(tensors[name])
-        if packable and array.dtype == np.uint8:
-            array = unpack_planes(array)
-            if array.max(initial=0) > 1:
-                raise UserError(
-                    f"checkpoint tensor {name!r} holds the 2-bit code 11, which stands for no ternary value"
-                )
-        elif name.endswith(".alphas") and array.shape == (1,):
-            array = array[0]
-        if array.shape != shape:
-            raise UserError(f"checkpoint tensor {name!r} has shape {array.shape}, this model needs {shape}")
-        return array.astype(np.float32)
-
-    def leaf(path: tuple, target: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = published_name(path_name(path))
-        if "{}" not in name:
-            return take(name, target.shape, packable=False)
-        packable = config.ternary and path_name(path).endswith("/weight")
-        return np.stack([take(name.format(i), target.shape[1:], packable) for i in range(config.depth)])
-
-    params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
+    unused = set(layout)
+    for leaf in model_leaves(config):
+        for name in leaf.names:
+            if name not in layout:
+                raise UserError(f"checkpoint lacks tensor {name!r} that this model needs")
+            unused.discard(name)
+            dtype, shape = layout[name]
+            _, wanted = leaf.stored(packed=dtype == np.uint8)
+            if shape != wanted and (shape or (1,)) != wanted:
+                raise UserError(f"checkpoint tensor {name!r} has shape {shape}, this model needs {wanted}")
+            if dtype not in FLOATS and not (leaf.ternary and dtype == np.uint8):
+                raise UserError(f"checkpoint tensor {name!r} is {dtype}, this model cannot use that")
     if unused:
-        raise UserError(f"checkpoint tensor {min(unused)!r} does not belong to this model ({len(unused)} such)")
-    return params
+        raise UserError(f"checkpoint tensor {min(unused)[:60]!r} does not belong to this model ({len(unused)} such)")
 
 
-def published_tensors(config: DiTConfig, params: dict) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of the published full-precision layout, master weights as they are, one leaf at a time."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, array = published_name(path_name(path)), np.asarray(leaf)
-        if "{}" not in name:
-            yield name, array
+def read_leaves(config: DiTConfig, state_dict: StateDict) -> Iterator[tuple[str, np.ndarray]]:
+    """The model's leaves from a published state dict, layers stacked on axis 0.
+
+    Yields:
+      (path, leaf): float32, or (L, out, in / 4) uint8 of `terdit_jax.ternary.packing.pack` where the state dict holds
+      2-bit planes.
+
+    Raises:
+      UserError: as `check_layout`; a value that is not finite, or a bit pair that stands for no ternary value.
+    """
+    check_layout(config, state_dict.layout)
+    for leaf in model_leaves(config):
+        tensors = [_read(state_dict, name, leaf.shape) for name in leaf.names]
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            raise UserError(f"checkpoint tensors {leaf.name!r} are packed in some layers and not in others")
+        array = tensors[0] if leaf.depth is None else np.stack(tensors)
+        yield leaf.path, array[:, 0] if leaf.path.endswith("/alpha") else array
+
+
+def _read(state_dict: StateDict, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    tensor = np.asarray(state_dict.read(name))
+    if tensor.dtype == np.uint8:
+        if holds_unused_code(tensor):
+            raise UserError(f"checkpoint tensor {name!r} holds the 2-bit code 11, which stands for no ternary value")
+        return planes_to_packed(tensor)
+    with np.errstate(over="ignore"):  # float64 beyond float32 is not finite here
+        tensor = tensor.astype(np.float32, copy=False).reshape(shape)
+    if not np.isfinite(tensor).all():
+        raise UserError(f"checkpoint tensor {name!r} holds values that are not finite")
+    return tensor
+
+
+def published_tensors(config: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.ndarray]]:
+    """The published tensors of leaves in memory, one leaf at a time: packed weights as 2-bit planes, the rest as it is.
+
+    Yields:
+      (name, array) for every tensor of every leaf given, in that order.
+    """
+    known = {leaf.path: leaf for leaf in model_leaves(config)}
+    for path, array in leaves:
+        leaf, array = known[path], np.asarray(array)
+        if leaf.depth is None:
+            yield leaf.name, array
             continue
-        for i in range(config.depth):
-            yield name.format(i), array[i].reshape(1) if name.endswith(".alphas") else array[i]
+        for name, layer in zip(leaf.names, array, strict=True):
+            yield name, packed_to_planes(layer) if layer.dtype == np.uint8 else layer.reshape(leaf.shape)
+
+
+def params_tree(leaves: Leaves) -> dict:
+    """The nested dict of leaves given by path."""
+    tree: dict = {}
+    for path, array in leaves:
+        *parents, name = path.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = array
+    return tree
+
+
+def params_leaves(params: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of a nested dict by path; the inverse of `params_tree`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield path_name(path), leaf

@@ -65,7 +65,7 @@ def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool 
 
     Args:
       config: decides the make and the dtypes.
-      layers: maps with weights (L, out, in), all with the same `in`.
+      layers: maps with weights (L, out, in), all with the same `in`; for inference (L, out, in / 4) uint8 will do.
       packed: 2-bit codes for inference instead of int8 codes with a gradient.
 
     Returns:
@@ -84,7 +84,7 @@ def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool 
         return FullLinear(stack([w.astype(config.activation_dtype) for w in weights]))
     alpha = jnp.stack([layer.alpha[...] for layer, n in zip(layers, parts, strict=True) for _ in range(n)], axis=1)
     if packed:
-        return PackedLinear(stack([pack(absmean_codes(w)) for w in weights]), alpha)
+        return PackedLinear(stack([w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]), alpha)
     codes, sinks = zip(*(ternarize(w, config.grad_dtype) for w in weights), strict=True)
     return TernaryLinear(stack(list(codes)), alpha, stack(list(sinks)))
 

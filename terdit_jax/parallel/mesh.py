@@ -63,3 +63,8 @@ def make_mesh(mesh: ConfigDict) -> Mesh:
     """The mesh of all devices of all processes. Raises UserError as `mesh_shape` does."""
     shape = mesh_shape(mesh, jax.device_count())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def single_device_mesh() -> Mesh:
+    """The mesh of this process's first device alone."""
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])

@@ -11,6 +11,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.tree_util as jtu
+import numpy as np
 
 from terdit_jax.errors import UserError
 
@@ -112,6 +113,12 @@ def abstract_sharded(shapes, mesh: Mesh):
     )
 
 
+def place(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
+    """A host array, whole in every process, cut over the mesh."""
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def constrain_tree(tree):
     """Constrains every leaf to its rule on the mesh in context; the identity where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -142,6 +149,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the batch axis is cut."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
+
+
+def check_heads(num_kv_heads: int, mesh: Mesh) -> None:
+    """Raises UserError if the axis that attention is cut over would cut a head."""
+    tensor = mesh.shape[LOGICAL_TO_MESH["heads"]]
+    if num_kv_heads % tensor:
+        raise UserError(f"mesh axis {LOGICAL_TO_MESH['heads']}={tensor} does not divide the {num_kv_heads} kv heads")
 
 
 def local_block(mesh: Mesh, batch_size: int) -> tuple[int, int]:

@@ -49,3 +49,35 @@ def pack_planes(codes: np.ndarray) -> np.ndarray:
 def unpack_planes(planes: np.ndarray) -> np.ndarray:
     """Unpacks the published (out / 4, in) uint8 planes to (out, in) int8 codes; the inverse of `pack_planes`."""
     return np.concatenate([(planes >> shift & 3).astype(np.int8) - 1 for shift in (6, 4, 2, 0)])
+
+
+def planes_to_packed(planes: np.ndarray) -> np.ndarray:
+    """Published (out / 4, in) uint8 planes to the (out, in / 4) uint8 that we compute from, never unpacking a code."""
+    packed = [_gather_quads(planes >> shift & 3) for shift in (6, 4, 2, 0)]
+    return np.concatenate(packed)
+
+
+def packed_to_planes(packed: np.ndarray) -> np.ndarray:
+    """The inverse of `planes_to_packed`."""
+    quarters = np.split(np.asarray(packed), CODES_PER_BYTE)
+    planes = np.zeros((quarters[0].shape[0], quarters[0].shape[1] * CODES_PER_BYTE), np.uint8)
+    for quarter, shift in zip(quarters, (6, 4, 2, 0), strict=True):
+        planes |= _spread_quads(quarter) << shift
+    return planes
+
+
+def holds_unused_code(packed: np.ndarray) -> bool:
+    """Whether any byte, in either layout, holds the bit pair 11, which stands for no ternary value."""
+    return bool((packed & packed >> 1 & 0b01010101).any())
+
+
+def _gather_quads(pairs: np.ndarray) -> np.ndarray:
+    """(rows, 4k) bytes of two bits each -> (rows, k) bytes of four such pairs, the first lowest."""
+    quads = np.ascontiguousarray(pairs).view("<u4")
+    return (quads | quads >> 6 | quads >> 12 | quads >> 18).astype(np.uint8)  # the upper bytes fall away
+
+
+def _spread_quads(packed: np.ndarray) -> np.ndarray:
+    """The inverse of `_gather_quads`."""
+    quads = packed.astype("<u4")
+    return ((quads | quads << 6 | quads << 12 | quads << 18) & 0x03030303).view(np.uint8)

@@ -3,8 +3,9 @@
 A damaged checkpoint is set aside with a loud line and the step before it is used. What the state means is `state`'s.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
+import functools
 import hashlib
 import json
 import time
@@ -24,6 +25,9 @@ MANIFEST = "sha256.json"
 RUN = "run"
 # Items of a checkpoint: sampling reads one of the first two and leaves the rest on disk.
 _ITEMS = {"params": ("params",), "ema_params": ("ema_params",), "rest": ("step", "opt_state", "skipped", "window")}
+_CHUNK_BYTES = 64 << 20
+
+LeafReader = Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]
 
 
 class Checkpoints:
@@ -68,7 +72,7 @@ class Checkpoints:
         """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices."""
         step = int(state["step"])
         trees = {item: {name: state[name] for name in names} for item, names in _ITEMS.items()}
-        arguments = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
+        arguments = {item: save_arguments(tree) for item, tree in trees.items()}
         self.wait()
         if step == self._restored:
             return  # it came from there; orbax would refuse to save the step again
@@ -101,6 +105,49 @@ class Checkpoints:
         if step is None:
             return None
         return self._manager.restore(step, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+
+    def read_leaves(self, item: str, step: int | None = None) -> tuple[dict[str, Any], LeafReader]:
+        """The run's JSON, and the leaves of `params` or `ema_params` as host arrays, one in memory at a time.
+
+        Args:
+          item: "params" or "ema_params".
+          step: which checkpoint; the newest sound one if left out.
+
+        Returns:
+          The JSON, and a function from paths within the parameter tree to a stream of (path, leaf).
+
+        Raises:
+          UserError: no such step, or none that is sound.
+        """
+        if step is None:
+            chosen = self._newest_sound([item, RUN], set_aside=False)
+        else:
+            if step not in self.steps():
+                raise UserError(f"{self.directory} has no step {step}: there are {self.steps() or 'none'}")
+            if damage := find_damage(self.directory / str(step), [item, RUN]):
+                raise UserError(f"checkpoint {step} of {self.directory} is damaged: {damage}")
+            chosen = step
+        if chosen is None:
+            raise UserError(f"{self.directory} holds no sound checkpoint: there are steps {self.steps() or 'none'}")
+        run = self._manager.restore(chosen, args=ocp.args.Composite(**{RUN: ocp.args.JsonRestore()}))[RUN]
+        return run, functools.partial(self._read_leaves, chosen, item)
+
+    def _read_leaves(self, step: int, item: str, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        stored = self._manager.item_metadata(step)[item].tree[item]
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+        def read(path: str) -> np.ndarray:
+            names = path.split("/")
+            leaf = functools.reduce(lambda tree, name: tree[name], names, stored)
+            target, restore = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
+            for name in reversed([item, *names]):
+                target, restore = {name: target}, {name: restore}
+            arguments = ocp.args.PyTreeRestore(target, restore, partial_restore=True)
+            (array,) = jax.tree.leaves(reader.restore(self.directory / str(step) / item, args=arguments))
+            return array
+
+        for path in paths:
+            yield path, read(path)  # no name of ours may keep the leaf alive while the next one is read
 
     def wait(self) -> None:
         """Blocks until every save is on disk and signed."""
@@ -170,6 +217,15 @@ class Checkpoints:
             time.sleep(0.05)
         if jax.process_index() == 0 and (self.directory / str(step)).exists():
             write_manifest(self.directory / str(step))
+
+
+def save_arguments(tree: dict) -> ocp.args.PyTreeSave:
+    """A tree to store, a chunk a layer, so that who reads a leaf decodes it layer by layer, not all of it twice."""
+
+    def chunks(leaf: jax.Array) -> ocp.SaveArgs:
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
+
+    return ocp.args.PyTreeSave(tree, jax.tree.map(chunks, tree))
 
 
 def write_manifest(step_directory: epath.Path) -> None:

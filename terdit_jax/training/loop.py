@@ -36,12 +36,13 @@ from terdit_jax.training.window import code_statistics, empty_sums, means
 DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
 
 
-def train(setup: Setup, draw_grid: DrawGrid) -> None:
+def train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | None = None) -> None:
     """Runs, or continues, the training that `setup` describes.
 
     Args:
       setup: of `set_up`.
       draw_grid: draws the sample grids.
+      load_start: host parameters for a run that begins with those of another model; fresh ones if left out.
 
     Raises:
       UserError: a workdir of another run, or too many non-finite steps in a row.
@@ -54,7 +55,13 @@ def train(setup: Setup, draw_grid: DrawGrid) -> None:
             _say(f"continuing with a changed configuration: {change}")
     target = abstract_state(setup.model, setup.optimizer, setup.mesh)
     restored = checkpoints.restore(target)
-    state = restored[0] if restored else make_state(setup.model, setup.optimizer, setup.mesh, config.seed)
+    if restored:
+        state = restored[0]
+    else:
+        params = load_start() if load_start else None
+        if load_start:
+            _say(f"weights from {config.train.init_from}")
+        state = make_state(setup.model, setup.optimizer, setup.mesh, config.seed, params)
     start = int(state["step"])
     _introduce(setup, start)
     if start >= config.train.num_steps:
@@ -276,7 +283,7 @@ def _introduce(setup: Setup, start: int) -> None:
 
 def _close(setup: Setup) -> None:
     _say(f"checkpoints, metrics.jsonl, TensorBoard events and samples are in {setup.workdir}")
-    _say(f"next: python -m terdit_jax.sample --workdir={setup.workdir} --labels=0,1,2 --output=grid.png")
+    _say(f"next: python -m terdit_jax.sample --model={setup.workdir} --labels=0,1,2 --output=grid.png")
 
 
 def _due(step: int, every: int) -> bool:

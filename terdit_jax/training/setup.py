@@ -14,7 +14,7 @@ from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.mesh import make_mesh
-from terdit_jax.parallel.sharding import batch_shards
+from terdit_jax.parallel.sharding import batch_shards, check_heads
 from terdit_jax.training.optimizer import make_optimizer
 
 
@@ -46,8 +46,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
             f"config.train.batch_size={batch_size} is not divisible by accumulation_steps={accumulation} times the "
             f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
         )
-    if model.num_kv_heads % mesh.shape["tensor"]:
-        raise UserError(f"mesh axis tensor={mesh.shape['tensor']} does not divide the {model.num_kv_heads} kv heads")
+    check_heads(model.num_kv_heads, mesh)
     dataset = _open_data(config, model)
     workdir = epath.Path(workdir)
     try:

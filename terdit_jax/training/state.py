@@ -11,15 +11,17 @@ import optax
 
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, make_operands
-from terdit_jax.parallel.sharding import abstract_sharded
+from terdit_jax.parallel.sharding import abstract_sharded, place
 from terdit_jax.ternary.linear import PackedLinear
 from terdit_jax.training.window import empty_sums
 
 State = dict
 
 
-def init_state(model: DiTConfig, optimizer: optax.GradientTransformation, seed: int) -> State:
-    """A fresh state.
+def init_state(
+    model: DiTConfig, optimizer: optax.GradientTransformation, seed: int, params: dict | None = None
+) -> State:
+    """A fresh state, from fresh parameters or from those given.
 
     Returns:
       step () int32: updates tried so far.
@@ -28,7 +30,7 @@ def init_state(model: DiTConfig, optimizer: optax.GradientTransformation, seed: 
       skipped: {"total", "consecutive"} () int32 non-finite updates.
       window: what has been seen since the last log (see `window`), so that a resumed run logs the same lines.
     """
-    params = init_params(model, jax.random.key(seed))
+    params = init_params(model, jax.random.key(seed)) if params is None else params
     return {
         "step": jnp.int32(0),
         "params": params,
@@ -59,8 +61,21 @@ def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, me
     return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0)), mesh)
 
 
-def make_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
-    """A fresh state, created sharded: no device ever holds more than its part."""
+def make_state(
+    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: dict | None = None
+) -> State:
+    """A fresh state, created sharded: no device ever holds more than its part.
+
+    Args:
+      model: the architecture.
+      optimizer: of `make_optimizer`.
+      mesh: the devices.
+      seed: of fresh parameters.
+      params: float32 host arrays to start from instead, whole in every process.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    make = jax.jit(lambda params: init_state(model, optimizer, seed, params), out_shardings=shardings)
+    if params is not None:
+        params = jax.tree.map(place, params, shardings["params"])
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=shardings)()
+        return make(params)

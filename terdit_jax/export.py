@@ -1,0 +1,74 @@
+"""Writes a model to deploy, or to exchange with PyTorch; flags only.
+
+python -m terdit_jax.export --workdir=runs/digits --format=packed --output=digits.safetensors
+python -m terdit_jax.export --model=checkpoints/3B_1180000 --format=packed --output=terdit_4b.safetensors
+python -m terdit_jax.export --model=digits.safetensors --report
+"""
+
+from collections.abc import Sequence
+import ctypes
+from pathlib import Path
+import sys
+
+from absl import flags
+import jax
+
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.interop.exports import FORMATS, export
+from terdit_jax.interop.report import size_report
+from terdit_jax.interop.weights import Weights, open_weights
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.")
+_MODEL = flags.DEFINE_string("model", None, "In its place: an artifact, a published checkpoint, or safetensors.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newest sound one if left out.")
+_EMA = flags.DEFINE_bool("ema", True, "The averaged weights; --noema for those of the last step.")
+_FORMAT = flags.DEFINE_enum("format", "packed", FORMATS, "packed: the artifact of docs/format.md; torch: a folder.")
+_MASTERS = flags.DEFINE_bool("masters", False, "float32 master weights instead of ternary ones (torch, safetensors).")
+_COMPRESS = flags.DEFINE_bool("compress", False, "Deflate the 2-bit planes (packed).")
+_OUTPUT = flags.DEFINE_string("output", None, "What to write; must not exist.")
+_REPORT = flags.DEFINE_bool("report", False, "Print how large the model is, part by part, and write nothing.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    if bool(_WORKDIR.value) == bool(_MODEL.value):
+        raise UserError("give either --workdir (a run) or --model (an artifact or a published checkpoint)")
+    if not _OUTPUT.value and not _REPORT.value:
+        raise UserError("--output is missing: name what to write, e.g. --output=model.safetensors")
+    if _OUTPUT.value and _REPORT.value:
+        raise UserError("--report writes nothing: leave out --output")
+    if _WORKDIR.value and not (Path(_WORKDIR.value) / "checkpoints").is_dir():
+        raise UserError(f"--workdir={_WORKDIR.value} holds no run: give the --workdir of a training run that has saved")
+    jax.config.update("jax_platforms", "cpu")  # conversion is host work, also where there are accelerators
+    _return_freed_memory()
+    source = _WORKDIR.value or _MODEL.value
+    weights = open_weights(source, ema=_EMA.value, step=_STEP.value, masters=_MASTERS.value)
+    if _REPORT.value:
+        print(size_report(weights.model, Path(source).stat().st_size if Path(source).is_file() else None))
+        return
+    for remark in export(weights, _OUTPUT.value, _FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value):
+        print(remark)
+    print(_say_what(weights), flush=True)
+
+
+def _return_freed_memory() -> None:
+    """Has glibc give every large block back at once: it would keep those up to 32 MB, a layer each, for later."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _say_what(weights: Weights) -> str:
+    description, output = weights.description, Path(_OUTPUT.value)
+    files = [output] if output.is_file() else sorted(output.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    step = "" if description.step is None else f", step {description.step:,}"
+    which = "averaged" if description.ema else "raw"
+    return f"{description.name}{step}, {which} weights: {size / 1e6:,.1f} MB in {output}"
+
+
+if __name__ == "__main__":
+    run_command(main)

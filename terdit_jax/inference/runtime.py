@@ -1,0 +1,169 @@
+"""The runtime: a model from any file or run as a denoiser on devices, ternary weights at 2 bits in their memory.
+
+What files look like is `interop`'s; what happens between two denoising steps is `sampling`'s.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from functools import lru_cache, partial
+from typing import Any
+
+from etils import epath
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.inference.decoding import to_pictures
+from terdit_jax.inference.sampling import Draw, draw_all, make_draw
+from terdit_jax.interop.description import Description
+from terdit_jax.interop.published import Leaves, params_tree
+from terdit_jax.interop.weights import open_weights, packed_leaves
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.parallel.mesh import single_device_mesh
+from terdit_jax.parallel.sharding import check_heads, place, tree_shardings
+
+DTYPES = ("bfloat16", "float32")
+
+# So few layers run unrolled on CPUs, 1.5 times faster: a loop's body gets fewer threads there.
+_UNROLLED_ON_CPU = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A model ready to run. Attributes:
+
+    config: the architecture and how it is computed.
+    description: what the model's file or run says of it.
+    mesh: the devices.
+    operands: what the forward pass reads, on the devices; ternary matrices packed, four codes a byte.
+    """
+
+    config: DiTConfig
+    description: Description
+    mesh: Mesh
+    operands: dict
+
+    def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
+        """Predicts the noise and the variance interpolation.
+
+        Args:
+          x_t: (B, H, W, C) float noisy latents; on a mesh, B is a multiple of its data and fsdp axes.
+          t: (B,) int timesteps in [0, 1000).
+          y: (B,) int labels; num_classes is the null class.
+
+        Returns:
+          (B, H, W, 2C) float32: eps, then the variance interpolation v.
+        """
+        return _denoise(self.config, self.mesh, self.operands, x_t, t, y)
+
+    def draw(
+        self,
+        labels: np.ndarray,
+        *,
+        seed: int = 0,
+        num_steps: int | None = None,
+        cfg_scale: float | None = None,
+        method: str | None = None,
+        batch_size: int = 256,
+        report: Callable[[int], None] = lambda done: None,
+    ) -> np.ndarray:
+        """Draws a picture for each label; what is left out is as the model's description has it.
+
+        Returns:
+          (N, H, W, C) float32, in [-1, 1] up to what sampling overshoots.
+
+        Raises:
+          UserError: labels the model does not have, or settings the sampler does not know.
+        """
+        check_labels(labels, self.config.num_classes)
+        given = {"num_steps": num_steps, "cfg_scale": cfg_scale, "method": method}
+        settings = {**self.description.sample, **{name: value for name, value in given.items() if value is not None}}
+        draw = _cached_draw(self.config, tuple(sorted(settings.items())), seed)
+        latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report)
+        return to_pictures(latents, self.description.latent_scale)
+
+
+@lru_cache(maxsize=16)
+def _cached_draw(config: DiTConfig, settings: tuple[tuple[str, Any], ...], seed: int) -> Draw:
+    """As `make_draw`; the same settings again are not compiled again."""
+    return make_draw(config, ConfigDict(dict(settings)), seed)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _denoise(config: DiTConfig, mesh: Mesh, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # jax.set_mesh is not for callers' own jits
+        return forward(config, operands, x_t, t, y)
+
+
+def load_model(
+    path: epath.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    ema: bool = True,
+    step: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> Denoiser:
+    """Loads a model to run it; its weights pass through host memory leaf by leaf and reach the devices packed.
+
+    Args:
+      path: a workdir, an artifact or other safetensors file, or a published checkpoint (`interop.weights`).
+      mesh: devices to spread it over, of `terdit_jax.parallel.mesh`; the first device alone if left out.
+      ema: the averaged weights, where there are both.
+      step: which checkpoint of a workdir; the newest sound one if left out.
+      dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
+
+    Raises:
+      UserError: nothing at `path` that can be read, a damaged file, or a model that the mesh does not divide.
+    """
+    weights = open_weights(path, ema=ema, step=step)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")).name
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    scan = not on_cpu or weights.model.depth > _UNROLLED_ON_CPU
+    config = dataclasses.replace(weights.model, dtype=dtype, scan_layers=scan)
+    mesh = mesh or single_device_mesh()
+    check_heads(config.num_kv_heads, mesh)
+    return Denoiser(config, weights.description, mesh, place_operands(config, weights.leaves(), mesh))
+
+
+def place_operands(config: DiTConfig, leaves: Leaves, mesh: Mesh) -> dict:
+    """The packed operands of a stream of leaves, on the mesh. They are put together in host memory, where a leaf of
+    master weights lives no longer than its packing, so that devices never hold more than the model itself.
+
+    Args:
+      config: the architecture and dtypes.
+      leaves: of `Weights.leaves`.
+      mesh: the devices.
+    """
+
+    def narrow(path: str, leaf: np.ndarray) -> np.ndarray:
+        """Matrices that a full-precision model multiplies by in `config.dtype` anyway, at half the size already."""
+        matrix = path.startswith("blocks/") and path.endswith("/weight") and leaf.dtype != np.uint8
+        return leaf.astype(config.activation_dtype) if matrix else leaf
+
+    params = params_tree((path, narrow(path, leaf)) for path, leaf in packed_leaves(config, leaves))
+    with jax.default_device(_host()):
+        operands = make_operands(config, params, packed=config.ternary)
+    return jax.tree.map(place, operands, tree_shardings(operands, mesh))
+
+
+def _host() -> jax.Device | None:
+    """The CPU as a device, or none where JAX_PLATFORMS leaves it out: the default device then does the work."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises UserError naming the first label that the model does not have."""
+    bad = [int(label) for label in labels if not 0 <= label < num_classes]
+    if bad:
+        raise UserError(f"label {bad[0]} is out of range: the model has classes 0 to {num_classes - 1}")

@@ -1,0 +1,256 @@
+"""What a deployed model says of itself: architecture, which weights, of which run, and how its pictures are drawn.
+
+Every file that we write carries one, as JSON; for checkpoints published without one it is worked out from their
+`model_args` and the shapes of their tensors.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from terdit_jax.config import base_config
+from terdit_jax.errors import UserError
+from terdit_jax.interop.published import Layout
+from terdit_jax.model.config import DiTConfig
+
+SD_LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoder
+SD_DOWNSAMPLING = 8
+# The shapes that the public sampler can build: name -> (hidden_size, depth); each has 32 heads and patches of 2.
+PUBLISHED_SHAPES = {
+    "DiT_Llama_600M_patch2": (1536, 16),
+    "DiT_Llama_3B_patch2": (3072, 32),
+    "DiT_Llama_7B_patch2": (4096, 32),
+}
+PUBLISHED_HEADS = 32
+VAES = ("ema", "mse")
+_MAX_EXACT = 1 << 53  # integers up to here are floats without rounding
+_MAX_SIZE = 1 << 20  # no field comes near it; beyond it arithmetic on shapes would be an attack
+_MAX_TOKENS = 1 << 16  # pictures of 4096 px; as many positions are tabulated
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Attributes:
+
+    name: of the configuration.
+    model: the architecture; how it is computed is the reader's choice.
+    ema: averaged weights, or those of the last step.
+    step: optimizer steps trained, if known.
+    codec: what made the latents, "none" where the model draws pixels.
+    latent_scale: what training multiplied latents by.
+    sample: the run's settings for drawing, the fields of `config.sample`.
+    provenance: where it comes from, in words.
+    """
+
+    name: str
+    model: DiTConfig
+    ema: bool
+    step: int | None
+    codec: str
+    latent_scale: float
+    sample: Mapping[str, Any]
+    provenance: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        model = {name: getattr(self.model, name) for name in base_config().model}
+        return fields | {"model": model, "sample": dict(self.sample), "provenance": dict(self.provenance)}
+
+    @classmethod
+    def from_dict(cls, fields: object, source: str) -> "Description":
+        """Of untrusted JSON; `source` names it in errors.
+
+        Raises:
+          UserError: a field that is missing, unknown, of the wrong type, or that makes no model.
+        """
+        expected = {
+            "name": str, "model": dict, "ema": bool, "step": int | None, "codec": str, "latent_scale": float | int,
+            "sample": dict, "provenance": dict,
+        }  # fmt: skip
+        if not isinstance(fields, dict) or fields.keys() != expected.keys():
+            raise UserError(f"{source}: its description must have exactly the fields {', '.join(expected)}")
+        for name, kind in expected.items():
+            same_kind = isinstance(fields[name], kind) and (kind is bool or not isinstance(fields[name], bool))
+            if not same_kind or _is_long(fields[name]):
+                raise UserError(f"{source}: description.{name}={_short(fields[name])} is of the wrong type or too long")
+        if not 0 < fields["latent_scale"] < _MAX_EXACT:
+            raise UserError(f"{source}: description.latent_scale={_short(fields['latent_scale'])} must be positive")
+        if not 0 <= (fields["step"] or 0) < _MAX_EXACT:
+            raise UserError(f"{source}: description.step={_short(fields['step'])} must not be negative")
+        if not all(isinstance(value, str) for value in fields["provenance"].values()):
+            raise UserError(f"{source}: description.provenance must hold text only")
+        config = base_config()
+        _update(config.model, fields["model"], f"{source}: description.model", complete=True)
+        _update(config.sample, fields["sample"], f"{source}: description.sample", complete=False)
+        try:
+            model = architecture(config)
+        except UserError as error:
+            raise UserError(f"{source}: its description makes no model: {str(error)[:200]}") from error
+        if model.num_tokens > _MAX_TOKENS:
+            raise UserError(f"{source}: description.model.input_size={model.input_size} is too large")
+        return cls(**fields | {"model": model, "sample": config.sample.to_dict()})
+
+
+def architecture(config: ConfigDict) -> DiTConfig:
+    """The model of a configuration with `compute` at its defaults, so that equal models compare equal."""
+    plain = base_config()
+    plain.model.update(config.model)
+    return DiTConfig.from_config(plain)
+
+
+def describe_run(run: Mapping[str, Any], ema: bool) -> Description:
+    """Of the JSON that a training checkpoint carries (`terdit_jax.training.resume.describe_run`)."""
+    config = base_config()
+    config.update(run["config"])
+    provenance = {"data_fingerprint": run["data_fingerprint"], "seed": str(run["seed"])}
+    return Description(
+        name=config.name,
+        model=architecture(config),
+        ema=ema,
+        step=run["step"],
+        codec=run["codec"],
+        latent_scale=run["latent_scale"],
+        sample=config.sample.to_dict(),
+        provenance=provenance,
+    )
+
+
+def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool, source: str) -> Description:
+    """Of a checkpoint in the published layout: what shapes do not tell comes from `model_args`, or is as published.
+
+    Args:
+      layout: the state dict's.
+      model_args: attributes of the Namespace beside it; those looked at are model, image_size and vae.
+      ema: as its file name says.
+      source: names it in errors.
+
+    Raises:
+      UserError: tensors of no TerDiT or Large-DiT, or a shape that was never published.
+    """
+    facts = _facts(layout, source)
+    shape = facts["hidden_size"], facts["depth"]
+    names = [name for name, known in PUBLISHED_SHAPES.items() if known == shape]
+    if not names:
+        raise UserError(
+            f"{source}: width {shape[0]} with {shape[1]} layers is none of the published models, and the file says "
+            "nothing of the number of heads: give an export of terdit_jax, which does"
+        )
+    image_size, vae = model_args.get("image_size", 256), model_args.get("vae", "ema")
+    if type(image_size) is not int or not 0 < image_size < _MAX_SIZE or vae not in VAES:
+        raise UserError(f"{source}: model_args has image_size={_short(image_size)}, vae={_short(vae)}")
+    config = base_config()
+    config.model.update(
+        {name: facts[name] for name in ("ternary", "hidden_size", "depth", "num_classes", "qk_norm", "adaln_rms_norm")}
+    )
+    config.model.update({"input_size": image_size // SD_DOWNSAMPLING, "num_heads": PUBLISHED_HEADS})
+    config.model.num_kv_heads = facts["kv_width"] * PUBLISHED_HEADS // facts["hidden_size"]
+    return Description(
+        name=names[0],
+        model=architecture(config),
+        ema=ema,
+        step=None,
+        codec=f"sd-vae-ft-{vae}",
+        latent_scale=SD_LATENT_SCALE,
+        sample=config.sample.to_dict(),
+        provenance={"source": "a checkpoint in the published layout"},
+    )
+
+
+def public_model_args(description: Description) -> tuple[dict[str, Any], bool]:
+    """The attributes of `model_args.pth` that the public sampler reads, and whether it can build this model."""
+    model, codec = description.model, description.codec
+    shape = model.hidden_size, model.depth
+    names = [name for name, known in PUBLISHED_SHAPES.items() if known == shape]
+    latents = codec.startswith("sd-vae-ft-")
+    as_published = (
+        bool(names)
+        and (model.num_heads, model.num_kv_heads) == (PUBLISHED_HEADS, PUBLISHED_HEADS)
+        and (model.patch_size, model.in_channels, model.ffn_multiple_of) == (2, 4, 256)
+        and model.positions == "rope_1d"
+        and model.adaln_rms_norm
+        and model.num_classes == 1000  # its null label is written out as 1000
+    )
+    arguments = {
+        "model": names[0] if names else description.name,
+        "image_size": model.input_size * (SD_DOWNSAMPLING if latents or model.in_channels == 4 else 1),
+        "num_classes": model.num_classes,
+        "qk_norm": model.qk_norm,
+        "vae": codec.removeprefix("sd-vae-ft-") if latents else "ema",
+    }
+    return arguments, as_published
+
+
+def check_architecture(model: DiTConfig, layout: Layout, source: str) -> None:
+    """Compares a described model with the shapes of the tensors, before anything is sized by the description.
+
+    Raises:
+      UserError: naming the first field that does not fit.
+    """
+    facts = _facts(layout, source)
+    if not model.ternary:
+        facts["adaln_rms_norm"] = model.adaln_rms_norm  # a full-precision model has none, whatever the field says
+    for name, value in facts.items():
+        described = model.patch_size**2 * model.in_channels if name == "patch_width" else getattr(model, name)
+        if described != value:
+            raise UserError(f"{source}: describes a model with {name}={described}, its tensors have {value}")
+
+
+def _facts(layout: Layout, source: str) -> dict[str, Any]:
+    """What names and shapes alone say of the architecture."""
+    try:
+        (hidden_size, patch_width), _ = layout["x_embedder.weight"][1], None
+        block = "layers.0."
+        return {
+            "hidden_size": hidden_size,
+            "patch_width": patch_width,
+            "depth": sum(name.startswith("layers.") and name.endswith(".ffn_norm.weight") for name in layout),
+            "num_classes": layout["y_embedder.embedding_table.weight"][1][0] - 1,
+            "kv_width": _rows(layout[f"{block}attention.wk.weight"]),
+            "mlp_width": _rows(layout[f"{block}feed_forward.w1.weight"]),
+            "ternary": f"{block}attention.wq.alphas" in layout,
+            "qk_norm": f"{block}attention.q_norm.weight" in layout,
+            "adaln_rms_norm": f"{block}adaLN_modulation.2.weight" in layout,
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        missing = f"tensor {error.args[0]!r}" if isinstance(error, KeyError) else "matrices where they belong"
+        raise UserError(f"{source}: not a TerDiT or Large-DiT checkpoint, it lacks {missing}") from error
+
+
+def _rows(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = tensor
+    return shape[0] * (4 if dtype == np.uint8 else 1)
+
+
+def _update(config: ConfigDict, fields: Mapping[str, Any], source: str, *, complete: bool) -> None:
+    """Untrusted fields into a section that knows their names and types."""
+    if unknown := sorted(map(str, fields.keys() - config.keys())):
+        raise UserError(f"{source} has the unknown field {_short(unknown[0])}: a newer version may be needed")
+    if complete and (missing := sorted(config.keys() - fields.keys())):
+        raise UserError(f"{source} lacks {missing[0]}")
+    for name, value in fields.items():
+        as_float = type(value) is int and type(config[name]) is float and abs(value) < _MAX_EXACT
+        same_kind = type(value) is type(config[name]) or as_float
+        if not same_kind or _is_long(value) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{source}.{name}={_short(value)} is of the wrong type or too long")
+        if type(value) is int and abs(value) >= _MAX_SIZE:
+            raise UserError(f"{source}.{name}={_short(value)} is too large")
+        config[name] = value
+
+
+def _is_long(value: object) -> bool:
+    """Whether a text is more than a line of a message."""
+    return isinstance(value, str) and (len(value) > 200 or not value.isprintable())
+
+
+def _short(value: object) -> str:
+    """An untrusted value in a message. Lists and dicts are not looked into: they may be endless, or as good as that."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "an enormous number"
+    if value is None or isinstance(value, int | float | str):
+        return repr(value[:60] if isinstance(value, str) else value)
+    return f"a {type(value).__name__}"

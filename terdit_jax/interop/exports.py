@@ -1,0 +1,99 @@
+"""Writes weights in every format that we read: the packed artifact, PyTorch's published layout, plain safetensors.
+
+All take the stream of an opened model, leaf by leaf; `torch` is needed to write a .pth and for nothing else.
+"""
+
+import argparse
+from collections.abc import Iterator
+import os
+from pathlib import Path
+import shutil
+
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.interop.artifact import write_artifact, write_plain
+from terdit_jax.interop.description import public_model_args
+from terdit_jax.interop.published import published_layout, published_tensors
+from terdit_jax.interop.safetensors import refuse_existing
+from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
+
+FORMATS = ("packed", "torch", "safetensors")
+
+
+def export(
+    weights: Weights, path: str | os.PathLike, kind: str, *, masters: bool = False, compress: bool = False
+) -> list[str]:
+    """Writes weights; the path appears when everything is on disk.
+
+    Args:
+      weights: of `open_weights`.
+      path: must not exist: a file, or with "torch" the folder to make.
+      kind: one of FORMATS.
+      masters: float32 master weights instead of ternary ones, from which a training could go on; not with "packed".
+      compress: deflate the 2-bit planes; with "packed" only.
+
+    Returns:
+      Remarks for the user, a line each.
+
+    Raises:
+      UserError: a path that exists or cannot be written, a kind that this model does not have, or no PyTorch.
+    """
+    model, path = weights.model, Path(path)
+    if kind not in FORMATS:
+        raise UserError(f"--format={kind}: choose one of {', '.join(FORMATS)}")
+    if kind == "packed" and not model.ternary:
+        raise UserError(f"{weights.source} is full precision, nothing to pack: give --format=torch or safetensors")
+    if kind == "packed" and masters:
+        raise UserError("--masters: a packed artifact holds ternary weights; give --format=torch or safetensors")
+    if compress and kind != "packed":
+        raise UserError(f"--compress: only --format=packed can be compressed, not {kind}")
+    if masters and model.ternary and not weights.masters:
+        raise UserError(f"{weights.source} holds ternary weights only, there are no master weights to export")
+    refuse_existing(path)
+    ternary = model.ternary and not masters
+    layout = published_layout(model, packed=ternary)
+    if kind == "torch":
+        return _write_torch(path, weights, ternary)
+    tensors = _tensors(weights, ternary)
+    if kind == "packed":
+        write_artifact(path, weights.description, layout, tensors, compress=compress)
+    else:
+        write_plain(path, weights.description, layout, tensors)
+    return []
+
+
+def _tensors(weights: Weights, ternary: bool) -> Iterator[tuple[str, np.ndarray]]:
+    leaves = packed_leaves(weights.model, weights.leaves()) if ternary else weights.leaves()
+    return published_tensors(weights.model, leaves)
+
+
+def _write_torch(path: Path, weights: Weights, ternary: bool) -> list[str]:
+    """A folder as the public code reads it. torch.save takes a whole state dict, so that much memory is needed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("--format=torch needs PyTorch to write .pth files: pip install torch") from error
+    description = weights.description
+    arguments, as_published = public_model_args(description)
+    arguments["terdit_jax"] = description.to_dict()
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        state_dict = {name: torch.from_numpy(np.array(array)) for name, array in _tensors(weights, ternary)}
+        torch.save(state_dict, partial / consolidated_name(description.ema, ternary))
+        torch.save(argparse.Namespace(**arguments), partial / MODEL_ARGS)
+        refuse_existing(path)
+        partial.rename(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:150]
+        raise UserError(f"cannot write {path}: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if as_published:
+        return []
+    return [
+        "note: the public sampler knows three shapes only, and this is none of them; "
+        "terdit_jax reads it, in JAX and in PyTorch (docs/pytorch.md)"
+    ]

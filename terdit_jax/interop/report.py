@@ -1,0 +1,85 @@
+"""How large a model is, part by part: on disk as an artifact, in memory as it runs, and in full precision beside it."""
+
+import math
+
+import jax
+
+from terdit_jax.interop.published import Leaf, model_leaves
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.parallel.sharding import path_name
+
+# (hidden_size, depth) -> lines of the paper's deployment table (arXiv 2405.14854) on models of this shape.
+_PAPER = {
+    (3072, 32): (
+        "paper: TerDiT-4.2B 1.1 GB on disk, 1,919 MB in use while sampling; Large-DiT-4.2B 16 GB and 17,027 MB",
+    )
+}
+_PARTS = (
+    ("attention", "blocks/attention/"),
+    ("feed-forward", "blocks/feed_forward/"),
+    ("adaLN", "blocks/adaLN_modulation/"),
+    ("block norms", "blocks/"),
+    ("embedders", ""),
+    ("final layer", "final_layer/"),
+)
+_COLUMNS = ("part", "parameters", "ternary", "on disk", "in memory", "bfloat16", "float32")
+
+
+def size_report(model: DiTConfig, file_bytes: int | None = None) -> str:
+    """A table of one line a part, from shapes alone.
+
+    Args:
+      model: the architecture; `dtype` is that of full-precision matrices in memory.
+      file_bytes: of the file the model came from, if it is one.
+
+    Returns:
+      Text. On disk: tensors of an artifact without its header, planes not compressed. In memory: what
+      `terdit_jax.load_model` holds on its devices.
+    """
+    leaves, operands = model_leaves(model), _operand_bytes(model)
+    rows = []
+    for part, _ in _PARTS:
+        own = [leaf for leaf in leaves if _part_of(leaf.path) == part]
+        parameters = sum(map(_size, own))
+        ternary = sum(_size(leaf) for leaf in own if leaf.ternary)
+        memory = sum(size for path, size in operands if _part_of(path) == part)
+        rows.append([part, parameters, ternary, sum(map(_stored_bytes, own)), memory])
+    rows.append(["total", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))])
+    lines = [_line(_COLUMNS)]
+    for part, parameters, ternary, disk, memory in rows:
+        share = f"{ternary / parameters:.1%}" if parameters else "-"
+        sizes = (_megabytes(size) for size in (disk, memory, 2 * parameters, 4 * parameters))
+        lines.append(_line((part, f"{parameters:,}", share, *sizes)))
+    if file_bytes is not None:
+        lines.append(f"this file: {_megabytes(file_bytes)}")
+    lines += _PAPER.get((model.hidden_size, model.depth), ())
+    return "\n".join(lines)
+
+
+def _part_of(path: str) -> str:
+    return next(part for part, prefix in sorted(_PARTS, key=lambda entry: -len(entry[1])) if path.startswith(prefix))
+
+
+def _size(leaf: Leaf) -> int:
+    return math.prod(leaf.shape) * (leaf.depth or 1)
+
+
+def _stored_bytes(leaf: Leaf) -> int:
+    dtype, shape = leaf.stored(packed=True)
+    return math.prod(shape) * dtype.itemsize * (leaf.depth or 1)
+
+
+def _operand_bytes(model: DiTConfig) -> list[tuple[str, int]]:
+    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
+    leaves = jax.tree_util.tree_leaves_with_path(operands)
+    return [(path_name(path), leaf.size * leaf.dtype.itemsize) for path, leaf in leaves]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    first, *rest = cells
+    return f"{first:<13}" + "".join(f"{cell:>16}" for cell in rest)

@@ -1,0 +1,191 @@
+"""Weights from wherever they are: a training run, our artifact, the published checkpoints, safetensors.
+
+All become the same thing, a description and a stream of parameter leaves; placing them on devices is `inference`'s,
+starting a training from them `main`'s.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from etils import epath
+import jax
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.interop import torch_pickle
+from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
+from terdit_jax.interop.description import Description, check_architecture, describe_published, describe_run
+from terdit_jax.interop.published import Leaves, StateDict, model_leaves, params_tree, read_leaves
+from terdit_jax.interop.safetensors import open_container
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
+from terdit_jax.ternary.quantize import absmean_codes
+from terdit_jax.training.checkpoint import Checkpoints
+
+# What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
+# not the size of the pictures (512 px may start from 256 px) nor what training alone reads.
+_MUST_AGREE = (
+    "ternary", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads", "mlp_width",
+    "num_classes", "qk_norm", "positions", "adaln_rms_norm",
+)  # fmt: skip
+_ITEMS = {True: "ema_params", False: "params"}
+MODEL_ARGS = "model_args.pth"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Attributes:
+
+    source: where they come from, as given.
+    description: of the model.
+    leaves: opens a stream of (path, leaf), one leaf in memory at a time; ternary weights are float32 master weights,
+      or (L, out, in / 4) uint8 of `terdit_jax.ternary.packing.pack` where the source holds no more than that.
+    masters: whether there are master weights, as always for a full-precision model.
+    """
+
+    source: str
+    description: Description
+    leaves: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    masters: bool
+
+    @property
+    def model(self) -> DiTConfig:
+        return self.description.model
+
+
+def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = None, masters: bool = False) -> Weights:
+    """Finds out what is at a path and opens it; little is read before `leaves` is.
+
+    Args:
+      path: a workdir; an artifact or another safetensors file of published names; a folder of published
+        `consolidated*.pth`, or one such file, with `model_args.pth` beside it.
+      ema: which weights, where there are both.
+      step: which checkpoint of a workdir; the newest sound one if left out.
+      masters: prefer master weights where a folder holds both those and ternary ones.
+
+    Raises:
+      UserError: nothing there that can be read, or a step of something that is no workdir.
+    """
+    place = epath.Path(path)
+    if (place / "checkpoints").is_dir():
+        return _open_workdir(place, ema, step)
+    if step is not None:
+        raise UserError(f"step {step} was asked for, but {place} is no workdir with checkpoints")
+    if not place.exists():
+        raise UserError(f"{place} does not exist: give a workdir, an artifact or a published checkpoint")
+    if place.is_dir():
+        return _open_torch(_find_consolidated(Path(place), ema, masters))
+    if place.suffix == ".pth":
+        return _open_torch(Path(place))
+    return _open_container(Path(place))
+
+
+def packed_leaves(model: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves with every ternary weight as 2-bit codes; those that are float32 are ternarised, layer by layer."""
+    ternary = {leaf.path for leaf in model_leaves(model) if leaf.ternary}
+    for path, array in leaves:
+        if path in ternary and array.dtype != np.uint8:
+            # Copies, for JAX lets go of a NumPy array that it was given only at some later call: not of a whole leaf.
+            array = np.stack([np.asarray(_ternarise(layer.copy())) for layer in array])
+        yield path, array
+
+
+def start_params(path: epath.PathLike, model: DiTConfig) -> dict:
+    """The parameters at a path for a training of `model` to start from, float32: averaged ones, if there are both.
+
+    Raises:
+      UserError: as `open_weights`; the weights of another architecture.
+    """
+    weights = open_weights(path, masters=True)
+    for field in _MUST_AGREE:
+        given, wanted = getattr(weights.model, field), getattr(model, field)
+        if given != wanted:
+            raise UserError(f"config.train.init_from={path} has {field}={given}, config.model has {wanted}")
+    return master_params(model, weights.leaves())
+
+
+def master_params(model: DiTConfig, leaves: Leaves) -> dict:
+    """The parameter tree to start a training from, float32, of a stream of leaves.
+
+    Codes without master weights become masters of the size that xavier-uniform ones have, so that the same learning
+    rate moves them as far; ternarising them gives the codes again.
+    """
+    ternary = {leaf.path for leaf in model_leaves(model) if leaf.ternary}
+    return params_tree(
+        (path, _unpack_masters(array) if path in ternary and array.dtype == np.uint8 else array)
+        for path, array in leaves
+    )
+
+
+@jax.jit
+def _ternarise(weight: jax.Array) -> jax.Array:
+    return pack(absmean_codes(weight))
+
+
+def _unpack_masters(packed: np.ndarray) -> np.ndarray:
+    mean_abs = 0.5 * (6 / (packed.shape[1] + CODES_PER_BYTE * packed.shape[2])) ** 0.5  # of a xavier-uniform matrix
+    layers = []
+    for codes in map(jax.jit(unpack), packed):
+        codes = np.asarray(codes, np.float32)
+        share = max(np.abs(codes).mean(), 1e-3)
+        layers.append(codes * np.float32(mean_abs / share))
+    return np.stack(layers)
+
+
+def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:
+    run, read = Checkpoints(place).read_leaves(_ITEMS[ema], step)
+    description = describe_run(run, ema)
+    paths = [leaf.path for leaf in model_leaves(description.model)]
+    return Weights(str(place), description, lambda: read(paths), masters=True)
+
+
+def _open_container(path: Path) -> Weights:
+    container = open_container(path)
+    if is_artifact(container):
+        description, state_dict = open_artifact(container, str(path))
+    else:
+        state_dict = StateDict.of(container.arrays)
+        if text := container.metadata.get("description"):
+            description = read_description(text, state_dict.layout, str(path))
+        else:
+            description = describe_published(state_dict.layout, {}, "_raw" not in path.name, str(path))
+    return _of_state_dict(str(path), description, state_dict)
+
+
+def _open_torch(path: Path) -> Weights:
+    state_dict = StateDict.of(torch_pickle.load_state_dict(path))
+    beside = path.with_name(MODEL_ARGS)
+    arguments = torch_pickle.load_namespace(beside) if beside.exists() else {}
+    if "terdit_jax" in arguments:
+        description = Description.from_dict(arguments["terdit_jax"], str(beside))
+        check_architecture(description.model, state_dict.layout, str(path))
+    else:
+        description = describe_published(state_dict.layout, arguments, "_ema" in path.name, str(path))
+    # One model_args.pth may stand beside files of both kinds.
+    description = dataclasses.replace(description, ema="_ema" in path.name)
+    return _of_state_dict(str(path), description, state_dict)
+
+
+def _of_state_dict(source: str, description: Description, state_dict: StateDict) -> Weights:
+    masters = all(dtype != np.uint8 for dtype, _ in state_dict.layout.values())
+    return Weights(source, description, partial(read_leaves, description.model, state_dict), masters)
+
+
+def _find_consolidated(folder: Path, ema: bool, masters: bool) -> Path:
+    names = sorted(path.name for path in folder.glob("consolidated*.pth"))
+    if any(not name.endswith(".00-of-01.pth") for name in names):
+        raise UserError(f"{folder} holds a checkpoint cut into several parts ({names[-1]}): only 00-of-01 can be read")
+    kinds = [consolidated_name(ema, ternary) for ternary in ((False, True) if masters else (True, False))]
+    for name in kinds:
+        if name in names:
+            return folder / name
+    there = names or sorted(path.name for path in folder.iterdir())[:5]
+    wanted, found = " nor ".join(kinds), ", ".join(there) or "nothing"
+    raise UserError(f"{folder} holds neither a run's checkpoints/ nor {wanted}: there is {found}")
+
+
+def consolidated_name(ema: bool, ternary: bool) -> str:
+    """The published file name of a state dict."""
+    return f"consolidated{'_ema' * ema}{'_ternary' * ternary}.00-of-01.pth"

@@ -1,0 +1,125 @@
+"""The export command from its flags: what it says, what it writes, and that bad input is one line and nothing else."""
+
+import sys
+
+from absl import flags
+from absl.testing import flagsaver
+from deployed import golden_weights, make_workdir, random_weights, small_config
+import pytest
+from runs import finish, start
+
+from terdit_jax import export as command
+from terdit_jax.errors import UserError
+from terdit_jax.interop.exports import export
+from terdit_jax.interop.weights import open_weights
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    make_workdir(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(workdir, tmp_path_factory):
+    """What commands are pointed at, by name."""
+    place = tmp_path_factory.mktemp("sources")
+    export(golden_weights("terdit_tiny"), place / "packed.safetensors", "packed")
+    export(random_weights(small_config(ternary=False)), place / "full.safetensors", "safetensors")
+    (place / "empty").mkdir()
+    (place / "noise.safetensors").write_bytes(bytes(range(256)) * 4)
+    return {"run": workdir, **{path.stem: path for path in place.iterdir()}}
+
+
+def run(*arguments):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["export", *arguments])
+        command.main(["export"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "tiny, step 2, averaged weights: "),
+        (["--noema", "--step=1", "--compress"], "tiny, step 1, raw weights: "),
+        (["--format=safetensors", "--masters"], "tiny, step 2, averaged weights: "),
+    ],
+)
+def test_a_run_is_exported(workdir, tmp_path, capsys, options, said):
+    output = tmp_path / "out.safetensors"
+    run(f"--workdir={workdir}", f"--output={output}", *options)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{said}{output.stat().st_size / 1e6:,.1f} MB in {output}"
+    weights = open_weights(output)
+    assert weights.description.ema == ("averaged" in said) and weights.masters == ("--masters" in options)
+
+
+def test_a_torch_folder_is_remarked_upon(sources, tmp_path, capsys):
+    pytest.importorskip("torch")
+    run(f"--model={sources['packed']}", "--format=torch", f"--output={tmp_path / 'out'}")
+    remark, last = capsys.readouterr().out.splitlines()
+    assert remark.startswith("note: the public sampler") and last.endswith(f"MB in {tmp_path / 'out'}")
+    assert open_weights(tmp_path / "out").description == open_weights(sources["packed"]).description
+
+
+@pytest.mark.parametrize("source", ["run", "packed", "full"])
+def test_the_report_writes_nothing(sources, tmp_path, capsys, source):
+    path = sources[source]
+    run(f"--workdir={path}" if source == "run" else f"--model={path}", "--report")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["part", "parameters"] and lines[7].startswith("total")
+    assert len(lines) == (8 if source == "run" else 9)
+    assert source == "run" or lines[8] == f"this file: {path.stat().st_size / 1e3:,.1f} kB" or "MB" in lines[8]
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "neither source": ([], "give either --workdir .* or --model"),
+    "both sources": (["--workdir={run}", "--model={packed}"], "give either --workdir .* or --model"),
+    "no output": (["--model={packed}", "--output="], "--output is missing"),
+    "a report to a file": (["--model={packed}", "--report"], "--report writes nothing: leave out --output"),
+    "no run": (["--workdir={empty}"], "--workdir=.*empty holds no run"),
+    "an artifact for a run": (["--workdir={packed}"], "--workdir=.*packed.safetensors holds no run"),
+    "an empty folder": (["--model={empty}"], "holds neither a run's checkpoints/ nor consolidated.*there is nothing"),
+    "nothing there": (["--model={empty}/nowhere"], "nowhere does not exist"),
+    "noise": (["--model={noise}"], "noise.safetensors: not a safetensors file"),
+    "no such step": (["--workdir={run}", "--step=9"], r"has no step 9: there are \[1, 2\]"),
+    "a step of a file": (["--model={packed}", "--step=1"], "step 1 was asked for, but .* is no workdir"),
+    "packing full precision": (["--model={full}"], "full.safetensors is full precision, nothing to pack"),
+    "packing masters": (["--workdir={run}", "--masters"], "--masters: a packed artifact holds ternary weights"),
+    "masters of a packed source": (["--model={packed}", "--masters", "--format=safetensors"], "no master weights"),
+    "compressing others": (["--workdir={run}", "--compress", "--format=safetensors"], "--compress: only"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_writes_nothing(sources, tmp_path, capsys, arguments, message):
+    given = [argument.format_map(sources) for argument in arguments]
+    with pytest.raises(UserError, match=message) as caught:
+        run(f"--output={tmp_path / 'out'}", *given)
+    assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--format=packed"], ["--format=safetensors"], ["--format=torch"]])
+def test_nothing_is_overwritten(sources, tmp_path, options):
+    output = tmp_path / "out"
+    output.write_text("precious")
+    with pytest.raises(UserError, match=f"--output={output}: exists already"):
+        run(f"--model={sources['packed']}", f"--output={output}", *options)
+    if options != ["--format=torch"] or "torch" in sys.modules:
+        with pytest.raises(UserError, match=f"cannot write {output}/deeper: Not a directory"):
+            run(f"--model={sources['packed']}", f"--output={output}/deeper", *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and output.read_text() == "precious"
+
+
+def test_the_shell_sees_one_line_and_status_2(sources, tmp_path):
+    """Where PyTorch cannot be imported, so that a whole export ends late."""
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
+    arguments = (f"--model={sources['packed']}", "--format=torch", f"--output={tmp_path / 'out'}")
+    environment = {"PYTHONPATH": f"{tmp_path}:{command.__file__.rsplit('/', 2)[0]}"}
+    process = start("export", *arguments, cache=tmp_path / "cache", environment=environment)
+    out, err = finish(process, status=2)
+    assert out == "" and err == "error: --format=torch needs PyTorch to write .pth files: pip install torch\n"
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

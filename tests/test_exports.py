@@ -1,0 +1,215 @@
+"""What was loaded is exported bit for bit in every format and comes back so; a failed export leaves nothing behind."""
+
+import dataclasses
+import json
+import sys
+
+from deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
+from golden_models import GOLDEN, tiny_config
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from terdit_jax.errors import UserError
+from terdit_jax.interop.description import Description
+from terdit_jax.interop.exports import FORMATS, export
+from terdit_jax.interop.published import published_layout
+from terdit_jax.interop.weights import Weights, consolidated_name, open_weights, packed_leaves
+
+GOLDEN_MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "train_init")
+
+
+def golden(name):
+    return golden_weights(name, tiny_config(depth=2) if name == "train_init" else None)
+
+
+def needs(kind):
+    if kind == "torch":
+        pytest.importorskip("torch")
+
+
+def written(path, kind, ternary=True):
+    return path / consolidated_name(ema=True, ternary=ternary) if kind == "torch" else path
+
+
+def assert_holds(path, kind, tensors):
+    """The file holds these tensors bit for bit, read by the software that others read it with."""
+    if kind == "torch":
+        import torch
+
+        found = {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+    else:
+        found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_golden_state_dict_is_exported_as_it_was_loaded(tmp_path, name, kind):
+    needs(kind)
+    masters = not name.startswith("terdit")
+    if kind == "packed" and masters:
+        pytest.skip("an artifact holds no master weights")
+    weights = golden(name)
+    export(weights, tmp_path / "out", kind, masters=masters)
+    assert_holds(written(tmp_path / "out", kind, not masters), kind, load_file(GOLDEN / f"{name}.safetensors"))
+    again = open_weights(tmp_path / "out", masters=masters)
+    assert again.description == weights.description and again.masters == masters
+    assert_same_leaves(again, weights)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_every_kind_of_model_goes_from_format_to_format(tmp_path, overrides, kind):
+    """As packed -> torch -> packed: the last equals the first, byte for byte."""
+    needs(kind)
+    weights = random_weights(small_config(**overrides), latent_scale=0.5, step=None)
+    model = weights.model
+    first = "packed" if model.ternary else "safetensors"
+    if kind == "packed" and not model.ternary:
+        pytest.skip("nothing to pack")
+    export(weights, tmp_path / "first", first)
+    export(open_weights(tmp_path / "first"), tmp_path / "second", kind)
+    export(open_weights(tmp_path / "second"), tmp_path / "third", first)
+    assert (tmp_path / "third").read_bytes() == (tmp_path / "first").read_bytes()
+    last = open_weights(tmp_path / "third")
+    assert last.description == weights.description
+    expected = Weights("memory", weights.description, lambda: packed_leaves(model, weights.leaves()), False)
+    assert_same_leaves(last, expected)
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_master_weights_go_out_and_come_back(tmp_path, kind):
+    needs(kind)
+    weights = random_weights(small_config())
+    export(weights, tmp_path / "out", kind, masters=True)
+    again = open_weights(tmp_path / "out", masters=True)
+    assert again.masters and again.description == weights.description
+    assert_same_leaves(again, weights)
+    # Packed from there, or from where they came from, is the same.
+    export(again, tmp_path / "a", "packed")
+    export(weights, tmp_path / "b", "packed")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_compressed_artifact_is_smaller_and_says_the_same(tmp_path):
+    weights = golden("terdit_tiny_noqk")
+    for compress in (True, False):
+        export(weights, tmp_path / str(compress), "packed", compress=compress)
+    plain, small = open_weights(tmp_path / "False"), open_weights(tmp_path / "True")
+    assert small.description == plain.description
+    assert_same_leaves(small, plain)
+    planes = sum(tensor.nbytes for tensor in load_file(tmp_path / "False").values() if tensor.dtype == np.uint8)
+    saved = (tmp_path / "False").stat().st_size - (tmp_path / "True").stat().st_size
+    assert saved > 0.1 * planes, "1.6 bits a code where codes are about equally frequent"
+
+
+def test_plain_safetensors_hold_the_description_alone(tmp_path):
+    weights = random_weights(small_config())
+    export(weights, tmp_path / "out", "safetensors")
+    with safe_open(tmp_path / "out", "np") as file:
+        metadata = file.metadata()
+        names = set(file.keys())
+    assert metadata.keys() == {"description"} and names == set(published_layout(weights.model, packed=True))
+    assert Description.from_dict(json.loads(metadata["description"]), "out") == weights.description
+
+
+def test_a_model_that_the_public_sampler_cannot_build_gets_a_remark(tmp_path):
+    pytest.importorskip("torch")
+    (remark,) = export(random_weights(small_config()), tmp_path / "out", "torch")
+    assert remark.startswith("note: the public sampler knows three shapes only") and "\n" not in remark
+    assert export(random_weights(small_config()), tmp_path / "other", "packed") == []
+
+
+def test_the_public_code_reads_model_args(tmp_path):
+    torch = pytest.importorskip("torch")
+    import argparse
+
+    export(random_weights(small_config(), codec="sd-vae-ft-mse"), tmp_path / "out", "torch")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        arguments = torch.load(tmp_path / "out" / "model_args.pth", weights_only=True)
+    assert (arguments.image_size, arguments.num_classes, arguments.qk_norm, arguments.vae) == (64, 10, True, "mse")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "options", "message"),
+    [
+        ({}, "onnx", {}, "--format=onnx: choose one of packed, torch, safetensors"),
+        ({"ternary": False}, "packed", {}, "memory is full precision, nothing to pack"),
+        ({}, "packed", {"masters": True}, "--masters: a packed artifact holds ternary weights"),
+        ({}, "torch", {"compress": True}, "--compress: only --format=packed"),
+        ({}, "safetensors", {"compress": True}, "--compress: only --format=packed"),
+    ],
+)
+def test_what_does_not_go_together_is_named(tmp_path, overrides, kind, options, message):
+    with pytest.raises(UserError, match=message):
+        export(random_weights(small_config(**overrides)), tmp_path / "out", kind, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_master_weights_that_are_not_there_are_not_invented(tmp_path, kind):
+    with pytest.raises(UserError, match="terdit_tiny holds ternary weights only, there are no master weights"):
+        export(golden("terdit_tiny"), tmp_path / "out", kind, masters=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("place", ["file", "folder", "dangling link"])
+def test_nothing_is_overwritten(tmp_path, kind, place):
+    needs(kind)
+    output = tmp_path / "out"
+    {"file": lambda: output.write_text("precious"), "folder": output.mkdir}.get(
+        place, lambda: output.symlink_to(tmp_path / "nowhere")
+    )()
+    with pytest.raises(UserError, match=f"--output={output}: exists already, name another place"):
+        export(random_weights(small_config()), output, kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert place != "file" or output.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, kind):
+    needs(kind)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="cannot write .*out: Not a directory") as caught:
+        export(random_weights(small_config()), tmp_path / "file" / "out", kind)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_folders_on_the_way_are_made(tmp_path, kind):
+    needs(kind)
+    export(random_weights(small_config()), tmp_path / "a" / "b" / "out", kind)
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_source_that_turns_out_damaged_leaves_nothing_behind(tmp_path, kind):
+    needs(kind)
+    weights = random_weights(small_config())
+
+    def leaves():
+        for i, leaf in enumerate(weights.leaves()):
+            if i == 10:
+                raise UserError("a tensor does not match its SHA-256")
+            yield leaf
+
+    with pytest.raises(UserError, match="does not match its SHA-256"):
+        export(dataclasses.replace(weights, leaves=leaves), tmp_path / "out", kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_pytorch_only_pth_files_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    weights = random_weights(small_config())
+    with pytest.raises(UserError, match="--format=torch needs PyTorch to write .pth files: pip install torch"):
+        export(weights, tmp_path / "out", "torch")
+    assert not list(tmp_path.iterdir())
+    for kind in ("packed", "safetensors"):
+        export(weights, tmp_path / kind, kind)
