@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Lint and the fast tests, in a virtual environment of their own making; arguments go to pytest (-m slow: the slow ones).
+# EXTRAS=dev,parity also installs PyTorch, without which the tests against it are skipped.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-install_package dev
+install_package "${EXTRAS:-dev}"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest -n 2 -m "not slow" "$@"
