@@ -21,6 +21,8 @@ from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parents[1]
+# Runs of a few steps spend their time compiling: LLVM need not optimise.
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
 # configs/digits.py, made small enough that a step takes milliseconds.
 SHRUNKEN = {
     "model.hidden_size": 32,
@@ -50,6 +52,7 @@ def start(module: str, *arguments: str, cache: Path, environment: Mapping[str, s
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FAST_COMPILATION,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),

@@ -4,7 +4,7 @@ import socket
 
 import jax
 import numpy as np
-from runs import finish, metrics_without_timing, prepare_digits, saved_run, start, train_arguments
+from runs import FAST_COMPILATION, finish, metrics_without_timing, prepare_digits, saved_run, start, train_arguments
 
 
 def free_port() -> int:
@@ -16,11 +16,11 @@ def free_port() -> int:
 def test_two_processes_equal_one(tmp_path):
     data, cache = prepare_digits(tmp_path / "digits"), tmp_path / "cache"
     arguments = {"train__num_steps": 12, "checkpoint__every": 12, "mesh__fsdp": 2}
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"XLA_FLAGS": f"{FAST_COMPILATION} --xla_force_host_platform_device_count=4"}
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start("main", *train_arguments(data, one, **arguments), cache=cache, environment=flags))
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{FAST_COMPILATION} --xla_force_host_platform_device_count=2",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
