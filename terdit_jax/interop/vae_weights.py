@@ -1,0 +1,158 @@
+"""The Stable Diffusion autoencoder from a local folder as diffusers writes it: config.json and the weights beside it.
+
+Every field, name, shape and value is checked; downloading the folder is the user's. PyTorch is not needed.
+"""
+
+from collections.abc import Mapping
+import os
+from pathlib import Path
+import re
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.interop.published import FLOATS, params_leaves, params_tree
+from terdit_jax.interop.safetensors import open_container, parse_json
+from terdit_jax.interop.torch_pickle import load_state_dict
+from terdit_jax.model.vae import VAEConfig, abstract_params
+
+CONFIG = "config.json"
+SAFETENSORS = "diffusion_pytorch_model.safetensors"
+TORCH = "diffusion_pytorch_model.bin"
+_MAX_CONFIG_BYTES = 1 << 16
+# Sizes that config.json gives, with the default of diffusers where it may leave one out, and the largest that is taken.
+_SIZES = {
+    "in_channels": (3, 1 << 10), "out_channels": (3, 1 << 10), "layers_per_block": (1, 16),
+    "latent_channels": (4, 1 << 10), "norm_num_groups": (32, 1 << 14), "sample_size": (32, 1 << 14),
+}  # fmt: skip
+_MAX_BLOCKS, _MAX_WIDTH = 8, 1 << 14
+_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+# What else config.json may say, with the one value that makes the network that is implemented.
+_FIXED = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
+    "mid_block_add_attention": True, "shift_factor": None, "latents_mean": None, "latents_std": None,
+}  # fmt: skip
+_IGNORED = ("force_upcast",)  # of half precision in PyTorch
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION_NAME = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+
+
+def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
+    """The autoencoder in a folder: `config.json` with `diffusion_pytorch_model.safetensors`, or `.bin` if that is all.
+
+    The attention's maps may have diffusers' older names (query, key, value, proj_attn) or today's (to_q, to_k, to_v,
+    to_out.0), and be matrices or 1x1 convolutions.
+
+    Returns:
+      The configuration and the parameters, a nested dict of float32 NumPy arrays as `abstract_params` describes.
+
+    Raises:
+      UserError: a file that cannot be read, another architecture, a tensor that is missing, unknown, of another shape
+        or not finite.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the one that holds the autoencoder's {CONFIG}")
+    config = _read_config(folder / CONFIG)
+    if (folder / SAFETENSORS).exists():
+        source, arrays = folder / SAFETENSORS, open_container(folder / SAFETENSORS).arrays
+    elif (folder / TORCH).exists():
+        source, arrays = folder / TORCH, load_state_dict(folder / TORCH)
+    else:
+        raise UserError(f"{folder} has neither {SAFETENSORS} nor {TORCH}")
+    return config, _convert(config, arrays, str(source))
+
+
+def parse_config(fields: Mapping[str, Any], source: str) -> VAEConfig:
+    """The configuration that diffusers' JSON describes; `source` names it in errors.
+
+    Raises:
+      UserError: an impossible value, or one that asks for another network than ours.
+    """
+
+    def require(condition: bool, name: str, what: str) -> None:
+        if not condition:
+            raise UserError(f"{source}: {name}={reprlib.repr(fields.get(name))}: {what}")
+
+    widths = fields.get("block_out_channels", [64])
+    require(
+        isinstance(widths, list)
+        and 0 < len(widths) <= _MAX_BLOCKS
+        and all(_is_size(width, _MAX_WIDTH) for width in widths),
+        "block_out_channels",
+        f"must list 1 to {_MAX_BLOCKS} widths of at most {_MAX_WIDTH}",
+    )
+    sizes = {name: fields.get(name, default) for name, (default, _) in _SIZES.items()}
+    for name, (_, largest) in _SIZES.items():
+        require(_is_size(sizes[name], largest), name, f"must be an integer from 1 to {largest}")
+    groups = sizes["norm_num_groups"]
+    require(all(width % groups == 0 for width in widths), "norm_num_groups", f"does not divide the widths {widths}")
+    scale = fields.get("scaling_factor", VAEConfig.scaling_factor)
+    require(type(scale) in (int, float) and 1e-6 < scale < 1e6, "scaling_factor", "must be a positive number")
+    for name, kind in _BLOCK_TYPES.items():
+        require(fields.get(name, [kind]) == [kind] * len(widths), name, f"only {len(widths)} {kind} are supported")
+    known = ("block_out_channels", "scaling_factor", *_SIZES, *_BLOCK_TYPES, *_IGNORED)
+    for name in fields:
+        if name in _FIXED:
+            same = type(fields[name]) is type(_FIXED[name]) and fields[name] == _FIXED[name]
+            require(same, name, f"only {_FIXED[name]} is supported")
+        elif not name.startswith("_") and name not in known:
+            raise UserError(f"{source}: field {name[:60]!r} is unknown here and may ask for another network")
+    return VAEConfig(block_out_channels=tuple(widths), scaling_factor=float(scale), **sizes)
+
+
+def _read_config(path: Path) -> VAEConfig:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise UserError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: not a configuration of diffusers")
+    return parse_config(parse_json(content, str(path), dict), str(path))
+
+
+def _convert(config: VAEConfig, arrays: Mapping[str, np.ndarray], source: str) -> dict:
+    """The parameter tree of PyTorch's tensors; all names and shapes are compared before a number is read."""
+    targets = {path.replace("/", "."): leaf.shape for path, leaf in params_leaves(abstract_params(config))}
+    names: dict[str, str] = {}  # ours -> the file's
+    for name in arrays:
+        known = _OLD_ATTENTION_NAME.sub(lambda match: _OLD_ATTENTION[match[0]], name)
+        if known not in targets:
+            raise UserError(f"{source}: tensor {name[:60]!r} does not belong to this autoencoder")
+        if known in names:
+            raise UserError(f"{source}: tensors {names[known]!r} and {name!r} are the same parameter")
+        names[known] = name
+    for known, target in targets.items():
+        if known not in names:
+            raise UserError(f"{source}: lacks tensor {known!r}")
+        array, wanted = arrays[names[known]], _torch_shape(target)
+        # The attention's maps were 1x1 convolutions once.
+        if array.shape != wanted and not (len(target) == 2 and array.shape == (*wanted, 1, 1)):
+            raise UserError(f"{source}: tensor {names[known]!r} has shape {array.shape}, {CONFIG} asks for {wanted}")
+        if array.dtype not in FLOATS:
+            raise UserError(f"{source}: tensor {names[known]!r} holds {array.dtype}, not floating-point numbers")
+    return params_tree(
+        (known.replace(".", "/"), _read(arrays[names[known]], target, f"{source}: tensor {names[known]!r}"))
+        for known, target in targets.items()
+    )
+
+
+def _read(array: np.ndarray, target: tuple[int, ...], what: str) -> np.ndarray:
+    """A tensor as float32 in our layout, a copy."""
+    with np.errstate(over="ignore"):  # float64 beyond float32 is not finite here
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"{what} holds values that are not finite")
+    return np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if len(target) == 4 else array.reshape(target)
+
+
+def _torch_shape(target: tuple[int, ...]) -> tuple[int, ...]:
+    """(height, width, in, out) of a convolution to PyTorch's (out, in, height, width)."""
+    return (target[3], target[2], *target[:2]) if len(target) == 4 else target
+
+
+def _is_size(value: object, largest: int) -> bool:
+    return type(value) is int and 0 < value <= largest

@@ -1,0 +1,235 @@
+"""A folder as diffusers writes it becomes the autoencoder's parameters; one that does not fit is named in a line."""
+
+import json
+import re
+import shutil
+
+from golden_models import GOLDEN
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from torch_files import state_dict, torch_file
+
+from terdit_jax.errors import UserError
+from terdit_jax.interop.vae_weights import CONFIG, SAFETENSORS, TORCH, load_vae, parse_config
+from terdit_jax.model.vae import VAEConfig, abstract_params
+
+TINY = GOLDEN / "vae_tiny"
+QUERY, PROJECTION = "encoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.to_out.0.weight"
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+# Of stabilityai/sd-vae-ft-mse.
+PUBLISHED = {
+    "_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2", "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
+    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 256,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny autoencoder's folder that a test may spoil."""
+    for name in (CONFIG, SAFETENSORS):
+        shutil.copy(TINY / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def tensors():
+    return load_file(TINY / SAFETENSORS)
+
+
+def assert_refused(path, message):
+    with pytest.raises(UserError, match=message) as raised:
+        load_vae(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def older(tensors, convolutions):
+    """Under the names that diffusers once gave them, optionally with the attention's maps as 1x1 convolutions."""
+
+    def rename(name):
+        return re.sub(r"to_q|to_k|to_v|to_out\.0", lambda match: OLD[match[0]], name)
+
+    attention = re.compile(r"\.to_\w+(\.0)?\.weight$")
+    return {
+        rename(name): array[:, :, None, None] if convolutions and attention.search(name) else array
+        for name, array in tensors.items()
+    }
+
+
+def test_the_tree_is_the_models_own(tensors):
+    config, params = load_vae(TINY)
+    assert config == VAEConfig(block_out_channels=(32, 64, 64, 64), sample_size=64)
+    target = abstract_params(config)
+    assert jax.tree.structure(params) == jax.tree.structure(target)
+    for ours, expected in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
+        assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+    kernel = params["encoder"]["down_blocks"]["1"]["resnets"]["0"]["conv1"]["weight"]
+    np.testing.assert_array_equal(kernel[0, 2, 5], tensors["encoder.down_blocks.1.resnets.0.conv1.weight"][:, 5, 0, 2])
+    np.testing.assert_array_equal(params["encoder"]["mid_block"]["attentions"]["0"]["to_q"]["weight"], tensors[QUERY])
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_older_names_and_shapes_are_the_same_weights(folder, tensors, convolutions):
+    save_file(older(tensors, convolutions), folder / SAFETENSORS)
+    assert_same(load_vae(folder), load_vae(TINY))
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_todays_names_with_either_shape(folder, tensors, convolutions):
+    arrays = {
+        name: array[:, :, None, None] if convolutions and array.ndim == 2 else array for name, array in tensors.items()
+    }
+    save_file(arrays, folder / SAFETENSORS)
+    assert_same(load_vae(folder), load_vae(TINY))
+
+
+def test_pytorch_files_are_read_where_there_is_nothing_else(folder, tensors):
+    (folder / SAFETENSORS).unlink()
+    (folder / TORCH).write_bytes(torch_file(state_dict(tensors), tensors.values()))
+    assert_same(load_vae(folder), load_vae(TINY))
+
+
+def test_half_precision_becomes_float32(folder, tensors):
+    save_file({name: array.astype(np.float16) for name, array in tensors.items()}, folder / SAFETENSORS)
+    params = load_vae(folder)[1]
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    np.testing.assert_array_equal(params["quant_conv"]["bias"], tensors["quant_conv.bias"].astype(np.float16))
+
+
+def test_the_published_configuration_is_understood():
+    assert parse_config(PUBLISHED, "config.json") == VAEConfig()
+    newer = {"force_upcast": True, "shift_factor": None, "use_quant_conv": True, "scaling_factor": 0.13025}
+    assert parse_config(PUBLISHED | newer, "config.json") == VAEConfig(scaling_factor=0.13025)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_class_name", "AutoencoderTiny"),
+        ("act_fn", "relu"),
+        ("act_fn", None),
+        ("use_quant_conv", False),
+        ("use_post_quant_conv", False),
+        ("use_quant_conv", 1),
+        ("mid_block_add_attention", False),
+        ("shift_factor", 0.1),
+        ("latents_mean", [0.0] * 4),
+        ("down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
+        ("down_block_types", ["DownEncoderBlock2D"] * 3),
+        ("up_block_types", "UpDecoderBlock2D"),
+        ("up_block_types", None),
+        ("block_out_channels", []),
+        ("block_out_channels", [128, 256, 512, 500]),
+        ("block_out_channels", [128, 256, 512, 0]),
+        ("block_out_channels", [128, 256, 512, 512.0]),
+        ("block_out_channels", [32] * 9),
+        ("block_out_channels", "128"),
+        ("block_out_channels", [[[[[[[[[[1]]]]]]]]]] * 4),
+        ("layers_per_block", 1 << 20),
+        ("layers_per_block", True),
+        ("latent_channels", -4),
+        ("latent_channels", "4"),
+        ("in_channels", None),
+        ("norm_num_groups", 48),
+        ("sample_size", 256.0),
+        ("scaling_factor", 0),
+        ("scaling_factor", float("nan")),
+        ("scaling_factor", "0.18215"),
+        ("time_compression\nratio", 4),
+        ("out_channels", 10**400),
+    ],
+)
+def test_another_architecture_is_named(folder, name, value):
+    (folder / CONFIG).write_text(json.dumps(PUBLISHED | {name: value}))
+    known = "norm_num_groups" if value == [128, 256, 512, 500] else re.escape(repr(name)[1:-1])
+    assert_refused(folder, f"config.json: .*{known}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not sound JSON"),
+        (b"[]", "not a JSON dict"),
+        (b'{"a": 1, "a": 2}', "a key occurs twice"),
+        (b"\xff{}", "not sound JSON"),
+        (b"[" * 60_000, "not sound JSON"),
+        (b" " * 70_000, "larger than 65536 bytes"),
+    ],
+)
+def test_a_configuration_that_is_none(folder, content, message):
+    (folder / CONFIG).write_bytes(content)
+    assert_refused(folder, message)
+
+
+def test_files_that_are_not_there(folder):
+    assert_refused(folder / "elsewhere", "is no folder")
+    assert_refused(folder / CONFIG, "is no folder")
+    (folder / SAFETENSORS).unlink()
+    assert_refused(folder, f"has neither {SAFETENSORS} nor {TORCH}")
+    (folder / CONFIG).unlink()
+    assert_refused(folder, "cannot read .*config.json: No such file")
+
+
+@pytest.mark.parametrize("name", [QUERY, "quant_conv.weight", "post_quant_conv.bias", "decoder.conv_norm_out.weight"])
+def test_a_missing_tensor_is_named(folder, tensors, name):
+    del tensors[name]
+    save_file(tensors, folder / SAFETENSORS)
+    assert_refused(folder, f"lacks tensor '{re.escape(name)}'")
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.conv_in.scale", "model.quant_conv.bias", "decoder.up_blocks.0.query.weight", "x" * 1000, "a\nb"]
+)
+def test_an_unknown_tensor_is_named(folder, tensors, name):
+    save_file(tensors | {name: np.zeros(1, np.float32)}, folder / SAFETENSORS)
+    assert_refused(folder, f"tensor {re.escape(repr(name[:60]))} does not belong")
+
+
+def test_a_parameter_under_both_names_is_refused(folder, tensors):
+    old = QUERY.replace("to_q", "query")
+    save_file(tensors | {old: tensors[QUERY]}, folder / SAFETENSORS)
+    assert_refused(folder, "are the same parameter")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("encoder.conv_in.weight", (3, 3, 3, 32)),
+        ("encoder.conv_in.bias", (32, 1)),
+        (QUERY, (32, 128)),
+        (PROJECTION, (1, 1, 64, 64)),
+        ("quant_conv.weight", (8, 8)),
+    ],
+)
+def test_another_shape_is_named(folder, tensors, name, shape):
+    save_file(tensors | {name: tensors[name].reshape(shape)}, folder / SAFETENSORS)
+    assert_refused(folder, f"'{re.escape(name)}' has shape {re.escape(str(shape))}")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_what_is_not_finite_is_refused(folder, tensors, value):
+    spoiled = tensors[PROJECTION].astype(np.float64)
+    spoiled[3, 4] = value
+    save_file(tensors | {PROJECTION: spoiled}, folder / SAFETENSORS)
+    assert_refused(folder, f"'{re.escape(PROJECTION)}' holds values that are not finite")
+
+
+def test_integers_are_refused(folder, tensors):
+    save_file(tensors | {QUERY: tensors[QUERY].astype(np.int8)}, folder / SAFETENSORS)
+    assert_refused(folder, "holds int8")
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, TORCH])
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"PK\x03\x04 not a zip"])
+def test_files_of_something_else(folder, name, content):
+    (folder / SAFETENSORS).unlink()
+    (folder / name).write_bytes(content)
+    assert_refused(folder, name)
