@@ -12,6 +12,7 @@ from terdit_jax.config import base_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.pictures import make_grid, save_npz, save_png, to_uint8
 from terdit_jax.inference.runtime import DTYPES, load_model
+from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.parallel.mesh import initialize_processes, make_mesh
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
@@ -25,6 +26,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all noise: picture i depends on (see
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn at once.")
+_VAE = flags.DEFINE_string("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
 _OUTPUT = flags.DEFINE_string("output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels.")
 
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--cfg_scale={_CFG_SCALE.value}: must not be negative")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
+    vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(
         _MODEL.value,
         mesh=make_mesh(base_config().mesh),
@@ -50,8 +53,9 @@ def main(argv: Sequence[str]) -> None:
         dtype=_DTYPE.value,
     )
     description = model.description
-    if _OUTPUT.value.endswith(".npz") and (description.codec != "none" or model.config.in_channels not in (1, 3)):
-        raise UserError(f"--output={_OUTPUT.value}: this model draws latents, of which only a .png preview can be made")
+    pixels = description.codec == "none" and model.config.in_channels in (1, 3)
+    if _OUTPUT.value.endswith(".npz") and not (pixels or vae):
+        raise UserError(f"--output={_OUTPUT.value}: this model draws latents: give --vae, or .png for a preview")
     labels = _parse_labels(model.config.num_classes)
     begin = time.perf_counter()
     images = model.draw(
@@ -60,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
         num_steps=_NUM_STEPS.value,
         cfg_scale=_CFG_SCALE.value,
         method=_METHOD.value,
+        vae=vae,
         batch_size=_BATCH_SIZE.value,
         report=lambda done: print(f"{done}/{len(labels)} pictures", flush=True),
     )

@@ -1,9 +1,13 @@
-"""Pixels come back at their own values; an autoencoder's latents become a preview that uses the whole range."""
+"""Pixels come back at their own values; latents are decoded, or become a preview that uses the whole range."""
 
+from golden_models import GOLDEN, assert_close
 import numpy as np
 import pytest
 
+from terdit_jax.errors import UserError
 from terdit_jax.inference.decoding import to_pictures
+from terdit_jax.interop.vae_weights import load_vae
+from terdit_jax.model.vae import decode_all
 
 
 def latents(channels):
@@ -37,3 +41,15 @@ def test_preview_of_a_constant_channel_is_finite():
 
 def test_two_channels_make_a_picture_too():
     assert to_pictures(latents(2), 1.0).shape[-1] in (1, 3)
+
+
+def test_latents_are_unscaled_and_decoded():
+    vae, drawn = load_vae(GOLDEN / "vae_tiny"), latents(4)
+    pictures = to_pictures(drawn, 0.5, vae)
+    assert pictures.shape == (3, 32, 32, 3)
+    assert_close(pictures, decode_all(*vae, 2 * drawn))
+
+
+def test_an_autoencoder_of_other_latents_is_refused():
+    with pytest.raises(UserError, match="latents have 4 channels, the model draws 3"):
+        to_pictures(latents(3), 1.0, load_vae(GOLDEN / "vae_tiny"))

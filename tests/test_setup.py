@@ -76,6 +76,7 @@ def test_unwritable_workdir(digits, tmp_path):
         ("sample", ["--model=W", "--output=grid.png"], "run does not exist"),
         ("sample", ["--model=W", "--output=grid.png", "--num_samples=0"], "--num_samples=0: must be positive"),
         ("sample", ["--model=W", "--output=grid.png", "--guidance=4"], "guidance"),
+        ("sample", ["--model=W", "--output=grid.png", "--vae=nowhere"], "nowhere is no folder"),
     ],
 )
 def test_commands_answer_in_one_line_with_status_2(tmp_path, module, arguments, message):

@@ -1,23 +1,45 @@
 """From sampled latents to pictures in [-1, 1], by the codec that made the data."""
 
+from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.errors import UserError
+from terdit_jax.model.vae import VAEConfig, decode_all
 
-def to_pictures(latents: np.ndarray, latent_scale: float) -> np.ndarray:
+VAE = tuple[VAEConfig, dict]  # of `terdit_jax.interop.vae_weights.load_vae`
+
+
+def to_pictures(
+    latents: np.ndarray, latent_scale: float, vae: VAE | None = None, dtype: DTypeLike = np.float32
+) -> np.ndarray:
     """Pictures of latents (N, H, W, C) as the model draws them.
 
-    Pixel-space models (C is 1 or 3) draw the pictures themselves. For the latents of an autoencoder the first three
-    channels are shown, each stretched to its own range: a preview of what is where, not of colours.
+    Pixel-space models (C is 1 or 3) draw the pictures themselves. Latents are decoded by their autoencoder; without it
+    the first three channels are shown, each stretched to its own range: a preview of what is where, not of colours.
 
     Args:
       latents: scaled as in training.
       latent_scale: what training multiplied by.
+      vae: the autoencoder that made the latents.
+      dtype: in which it computes, float32 or bfloat16.
 
     Returns:
-      (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped.
+      (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped; with an autoencoder H and W are the pictures'.
+
+    Raises:
+      UserError: an autoencoder of other latents than these.
     """
+    if vae:
+        check_vae(vae, latents.shape[-1])
+        return decode_all(*vae, latents / latent_scale, dtype)
     if latents.shape[-1] in (1, 3):
         return latents / latent_scale
     shown = latents[..., : 3 if latents.shape[-1] > 2 else 1]
     low, high = shown.min(axis=(0, 1, 2)), shown.max(axis=(0, 1, 2))
     return 2 * (shown - low) / np.maximum(high - low, 1e-6) - 1
+
+
+def check_vae(vae: VAE, channels: int) -> None:
+    """Raises UserError if an autoencoder does not decode latents of so many channels."""
+    if vae[0].latent_channels != channels:
+        raise UserError(f"the autoencoder's latents have {vae[0].latent_channels} channels, the model draws {channels}")

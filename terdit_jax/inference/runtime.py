@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.decoding import to_pictures
+from terdit_jax.inference.decoding import VAE, check_vae, to_pictures
 from terdit_jax.inference.sampling import Draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
@@ -70,23 +70,34 @@ class Denoiser:
         num_steps: int | None = None,
         cfg_scale: float | None = None,
         method: str | None = None,
+        vae: VAE | None = None,
         batch_size: int = 256,
         report: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
         """Draws a picture for each label; what is left out is as the model's description has it.
 
+        Args:
+          labels: (N,) int.
+          seed: of all noise; picture i depends on (seed, i) alone.
+          num_steps, cfg_scale, method: as `config.sample` has them.
+          vae: of `interop.vae_weights.load_vae`, to decode the latents that the model draws.
+          batch_size: pictures drawn at once.
+          report: called with the number of pictures done so far.
+
         Returns:
-          (N, H, W, C) float32, in [-1, 1] up to what sampling overshoots.
+          (N, H, W, C) float32, in [-1, 1] up to what sampling overshoots. Without a VAE, latents become a preview.
 
         Raises:
-          UserError: labels the model does not have, or settings the sampler does not know.
+          UserError: labels the model does not have, settings the sampler does not know, a VAE of other latents.
         """
         check_labels(labels, self.config.num_classes)
+        if vae:
+            check_vae(vae, self.config.in_channels)
         given = {"num_steps": num_steps, "cfg_scale": cfg_scale, "method": method}
         settings = {**self.description.sample, **{name: value for name, value in given.items() if value is not None}}
         draw = _cached_draw(self.config, tuple(sorted(settings.items())), seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report)
-        return to_pictures(latents, self.description.latent_scale)
+        return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype)
 
 
 @lru_cache(maxsize=16)
