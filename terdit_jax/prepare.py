@@ -1,60 +1,145 @@
-"""The command that turns a source of pictures into a data set for training; flags and closing lines only.
+"""The command that turns pictures into a data set for training, and shows what is in one; flags and closing lines only.
 
 python -m terdit_jax.prepare --source=digits --output=data/digits
 python -m terdit_jax.prepare --source=folder --input=pictures --output=data/pictures --image_size=32
+python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae=sd-vae-ft-ema --output=data/imagenet256
+python -m terdit_jax.prepare --inspect=data/imagenet256 --vae=sd-vae-ft-ema --output=sheet.png
 """
 
 from collections.abc import Sequence
+import re
 import shlex
 
 from absl import flags
+from etils import epath
+import jax
 
 from terdit_jax.data import builder, schema, sources
-from terdit_jax.data.codec import PixelCodec
+from terdit_jax.data.codec import Codec, PixelCodec, VAECodec
+from terdit_jax.data.inspection import format_report, inspect
+from terdit_jax.data.reader import open_dataset
+from terdit_jax.data.tar_source import make_tar_source
+from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.inference.contact_sheet import make_contact_sheet
+from terdit_jax.inference.decoding import to_pictures
+from terdit_jax.inference.pictures import save_png, to_uint8
+from terdit_jax.interop.vae_weights import load_vae, vae_identity
+from terdit_jax.parallel.mesh import initialize_processes
 
-_SOURCE = flags.DEFINE_enum("source", None, ["digits", "folder"], "digits: embedded; folder: one folder a class.")
-_INPUT = flags.DEFINE_string("input", None, "The folder of class folders.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the data set; new or empty.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Height and width of the centre crop; 32 if not given.")
+_SOURCE = flags.DEFINE_enum(
+    "source", None, ["digits", "folder", "tar", "tfds"],
+    "digits: embedded; folder: one folder a class; tar: ImageNet's train archive, or a folder of tars, one a class; "
+    "tfds: a TFDS data set of pictures with classes.",
+)  # fmt: skip
+_INPUT = flags.DEFINE_string("input", None, "The folder, the archive, or the name of the TFDS data set.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets; its own default if left out.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the data set, new or unfinished; with --inspect a .png.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Height and width of the centre crop; 32, or 256 with --vae.")
 _CHANNELS = flags.DEFINE_integer("channels", None, "3 (RGB) or 1 (grey); 3 if not given.")
-_HELDOUT_SHARE = flags.DEFINE_float("heldout_share", None, "Share held out; digits 0.2, folder 0.1 if not given.")
-_MIRROR = flags.DEFINE_bool("mirror", False, "Also store each mirrored picture; pixels can do without.")
+_HELDOUT_SHARE = flags.DEFINE_float("heldout_share", None, "Share held out where the source has no such split.")
+_VAE = flags.DEFINE_string(
+    "vae", None, "Stores latents of this autoencoder: a folder, or a name such as stabilityai/sd-vae-ft-ema."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "Of the autoencoder; float32 on CPUs, else bfloat16."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures that a device encodes at once.", lower_bound=1)
+_MIRROR = flags.DEFINE_bool("mirror", None, "Also store each mirrored picture; by default with --vae only.")
 _MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.01, "Abort when more than this share cannot be decoded.")
+_SHARD_MB = flags.DEFINE_float("shard_mb", 256, "Size of a shard in MiB, before compression.", lower_bound=1e-3)
+_WORKER = flags.DEFINE_string("worker", None, "K/N: make every N-th shard from the K-th on, K from 0.")
+_INSPECT = flags.DEFINE_string("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 48, "Records that --inspect looks at.", lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepares the data set that the flags describe, or says that it is already there."""
+    """Prepares the data set that the flags describe, says that it is already there, or shows one."""
     del argv
+    if _INSPECT.value is not None:
+        return _inspect(_INSPECT.value)
     if not _OUTPUT.value:
         raise UserError("--output is missing: name the directory of the data set, such as --output=data/digits")
-    source, codec, mirror = _make_source(), PixelCodec(), _MIRROR.value
+    worker, wait = _find_worker()
+    source, codec = _make_source(), _make_codec()
+    mirror = _VAE.value is not None if _MIRROR.value is None else _MIRROR.value
     metadata = builder.find_prepared(source, _OUTPUT.value, codec=codec, mirror=mirror)
     if metadata is not None:
         print(f"{_OUTPUT.value} already holds this data set, nothing to do")
     else:
         metadata = builder.build(
-            source, _OUTPUT.value, codec=codec, mirror=mirror, max_bad_share=_MAX_BAD_SHARE.value, report=print
+            source,
+            _OUTPUT.value,
+            codec=codec,
+            mirror=mirror,
+            max_bad_share=_MAX_BAD_SHARE.value,
+            shard_bytes=int(_SHARD_MB.value * 2**20),
+            worker=worker,
+            wait=wait,
+            report=lambda line: print(line, flush=True),
         )
-    _print_summary(metadata)
+    if metadata is None:
+        print(f"worker {_WORKER.value} is done; the last one to be completes {_OUTPUT.value}")
+    else:
+        _print_summary(metadata)
+
+
+def _find_worker() -> tuple[tuple[int, int], bool]:
+    """This worker's number and how many there are, and whether they end together."""
+    if _WORKER.value is None:
+        initialize_processes()
+        together = jax.distributed.is_initialized()
+        return (jax.process_index(), jax.process_count()) if together else (0, 1), together
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", _WORKER.value)
+    worker, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if worker >= count:
+        raise UserError(f"--worker={_WORKER.value}: write K/N with K from 0 to N - 1, such as 0/4")
+    return (worker, count), False
 
 
 def _make_source() -> sources.Source:
     if _SOURCE.value is None:
-        raise UserError("--source is missing: digits or folder")
+        raise UserError("--source is missing: digits, folder, tar or tfds")
     if _SOURCE.value == "digits":
-        for flag in (_INPUT, _IMAGE_SIZE, _CHANNELS):
+        for flag in (_INPUT, _IMAGE_SIZE, _CHANNELS, _VAE):
             if flag.value is not None:
                 raise UserError(f"--{flag.name}={flag.value}: the digits are embedded, 8x8 and grey; leave it out")
         return sources.make_digits_source(_HELDOUT_SHARE.value)
     if not _INPUT.value:
-        raise UserError("--input is missing: name the folder of class folders")
-    return sources.make_folder_source(
-        _INPUT.value,
-        image_size=32 if _IMAGE_SIZE.value is None else _IMAGE_SIZE.value,
-        channels=3 if _CHANNELS.value is None else _CHANNELS.value,
-        heldout_share=_HELDOUT_SHARE.value,
-    )
+        raise UserError("--input is missing: name the folder, the archive or the TFDS data set")
+    options = {
+        "image_size": _IMAGE_SIZE.value if _IMAGE_SIZE.value is not None else 256 if _VAE.value else 32,
+        "channels": 3 if _CHANNELS.value is None else _CHANNELS.value,
+        "heldout_share": _HELDOUT_SHARE.value,
+    }
+    if _SOURCE.value == "tfds":
+        return make_tfds_source(_INPUT.value, data_dir=_DATA_DIR.value, **options)
+    make = sources.make_folder_source if _SOURCE.value == "folder" else make_tar_source
+    return make(_INPUT.value, **options)
+
+
+def _make_codec() -> Codec:
+    if _VAE.value is None:
+        return PixelCodec()
+    config, params = load_vae(_VAE.value)
+    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return VAECodec(config, params, vae_identity(config, params), dtype, _BATCH_SIZE.value)
+
+
+def _inspect(path: str) -> None:
+    dataset = open_dataset(path)
+    output = _OUTPUT.value or f"{path.rstrip('/')}.png"
+    if not output.endswith(".png"):
+        raise UserError(f"--output={output}: must end in .png")
+    if epath.Path(output).exists():
+        raise UserError(f"--output={output}: exists, name another file")
+    vae = load_vae(_VAE.value) if _VAE.value else None
+    inspected = inspect(dataset, _NUM_SAMPLES.value)
+    scale = dataset.metadata.latent_scale
+    rows = [to_uint8(to_pictures(view * scale, scale, vae)) for view in inspected.views]
+    save_png(output, make_contact_sheet(rows, inspected.captions))
+    print(format_report(dataset.metadata, inspected))
+    print(f"contact sheet: {output}" + ("" if vae or dataset.metadata.codec == "none" else " (latents: --vae decodes)"))
 
 
 def _print_summary(metadata: schema.Metadata) -> None:
@@ -65,14 +150,16 @@ def _print_summary(metadata: schema.Metadata) -> None:
         f"{train.records:,} training and {heldout.records:,} held-out records of {height}x{width}x{channels}, "
         f"{metadata.num_classes} classes"
     )
+    if (epath.Path(_OUTPUT.value) / builder.SKIPPED_FILE).exists():
+        print(f"pictures that were left out, and why: {_OUTPUT.value}/{builder.SKIPPED_FILE}")
     print(f"{sum(shard.bytes for shard in shards):,} bytes in {len(shards)} shards, fingerprint {metadata.fingerprint}")
-    command = ["python", "-m", "terdit_jax.main"]
-    if metadata.source["kind"] == "digits":
-        command += ["--config=configs/digits.py", "--workdir=runs/digits"]
-    else:
-        command += ["--config=configs/cifar10.py", "--workdir=runs/cifar10"]
+    name = "digits" if metadata.source["kind"] == "digits" else "cifar10" if metadata.codec == "none" else "terdit_600m"
+    command = ["python", "-m", "terdit_jax.main", f"--config=configs/{name}.py", f"--workdir=runs/{name}"]
+    if name != "digits":
         command += [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
         command += [f"--config.model.num_classes={metadata.num_classes}"]
+    if name == "terdit_600m" and not metadata.has_mirror:
+        command.append("--config.data.horizontal_flip=False")
     print("next: " + shlex.join([*command, f"--config.data.dir={_OUTPUT.value}"]))
 
 

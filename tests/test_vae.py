@@ -2,6 +2,8 @@
 
 import dataclasses
 from functools import partial
+import importlib.util
+from pathlib import Path
 
 from golden_models import GOLDEN, assert_close, golden_arrays, nhwc
 import jax
@@ -11,7 +13,17 @@ import pytest
 
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.model import vae
-from terdit_jax.model.vae import VAEConfig, abstract_params, count_params, decode, decode_all, encode
+from terdit_jax.model.vae import (
+    VAEConfig,
+    abstract_params,
+    count_params,
+    decode,
+    decode_all,
+    decoder_params,
+    encode,
+    encode_flops,
+    encoder_params,
+)
 from terdit_jax.model.vae_layers import downsample, group_norm, upsample
 
 SMALL = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -27,7 +39,7 @@ def random_params(config):
         noise = generator.standard_normal(leaf.shape, np.float32)
         if leaf.ndim == 1:
             return 0.1 * noise + np.float32("norm" in path[-2].key and path[-1].key == "weight")
-        return noise / np.float32(np.sqrt(leaf.size / max(leaf.shape[-1], 1)))
+        return noise / np.float32(np.sqrt(leaf.size / leaf.shape[0]))
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
@@ -73,6 +85,26 @@ def test_encoding_in_bfloat16_follows_float32():
         assert np.abs(ours - expected).max() > 1e-4, "nothing was computed in bfloat16"
 
 
+def test_cast_once_or_in_each_call_is_the_same():
+    params, pictures, latents = random_params(SMALL), uniform(1, 8, 8, 3), uniform(1, 4, 4, 4)
+    for half, run, x in ((encoder_params, jit_encode, pictures), (decoder_params, jit_decode, latents)):
+        cast = half(params, jnp.bfloat16)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cast):
+            assert leaf.dtype == (jnp.float32 if "norm" in path[-2].key else jnp.bfloat16)
+        expected = run(SMALL, params, x, jnp.bfloat16)
+        jax.tree.map(np.testing.assert_array_equal, run(SMALL, cast, x, jnp.bfloat16), expected)
+    parts = encoder_params(params) | decoder_params(params)
+    jax.tree.map(np.testing.assert_array_equal, parts, params)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 128)])
+def test_the_work_of_encoding_is_what_xla_counts(height, width):
+    """XLA adds norms and activations, and leaves out what convolutions read beyond the edges."""
+    arguments = abstract_params(VAEConfig()), jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    counted = jit_encode.lower(VAEConfig(), *arguments, jnp.float32).cost_analysis()["flops"]
+    assert encode_flops(VAEConfig(), height, width) == pytest.approx(counted, rel=0.02)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_float32_is_asked_of_every_multiplication(dtype):
     """Accelerators round float32 operands otherwise; a CPU cannot show it."""
@@ -96,6 +128,11 @@ def test_group_norm_is_taken_over_pixels_and_channels_of_a_group():
     expected = normal.reshape(x.shape) * params["weight"] + params["bias"]
     norm = jax.jit(group_norm, static_argnums=2)
     assert_close(norm(params, x, 3), expected)
+    # Squares of the values themselves would leave nothing of the variance.
+    normal = norm({"weight": np.ones(12, np.float32), "bias": np.zeros(12, np.float32)}, 1e4 + x, 3)
+    shifted = (1e4 + x).astype(np.float64).reshape(2, 24, 3, 4)
+    spread = np.sqrt(shifted.var((1, 3), keepdims=True))
+    assert_close(normal, ((shifted - shifted.mean((1, 3), keepdims=True)) / spread).reshape(x.shape), tolerance=2e-3)
     # In bfloat16 there is nothing between 100 and 100.5 for the mean to be.
     wide = np.full((1, 8, 8, 2), 100, jnp.bfloat16)
     wide[:, ::4] = 101
@@ -106,12 +143,16 @@ def test_group_norm_is_taken_over_pixels_and_channels_of_a_group():
 
 def test_resolution_changes_where_diffusers_changes_it():
     """One pixel in, a kernel that only copies: where it goes shows the padding."""
-    copy = {"conv": {"weight": np.zeros((3, 3, 1, 1), np.float32), "bias": np.zeros(1, np.float32)}}
-    copy["conv"]["weight"][0, 0] = 1
+    copy = {"conv": {"weight": np.zeros((1, 3, 3, 1), np.float32), "bias": np.zeros(1, np.float32)}}
+    copy["conv"]["weight"][0, 0, 0] = 1
     picture = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(downsample(copy, jnp.asarray(picture)), picture[:, ::2, ::2])
     copy["conv"]["weight"][...] = 0
-    copy["conv"]["weight"][1, 1] = 1
+    copy["conv"]["weight"][0, 2, 2] = 1
+    expected = np.pad(picture[:, 2::2, 2::2], ((0, 0), (0, 1), (0, 1), (0, 0)))
+    np.testing.assert_array_equal(downsample(copy, jnp.asarray(picture)), expected)
+    copy["conv"]["weight"][...] = 0
+    copy["conv"]["weight"][0, 1, 1] = 1
     np.testing.assert_array_equal(upsample(copy, jnp.asarray(picture)), picture.repeat(2, axis=1).repeat(2, axis=2))
 
 
@@ -140,6 +181,20 @@ def test_decoding_in_batches_is_decoding(five, count, batch_size):
     assert vae._decode._cache_size() == min(count, 1), "one program for all batches"
 
 
+@pytest.mark.parametrize(("side", "batch_size"), [(16, 32), (32, 8), (64, 2), (128, 1)])
+def test_larger_pictures_are_decoded_fewer_at_once(monkeypatch, side, batch_size):
+    shapes = []
+
+    def decoded(config, params, latents, dtype):
+        shapes.append(latents.shape)
+        return np.zeros((len(latents), 1, 1, 1), np.float32)
+
+    monkeypatch.setattr(vae, "_decode", decoded)
+    config = VAEConfig(block_out_channels=(1,) * 4, norm_num_groups=1, out_channels=1)
+    decode_all(config, random_params(config), np.zeros((batch_size + 1, side, side, 4), np.float32))
+    assert {shape[0] for shape in shapes} == {batch_size}
+
+
 def test_decoding_in_bfloat16_follows_float32(five):
     params, latents, exact = five
     rounded = decode_all(SMALL, params, latents[:1], "bfloat16")
@@ -150,6 +205,20 @@ def test_decoding_in_bfloat16_follows_float32(five):
 def test_pictures_of_another_shape_are_refused(shape):
     with pytest.raises(AssertionError):
         jax.eval_shape(partial(encode, SMALL), abstract_params(SMALL), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_the_benchmarks_peer_is_the_same_encoder():
+    torch = pytest.importorskip("torch")
+    path = Path(__file__).parents[1] / "benchmarks" / "torch_vae.py"
+    spec = importlib.util.spec_from_file_location("torch_vae", path)
+    torch_vae = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(torch_vae)
+    params, pictures = random_params(SMALL), uniform(1, 8, 8, 3)
+    encoder = torch_vae.make_encoder(SMALL, params, torch.float32, "cpu")
+    for ours, theirs in zip(
+        jit_encode(SMALL, params, pictures, jnp.float32), encoder(torch_vae.to_torch(pictures, "cpu")), strict=True
+    ):
+        assert_close(ours, nhwc(theirs.numpy()))
 
 
 @pytest.mark.slow

@@ -1,8 +1,12 @@
 """A folder as diffusers writes it becomes the autoencoder's parameters; one that does not fit is named in a line."""
 
+import dataclasses
+import hashlib
 import json
 import re
 import shutil
+import sys
+import types
 
 from golden_models import GOLDEN
 import jax
@@ -12,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch_files import state_dict, torch_file
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop.vae_weights import CONFIG, SAFETENSORS, TORCH, load_vae, parse_config
+from terdit_jax.interop.vae_weights import CONFIG, SAFETENSORS, TORCH, load_vae, parse_config, vae_identity
 from terdit_jax.model.vae import VAEConfig, abstract_params
 
 TINY = GOLDEN / "vae_tiny"
@@ -72,7 +76,9 @@ def test_the_tree_is_the_models_own(tensors):
     for ours, expected in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
         assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
     kernel = params["encoder"]["down_blocks"]["1"]["resnets"]["0"]["conv1"]["weight"]
-    np.testing.assert_array_equal(kernel[0, 2, 5], tensors["encoder.down_blocks.1.resnets.0.conv1.weight"][:, 5, 0, 2])
+    np.testing.assert_array_equal(
+        kernel[7, 0, 2, 5], tensors["encoder.down_blocks.1.resnets.0.conv1.weight"][7, 5, 0, 2]
+    )
     np.testing.assert_array_equal(params["encoder"]["mid_block"]["attentions"]["0"]["to_q"]["weight"], tensors[QUERY])
 
 
@@ -233,3 +239,114 @@ def test_files_of_something_else(folder, name, content):
     (folder / SAFETENSORS).unlink()
     (folder / name).write_bytes(content)
     assert_refused(folder, name)
+
+
+NAME = "stabilityai/sd-vae-ft-ema"
+
+
+class NotThere(FileNotFoundError):
+    """As huggingface_hub's EntryNotFoundError."""
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for huggingface_hub that gives the files of `hub.folder`; `hub.asked` lists what was asked for."""
+
+    def hf_hub_download(repo_id, filename):
+        hub.asked.append((repo_id, filename))
+        if hub.fails:
+            raise hub.fails
+        if not (hub.folder / filename).exists():
+            raise NotThere(f"404 Client Error\n\nEntry Not Found for {filename}")
+        return str(hub.folder / filename)
+
+    hub = types.ModuleType("huggingface_hub")
+    errors = types.ModuleType("huggingface_hub.errors")
+    errors.EntryNotFoundError = NotThere
+    hub.hf_hub_download, hub.asked, hub.folder, hub.fails = hf_hub_download, [], TINY, None
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    monkeypatch.chdir(tmp_path)
+    return hub
+
+
+def test_a_name_is_fetched(hub):
+    assert_same(load_vae(NAME), load_vae(TINY))
+    assert hub.asked == [(NAME, CONFIG), (NAME, SAFETENSORS)]
+
+
+def test_a_name_without_safetensors_is_fetched(hub, folder, tensors):
+    (folder / SAFETENSORS).unlink()
+    (folder / TORCH).write_bytes(torch_file(state_dict(tensors), tensors.values()))
+    hub.folder = folder
+    assert_same(load_vae(NAME), load_vae(TINY))
+    assert hub.asked == [(NAME, CONFIG), (NAME, SAFETENSORS), (NAME, TORCH)]
+
+
+def test_a_folder_goes_before_a_name(hub, tmp_path):
+    shutil.copytree(TINY, tmp_path / NAME)
+    assert_same(load_vae(NAME), load_vae(TINY))
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["vae", "a/b/c", "/a/b", "./a", "../a", "a/", "a/b c", "a/.b", ""])
+def test_what_is_no_name_is_not_asked_for(hub, name):
+    if name:
+        assert_refused(name, "is no folder")
+    else:
+        assert_refused(name, "cannot read config.json")  # the current folder
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError("401 Client Error.\n\nRepository Not Found"), ValueError("Repo id"), KeyError(), NotThere("x" * 999)],
+)
+def test_a_download_that_fails_is_one_line(hub, failure):
+    hub.fails = failure
+    assert_refused(NAME, f"no folder {NAME}, and the Hugging Face Hub does not give it.*{type(failure).__name__}")
+
+
+def test_a_hub_without_weights_is_one_line(hub, folder):
+    (folder / SAFETENSORS).unlink()
+    hub.folder = folder
+    assert_refused(NAME, f"does not give it.*{TORCH}|does not give it.*404")
+    assert [filename for _, filename in hub.asked] == [CONFIG, SAFETENSORS, TORCH]
+
+
+def test_without_the_hubs_library_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    assert_refused(NAME, re.escape('pip install "terdit-jax[hub]"'))
+
+
+def test_the_identity_is_the_weights_whatever_the_file(folder, tensors):
+    identity = vae_identity(*load_vae(TINY))
+    assert re.fullmatch("[0-9a-f]{12}", identity)
+    # As the docstring says, from the file itself.
+    digest = hashlib.sha256(b"groups=32")
+    for name in sorted(tensors):
+        shape = ",".join(map(str, tensors[name].shape))
+        digest.update(f"\n{name} {shape}\n".encode() + tensors[name].astype("<f4").tobytes())
+    assert identity == digest.hexdigest()[:12]
+    save_file(older(tensors, True), folder / SAFETENSORS)
+    assert vae_identity(*load_vae(folder)) == identity
+    (folder / SAFETENSORS).unlink()
+    (folder / TORCH).write_bytes(torch_file(state_dict(tensors), tensors.values()))
+    assert vae_identity(*load_vae(folder)) == identity
+
+
+def test_another_network_has_another_identity(folder, tensors):
+    config, params = load_vae(TINY)
+    identities = {vae_identity(config, params), vae_identity(dataclasses.replace(config, norm_num_groups=16), params)}
+    for name in (QUERY, "post_quant_conv.bias"):
+        changed = tensors[name].copy()
+        changed.flat[0] = np.nextafter(changed.flat[0], np.float32(9))
+        save_file(tensors | {name: changed}, folder / SAFETENSORS)
+        identities.add(vae_identity(*load_vae(folder)))
+    one, other = "encoder.conv_norm_out.weight", "encoder.conv_norm_out.bias"
+    save_file(tensors | {one: tensors[other], other: tensors[one]}, folder / SAFETENSORS)
+    identities.add(vae_identity(*load_vae(folder)))
+    assert len(identities) == 5
+    shown = dataclasses.replace(config, sample_size=512, scaling_factor=1.0)
+    assert vae_identity(shown, params) in identities, "what does not change latents does not count"

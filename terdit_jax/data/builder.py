@@ -1,13 +1,18 @@
-"""Writes a source as a TFDS data set of latents in ArrayRecord shards: encoded, counted, hashed, renamed at the end.
+"""Writes a source as a TFDS data set of latents in ArrayRecord shards: decoded, encoded, counted, hashed.
 
-Sources list and decode pictures, codecs encode them, the schema says what a record is; reading back is the reader's.
+Sources list and decode pictures, codecs encode them, the schema says what a record is, `unfinished` remembers what is
+done; reading back is the reader's.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent import futures
 import dataclasses
+from functools import partial
+import json
 import os
+import tempfile
+import time
 from typing import Any
 
 from absl import logging
@@ -18,30 +23,28 @@ import tensorflow_datasets as tfds
 
 from terdit_jax.data import schema
 from terdit_jax.data.codec import Codec
-from terdit_jax.data.sources import Item, PictureError, Source
+from terdit_jax.data.crop import PictureError
+from terdit_jax.data.sources import Item, Source
+from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
 from terdit_jax.errors import UserError
 
 SHARD_BYTES = 256 * 2**20  # of arrays, before compression
-CHUNK = 64  # pictures decoded and encoded together; two chunks are in memory at a time
+SKIPPED_FILE = "skipped.json"
+POLL_SECONDS = 2.0
 
-Decoded = tuple[Item, futures.Future]  # the future holds a picture (H, W, C) float32 or raises PictureError
+Decoded = tuple[Item, futures.Future]  # the future holds a picture and its class, or raises PictureError
 
 
 def find_prepared(source: Source, output: epath.PathLike, *, codec: Codec, mirror: bool) -> schema.Metadata | None:
-    """The data set at `output` if it is the one that `build` would write there, None if nothing is there yet.
+    """The data set at `output` if it is the one that `build` would write there, None if it is not there or unfinished.
 
     Raises:
       UserError: something else is there, or that data set is damaged.
     """
     output = epath.Path(output)
-    if not output.exists():
-        return None
-    if not output.is_dir():
-        raise UserError(f"--output={output}: is a file, name a directory")
-    if not any(output.iterdir()):
-        return None
     if not (output / schema.METADATA_FILE).exists():
-        raise UserError(f"--output={output}: holds other files, name an empty or new directory")
+        check_free(output)
+        return None
     metadata = schema.read_metadata(output)
     found, asked = metadata.source, _describe(source, codec, mirror)
     for key in sorted(found.keys() | asked.keys()):
@@ -61,52 +64,58 @@ def build(
     mirror: bool = False,
     max_bad_share: float = 0.01,
     shard_bytes: int = SHARD_BYTES,
+    worker: tuple[int, int] = (0, 1),
+    wait: bool = False,
     report: Callable[[str], None] = logging.info,
-) -> schema.Metadata:
-    """Writes the source as a data set into the directory `output` and returns its metadata.
+) -> schema.Metadata | None:
+    """Writes the source, or one worker's part of it, as a data set into the directory `output`.
 
-    The same source and options give byte-identical shards. Everything is written to `<output>.incomplete` and renamed
-    once whole, so an interrupted run leaves nothing under the final name. Pictures that do not decode are skipped with
-    a warning each.
+    Workers share nothing but that directory. Worker k of n makes those of the shards k, k + n, k + 2n, ... that are
+    missing, and who finds all of them there completes the data set. So killed workers can be started again, in any
+    number, and redo only shards that were not finished; the bytes are the same whatever happened on the way.
+    Until the metadata is there, nothing reads the directory as a data set. Pictures that do not decode are skipped,
+    counted and named in `skipped.json`.
 
     Args:
       source: the pictures.
-      output: a directory that does not exist or is empty.
+      output: a directory that does not exist, is empty, or holds a part of this data set.
       codec: how pictures become latents.
       mirror: also store the latent of each mirrored picture; needless where the codec keeps pixels.
-      max_bad_share: the run is aborted once more than this share of the pictures cannot be used.
+      max_bad_share: the run ends once more than this share of the pictures cannot be used.
       shard_bytes: size of a shard's arrays before compression.
+      worker: k and n.
+      wait: do not return before the other workers are done too.
       report: receives a line for each finished shard.
 
+    Returns:
+      The metadata; None where shards of other workers are still missing.
+
     Raises:
-      UserError: `output` is taken or cannot be written, or too many pictures are unusable.
+      UserError: `output` is taken or cannot be written, or too many pictures are unusable. Finished shards are kept.
     """
     output = epath.Path(output)
     if not 0 <= max_bad_share < 1:
         raise UserError(f"--max_bad_share={max_bad_share}: must be at least 0 and below 1")
     if find_prepared(source, output, codec=codec, mirror=mirror) is not None:
         raise UserError(f"--output={output}: already holds this data set")
-    partial = output.parent / f"{output.name}.incomplete"
+    find = partial(find_prepared, source, output, codec=codec, mirror=mirror)
     try:
-        if partial.exists():
-            partial.rmtree()
-        partial.mkdir(parents=True)
-        try:
-            metadata = _Writer(source, partial, codec, mirror, max_bad_share, shard_bytes, report).write()
-            if output.exists():
-                output.rmdir()
-            partial.rename(output)
-        except BaseException:
-            partial.rmtree()
-            raise
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be written ({error})") from error
+        run = _Run(source, output, codec, mirror, max_bad_share, shard_bytes, report)
+        run.write_shards(*worker)
+        metadata = run.complete() or find()
+        while metadata is None and wait:
+            time.sleep(POLL_SECONDS)
+            metadata = run.complete() or find()
+    except (OSError, UserError) as error:
+        if metadata := find():  # another worker has completed the data set, and `.unfinished` went away under this one
+            return metadata
+        raise _cannot_write(output, error) if isinstance(error, OSError) else error from error
     return metadata
 
 
 @dataclasses.dataclass
-class _Writer:
-    """One run of `build`: its arguments, the directory that it fills, and what it has counted so far."""
+class _Run:
+    """One worker's run of `build`: its arguments, and what it has counted so far."""
 
     source: Source
     path: epath.Path
@@ -115,28 +124,50 @@ class _Writer:
     max_bad_share: float
     shard_bytes: int
     report: Callable[[str], None]
-    num_bad: int = 0
 
     def __post_init__(self):
         self.shape = self.codec.latent_shape(self.source.shape)
         self.features = schema.make_features(self.shape, self.mirror)
-        self.statistics = _ChannelStatistics(self.shape[-1])
+        self.parts = {split: self._divide(split) for split in schema.SPLITS}
+        num_shards = {split: len(parts) for split, parts in self.parts.items()}
+        plan = _describe(self.source, self.codec, self.mirror) | {"shards": num_shards}
+        self.unfinished = Unfinished(self.path, plan)
+        self.num_bad = 0
 
-    def write(self) -> schema.Metadata:
+    def write_shards(self, worker: int, num_workers: int) -> None:
+        """Makes this worker's share of the shards that are missing."""
+        shards = [shard for parts in self.parts.values() for shard in parts.items()]
+        finished = [self.unfinished.finished(file) for file, _ in shards]
+        self.num_bad = sum(len(shard.skipped) for shard in finished if shard)
+        if already := sum(shard is not None for shard in finished):
+            self.report(f"{already} of {len(shards)} shards are there already")
+        mine = list(zip(shards, finished, strict=True))[worker::num_workers]
         with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            splits = {split: self._write_split(pool, split) for split in schema.SPLITS}
-        split_infos = [
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=[shard.records for shard in split.shards],
-                num_bytes=sum(shard.bytes for shard in split.shards),
-            )
-            for name, split in splits.items()
-        ]
-        tfds.folder_dataset.write_metadata(
-            data_dir=self.path, features=self.features, split_infos=split_infos, version="1.0.0", check_data=False
-        )
-        channel_mean, channel_std = self.statistics.result()
+            try:
+                for (file, items), found in mine:
+                    if not found:
+                        shard = self._write_shard(pool, file, items)
+                        self.report(f"{file}: {shard.records:,} records, {shard.bytes:,} bytes")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def complete(self) -> schema.Metadata | None:
+        """Writes what makes the shards a data set, if none is missing."""
+        finished = {split: [self.unfinished.finished(file) for file in parts] for split, parts in self.parts.items()}
+        if not all(all(shards) for shards in finished.values()):
+            return None
+        skipped = {split: [entry for shard in shards for entry in shard.skipped] for split, shards in finished.items()}
+        self.num_bad = sum(len(entries) for entries in skipped.values())
+        if self.num_bad:
+            self._check_bad(*next(entries[-1] for entries in skipped.values() if entries))
+        splits = {}
+        for split, shards in finished.items():
+            splits[split] = schema.Split(sum(s.shard.records for s in shards), tuple(s.shard for s in shards))
+            if not splits[split].records:
+                num_items = len(self.source.splits[split])
+                raise UserError(f"none of the {num_items} pictures of the {split} split can be used")
+        channel_mean, channel_std = totals(finished["train"])
         metadata = schema.Metadata(
             schema_version=schema.SCHEMA_VERSION,
             source=_describe(self.source, self.codec, self.mirror),
@@ -151,96 +182,161 @@ class _Writer:
             channel_std=channel_std,
         )
         metadata = dataclasses.replace(metadata, fingerprint=schema.compute_fingerprint(metadata))
-        schema.write_metadata(self.path, metadata)
+        self._write_metadata(metadata, skipped)
+        self.unfinished.remove()
         return metadata
 
-    def _write_split(self, pool: futures.Executor, split: str) -> schema.Split:
+    def _write_metadata(self, metadata: schema.Metadata, skipped: dict[str, list[tuple[str, str]]]) -> None:
+        """Every file but the shards, the one that makes the data set readable last."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = epath.Path(scratch)
+            _write_tfds_metadata(folder, self.features, metadata)
+            files = {name: (folder / name).read_bytes() for name in ("dataset_info.json", "features.json")}
+            schema.write_metadata(folder, metadata)
+            if self.num_bad:
+                files[SKIPPED_FILE] = json.dumps({name: dict(entries) for name, entries in skipped.items()}, indent=1)
+                files[SKIPPED_FILE] = files[SKIPPED_FILE].encode()
+            files[schema.METADATA_FILE] = (folder / schema.METADATA_FILE).read_bytes()
+        for name, content in files.items():
+            with self.unfinished.new_file(name) as file:
+                file.write_bytes(content)
+
+    def _divide(self, split: str) -> dict[str, list[Item]]:
+        """The file names of a split's shards and the pictures of each."""
         items = self.source.splits[split]
         record_bytes = 2 * int(np.prod(self.shape)) * len(schema.array_names(self.mirror))
-        num_shards = min(-(-len(items) * record_bytes // self.shard_bytes), len(items))
-        shards = []
-        for index in range(num_shards):
-            file = f"{schema.NAME}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
-            start, stop = (k * len(items) // num_shards for k in (index, index + 1))
-            shards.append(self._write_shard(pool, split, file, items[start:stop]))
-            self.report(f"{file}: {shards[-1].records:,} records, {shards[-1].bytes:,} bytes")
-        num_records = sum(shard.records for shard in shards)
-        if num_records == 0:
-            raise UserError(f"none of the {len(items)} pictures of the {split} split can be used")
-        return schema.Split(num_records, tuple(shards))
+        count = min(-(-len(items) * record_bytes // self.shard_bytes), len(items))
+        bounds = [k * len(items) // count for k in range(count + 1)]
+        return {
+            f"{schema.NAME}-{split}.array_record-{k:05d}-of-{count:05d}": items[bounds[k] : bounds[k + 1]]
+            for k in range(count)
+        }
 
-    def _write_shard(self, pool: futures.Executor, split: str, file: str, items: list[Item]) -> schema.Shard:
-        path = self.path / file
-        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")  # one record a read, for random access
-        num_records = 0
-        for chunk in _decode_ahead(pool, self.source, items):
-            usable = list(self._skip_unusable(chunk))
+    def _write_shard(self, pool: futures.Executor, file: str, items: list[Item]) -> schema.Shard:
+        statistics, skipped, num_records = _Moments(self.shape[-1]), [], 0
+        with self.unfinished.new_file(file) as path:
+            try:
+                writer = ArrayRecordWriter(os.fspath(path), "group_size:1")  # one record a read, for random access
+                for usable, arrays in self._encode_ahead(pool, items, skipped):
+                    arrays = {name: np.asarray(array)[: len(usable)] for name, array in arrays.items()}
+                    statistics.add(arrays["mean"], arrays["std"])
+                    for row, (source_id, label) in enumerate(usable):
+                        record = {name: array[row] for name, array in arrays.items()}
+                        if not all(np.isfinite(array).all() for array in record.values()):
+                            raise UserError(f"{source_id}: its latent does not fit float16")
+                        record |= {"label": label, "source_id": source_id}
+                        writer.write(schema.encode_record(self.features, record))
+                    num_records += len(usable)
+                writer.close()
+            except RuntimeError as error:  # ArrayRecord's only exception
+                raise _cannot_write(self.path, error) from error
+            shard = schema.Shard(file, num_records, path.stat().length, schema.hash_file(path))
+        self.unfinished.add(
+            FinishedShard(shard, statistics.count, statistics.total, statistics.total_square, tuple(skipped))
+        )
+        return shard
+
+    def _encode_ahead(
+        self, pool: futures.Executor, items: list[Item], skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[list[tuple[str, int]], dict[str, Any]]]:
+        """Yields (source_id, label) of usable pictures and their arrays, which may still be on their way.
+
+        While a batch is written, the accelerator encodes the next one and the pool decodes those after it.
+        """
+        encoded = None
+        for chunk in _decode_ahead(pool, self.source, items, self.codec.batch_size):
+            usable = list(self._skip_unusable(chunk, skipped))
             if not usable:
                 continue
-            arrays = self._encode(np.stack([picture for _, picture in usable]))
-            if split == "train":
-                self.statistics.add(arrays["mean"], arrays["std"])
-            for row, (item, _) in enumerate(usable):
-                record = {name: array[row] for name, array in arrays.items()}
-                if not all(np.isfinite(array).all() for array in record.values()):
-                    raise UserError(f"{item.source_id}: its latent does not fit float16")
-                record |= {"label": item.label, "source_id": item.source_id}
-                writer.write(schema.encode_record(self.features, record))
-            num_records += len(usable)
-        writer.close()
-        return schema.Shard(file, num_records, path.stat().length, schema.hash_file(path))
+            names = [(item.source_id, label) for item, _, label in usable]
+            following = names, self._encode(np.stack([picture for _, picture, _ in usable]))
+            if encoded:
+                yield encoded
+            encoded = following
+        if encoded:
+            yield encoded
 
-    def _encode(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
-        """Pictures (B, H, W, C) float32 to the float16 arrays of their records."""
+    def _encode(self, pictures: np.ndarray) -> dict[str, Any]:
+        """Pictures (B, H, W, C) to the float16 arrays of their records."""
         views = [pictures, pictures[:, :, ::-1]] if self.mirror else [pictures]
         arrays = [array.astype(np.float16) for view in views for array in self.codec.encode(view)]
         return dict(zip(schema.array_names(self.mirror), arrays, strict=True))
 
-    def _skip_unusable(self, chunk: list[Decoded]) -> Iterator[tuple[Item, np.ndarray]]:
-        num_pictures = sum(len(items) for items in self.source.splits.values())
-        for item, picture in chunk:
+    def _skip_unusable(
+        self, chunk: list[Decoded], skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[Item, np.ndarray, int]]:
+        for item, decoded in chunk:
             try:
-                yield item, picture.result()
+                picture, label = decoded.result()
             except PictureError as error:
                 self.num_bad += 1
+                skipped.append((item.source_id, str(error)))
                 logging.warning("skipped %s: %s", item.source_id, error)
-                if self.num_bad > self.max_bad_share * num_pictures:
-                    raise UserError(
-                        f"{self.num_bad} of {num_pictures} pictures cannot be used, more than "
-                        f"--max_bad_share={self.max_bad_share}; the last is {item.source_id} ({error})"
-                    ) from error
+                self._check_bad(item.source_id, str(error))
+            else:
+                yield item, picture, label
+
+    def _check_bad(self, source_id: str, reason: str) -> None:
+        num_pictures = sum(len(items) for items in self.source.splits.values())
+        if self.num_bad > self.max_bad_share * num_pictures:
+            raise UserError(
+                f"{self.num_bad} of {num_pictures} pictures cannot be used, more than "
+                f"--max_bad_share={self.max_bad_share}; the last is {source_id} ({reason})"
+            )
 
 
-class _ChannelStatistics:
-    """Running moments, in float64, of draws from the posteriors of a stream of records."""
+class _Moments:
+    """Running sums, in float64, over draws from the posteriors of a stream of records."""
 
     def __init__(self, num_channels: int):
         self.count = 0
-        self.total = np.zeros(num_channels)
-        self.total_square = np.zeros(num_channels)
+        self.total = (0.0,) * num_channels
+        self.total_square = (0.0,) * num_channels
 
     def add(self, mean: np.ndarray, std: np.ndarray) -> None:
         """Adds latents (B, H, W, C)."""
         mean, std = mean.astype(np.float64), std.astype(np.float64)
         self.count += mean[..., 0].size
-        self.total += mean.sum(axis=(0, 1, 2))
-        self.total_square += (mean**2 + std**2).sum(axis=(0, 1, 2))
-
-    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation, C numbers each."""
-        mean = self.total / self.count
-        variance = np.maximum(self.total_square / self.count - mean**2, 0)
-        return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
+        self.total = _add(self.total, mean.sum(axis=(0, 1, 2)))
+        self.total_square = _add(self.total_square, (mean**2 + std**2).sum(axis=(0, 1, 2)))
 
 
-def _decode_ahead(pool: futures.Executor, source: Source, items: list[Item]) -> Iterator[list[Decoded]]:
-    """Yields the pictures chunk by chunk, in order, while the pool decodes the next chunk."""
-    chunks = deque()
-    for start in range(0, len(items), CHUNK):
-        chunks.append([(item, pool.submit(source.load, item.source_id)) for item in items[start : start + CHUNK]])
-        if len(chunks) == 2:
-            yield chunks.popleft()
-    yield from chunks
+def _add(total: tuple[float, ...], values: np.ndarray) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(total, values.tolist(), strict=True))
+
+
+def _decode_ahead(
+    pool: futures.Executor, source: Source, items: list[Item], batch_size: int
+) -> Iterator[list[Decoded]]:
+    """Yields the pictures batch by batch, in order, while the pool decodes the two that follow."""
+    batches = deque()
+    for start in range(0, len(items), batch_size):
+        batches.append([(item, pool.submit(source.load, item)) for item in items[start : start + batch_size]])
+        if len(batches) == 3:
+            yield batches.popleft()
+    yield from batches
+
+
+def _write_tfds_metadata(folder: epath.Path, features: tfds.features.FeaturesDict, metadata: schema.Metadata) -> None:
+    """Writes the two files that TFDS reads a data set by; it takes the shards' names from the folder."""
+    for split in metadata.splits.values():
+        for shard in split.shards:
+            (folder / shard.file).touch()
+    split_infos = [
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[shard.records for shard in split.shards],
+            num_bytes=sum(shard.bytes for shard in split.shards),
+        )
+        for name, split in metadata.splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=split_infos, version="1.0.0", check_data=False
+    )
+
+
+def _cannot_write(path: epath.Path, error: Exception) -> UserError:
+    return UserError(f"--output={path}: cannot be written ({error}); finished shards are kept, run again to go on")
 
 
 def _describe(source: Source, codec: Codec, mirror: bool) -> dict[str, Any]:

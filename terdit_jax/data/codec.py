@@ -1,11 +1,20 @@
-"""What turns pictures into latents: the interface, and the codec of pixel space, which keeps them as they are.
+"""What turns pictures into latents: pixel space, which keeps them as they are, and the Stable Diffusion autoencoder.
 
-The builder calls a codec and stores what it returns; scaling latents is training's.
+The builder calls a codec and stores what it returns; loading weights is interop's and scaling latents is training's.
 """
 
+from functools import partial
 from typing import Protocol
 
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.model.vae import VAEConfig, encode, encoder_params
 
 
 class Codec(Protocol):
@@ -13,12 +22,17 @@ class Codec(Protocol):
 
     name: str
     latent_scale: float  # training multiplies stored latents by it
+    batch_size: int  # pictures that are best encoded together
 
     def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(H, W, C) of the latents of pictures of the given (H, W, C)."""
+        """(H, W, C) of the latents of pictures of the given (H, W, C). Raises UserError if it takes none such."""
 
-    def encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures (B, H, W, C) float32 in [-1, 1], any B, to the mean and standard deviation of their posteriors."""
+    def encode(self, pictures: np.ndarray) -> tuple[np.ndarray | Array, np.ndarray | Array]:
+        """Mean and standard deviation of the posteriors of at most `batch_size` pictures.
+
+        Pictures (B, H, W, C) are uint8, or float32 in [-1, 1]. What is returned may still be computed, and may have
+        rows beyond B that mean nothing.
+        """
 
 
 class PixelCodec:
@@ -26,11 +40,62 @@ class PixelCodec:
 
     name = "none"
     latent_scale = 1.0
+    batch_size = 64
 
     def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The picture's own shape."""
         return picture_shape
 
     def encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures, and zeros."""
+        """The pictures in [-1, 1], and zeros."""
+        if pictures.dtype == np.uint8:
+            pictures = pictures / np.float32(127.5) - np.float32(1)
         return pictures, np.zeros_like(pictures)
+
+
+class VAECodec:
+    """The Stable Diffusion autoencoder's encoder on all devices of this process, each with its part of a batch.
+
+    Args:
+      config: the architecture.
+      params: float32 arrays, as `interop.vae_weights.load_vae` returns them.
+      identity: of the weights; it becomes part of the name.
+      dtype: of activations, float32 or bfloat16; latents leave as float16.
+      device_batch: pictures a device.
+    """
+
+    def __init__(
+        self, config: VAEConfig, params: dict, identity: str, dtype: DTypeLike = jnp.float32, device_batch: int = 32
+    ):
+        dtype = jnp.dtype(dtype)
+        self.name = f"vae-{identity}-{dtype.name}"
+        self.latent_scale = config.scaling_factor
+        self.config = config
+        devices = jax.local_devices()
+        self.batch_size = device_batch * len(devices)
+        mesh = Mesh(np.array(devices), ("data",))
+        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        self._params = jax.device_put(encoder_params(params, dtype), NamedSharding(mesh, PartitionSpec()))
+        self._encode = jax.jit(partial(_encode, config, dtype=dtype), out_shardings=self._rows)
+
+    def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H / 8, W / 8, 4) with the published architecture."""
+        height, width, channels = picture_shape
+        factor = self.config.downsampling
+        if channels != self.config.in_channels:
+            raise UserError(f"--channels={channels}: the autoencoder takes {self.config.in_channels}")
+        if height % factor or width % factor:
+            raise UserError(f"--image_size={height}: must be a multiple of {factor}, the autoencoder's downsampling")
+        return height // factor, width // factor, self.config.latent_channels
+
+    def encode(self, pictures: np.ndarray) -> tuple[Array, Array]:
+        """As `Codec.encode`, float16; every batch is filled up to one size, so that one program serves all."""
+        padding = [(0, self.batch_size - len(pictures))] + [(0, 0)] * 3
+        return self._encode(self._params, jax.device_put(np.pad(pictures, padding), self._rows))
+
+
+def _encode(config: VAEConfig, params: dict, pictures: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    if pictures.dtype == jnp.uint8:
+        pictures = pictures.astype(jnp.float32) / 127.5 - 1
+    mean, std = encode(config, params, pictures, dtype)
+    return mean.astype(jnp.float16), std.astype(jnp.float16)

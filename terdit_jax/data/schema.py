@@ -20,6 +20,7 @@ from terdit_jax.errors import UserError
 SCHEMA_VERSION = 1
 NAME = "latents"
 METADATA_FILE = f"{NAME}.json"
+UNFINISHED_FOLDER = ".unfinished"
 SPLITS = ("train", "heldout")
 
 
@@ -138,6 +139,8 @@ def read_metadata(path: epath.PathLike) -> Metadata:
     if not path.is_dir():
         raise UserError(f"no data set at {path}: {_how_to_prepare(path)}")
     if not (path / METADATA_FILE).exists():
+        if (path / UNFINISHED_FOLDER).exists():
+            raise UserError(f"the data set at {path} is not finished: run the command that prepares it again")
         raise UserError(f"{path} holds no {METADATA_FILE}, so it is not a prepared data set: {_how_to_prepare(path)}")
     try:
         raw = json.loads((path / METADATA_FILE).read_text())

@@ -1,6 +1,7 @@
-"""Where pictures come from: the digits that scikit-learn ships, and a folder with one folder of pictures a class.
+"""What a source of pictures is, and the two plain ones: scikit-learn's digits, and a folder with a folder a class.
 
-A source lists its pictures, splits them and decodes one at a time; encoding and writing belong to the builder.
+A source lists its pictures, splits them and decodes one at a time; archives and TFDS data sets have modules of their
+own, encoding and writing belong to the builder.
 """
 
 from collections.abc import Callable
@@ -11,24 +12,16 @@ from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
-from PIL import Image
 
+from terdit_jax.data.crop import PictureError, decode_picture
 from terdit_jax.errors import UserError
-
-# The formats that Pillow decodes by itself; others (EPS) would start outside programs on untrusted files.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_ASPECT_RATIO = 100  # the resized picture before the crop holds this many crops at most
-
-
-class PictureError(Exception):
-    """A picture that cannot be used; the message says why."""
 
 
 class Item(NamedTuple):
-    """One picture of a source: its name there and the index of its class."""
+    """One picture of a source: its name there and the index of its class, None where only `load` can tell it."""
 
     source_id: str
-    label: int
+    label: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +35,8 @@ class Source:
     shape: tuple[int, int, int]  # H, W, C of a picture
     class_names: tuple[str, ...]
     splits: dict[str, list[Item]]  # "train" and "heldout"
-    load: Callable[[str], np.ndarray]  # source_id -> (H, W, C) float32 in [-1, 1]; raises PictureError
+    # The picture (H, W, C), uint8 or float32 in [-1, 1], and its class; raises PictureError; many threads may call it.
+    load: Callable[[Item], tuple[np.ndarray, int]]
 
 
 def make_digits_source(heldout_share: float | None = None) -> Source:
@@ -58,14 +52,15 @@ def make_digits_source(heldout_share: float | None = None) -> Source:
     items = [Item(f"digits-{index:04d}", int(label)) for index, label in enumerate(digits.target)]
     train, heldout = split_heldout(items, share)
 
-    def load(source_id: str) -> np.ndarray:
-        return (digits.images[int(source_id.removeprefix("digits-"))][..., None] / 8 - 1).astype(np.float32)
+    def load(item: Item) -> tuple[np.ndarray, int]:
+        pixels = digits.images[int(item.source_id.removeprefix("digits-"))]
+        return (pixels[..., None] / 8 - 1).astype(np.float32), item.label
 
     return Source(
         description={"kind": "digits", "heldout_share": share},
         shape=(8, 8, 1),
         class_names=tuple(str(name) for name in digits.target_names),
-        splits={"train": _mix(train), "heldout": _mix(heldout)},
+        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
         load=load,
     )
 
@@ -81,10 +76,7 @@ def make_folder_source(
     Raises:
       UserError: no such folder, no class folders, an empty one, or an option that cannot be used.
     """
-    if image_size < 1:
-        raise UserError(f"--image_size={image_size}: must be at least 1")
-    if channels not in (1, 3):
-        raise UserError(f"--channels={channels}: must be 1 (grey) or 3 (RGB)")
+    check_crop(image_size, channels)
     root = epath.Path(path)
     if not root.is_dir():
         raise UserError(f"--input={root}: no such folder")
@@ -108,12 +100,12 @@ def make_folder_source(
             "channels": channels,
             "heldout_share": heldout_share,
             "pictures": len(sizes),
-            "listing_sha256": _digest(listing),
+            "listing_sha256": hash_text(listing),
         },
         shape=(image_size, image_size, channels),
         class_names=class_names,
-        splits={"train": _mix(train), "heldout": _mix(heldout)},
-        load=lambda source_id: _load_picture(root / source_id, image_size, channels),
+        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
+        load=lambda item: (_load_picture(root / item.source_id, image_size, channels), item.label),
     )
 
 
@@ -125,7 +117,7 @@ def split_heldout(items: list[Item], share: float) -> tuple[list[Item], list[Ite
     """
     if not 0 < share < 1:
         raise UserError(f"--heldout_share={share}: must lie between 0 and 1")
-    ranked = sorted(items, key=lambda item: (item.label, _digest(item.source_id)))
+    ranked = sorted(items, key=lambda item: (item.label, hash_text(item.source_id)))
     train, heldout = [], []
     for rank, item in enumerate(ranked):
         (heldout if math.floor((rank + 1) * share) > math.floor(rank * share) else train).append(item)
@@ -134,31 +126,34 @@ def split_heldout(items: list[Item], share: float) -> tuple[list[Item], list[Ite
     return train, heldout
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The centre (size, size) of the picture scaled to `size` on its shorter side.
+def hash_ordered(items: list[Item]) -> list[Item]:
+    """The order of a split: by the SHA-256 of `source_id`."""
+    return sorted(items, key=lambda item: hash_text(item.source_id))
 
-    Halved with a box filter while the shorter side is at least twice `size`, then resized bicubically: the crop of
-    the ADM and DiT codes (Dhariwal & Nichol 2021; Peebles & Xie 2023), on which their FID numbers rest.
-    """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    resized = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+
+def hash_text(text: str) -> str:
+    """SHA-256 of a name or a list of names, in hexadecimal. Raises UserError where a name is not UTF-8."""
+    try:
+        return hashlib.sha256(text.encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        name = text[max(error.start - 40, 0) : error.end]
+        raise UserError(f"{name!a}: rename it, file names must be UTF-8") from error
+
+
+def check_crop(image_size: int, channels: int) -> None:
+    """Raises UserError for a crop that no source can make."""
+    if image_size < 1:
+        raise UserError(f"--image_size={image_size}: must be at least 1")
+    if channels not in (1, 3):
+        raise UserError(f"--channels={channels}: must be 1 (grey) or 3 (RGB)")
 
 
 def _load_picture(path: epath.Path, size: int, channels: int) -> np.ndarray:
     try:
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as picture:
-            picture = picture.convert("RGB" if channels == 3 else "L")
-    except Exception as error:  # on broken files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise PictureError(f"{type(error).__name__}: {error}") from error
-    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
-        raise PictureError(f"{picture.width}x{picture.height} is too elongated to crop")
-    pixels = np.asarray(centre_crop(picture, size), np.float32).reshape(size, size, channels)  # H, W, C
-    return pixels / np.float32(127.5) - np.float32(1)
+        data = path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot be read: {error.strerror or error}") from error
+    return decode_picture(data, size, channels)
 
 
 def _class_folders(path: epath.Path) -> tuple[str, ...]:
@@ -187,15 +182,3 @@ def _list_pictures(root: epath.Path, prefix: str, class_names: tuple[str, ...]) 
             items.append(Item(source_id, label))
             sizes[source_id] = file.stat().length
     return items, sizes
-
-
-def _mix(items: list[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: _digest(item.source_id))
-
-
-def _digest(text: str) -> str:
-    try:
-        return hashlib.sha256(text.encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        name = text[max(error.start - 40, 0) : error.end]
-        raise UserError(f"{name!a}: rename it, file names must be UTF-8") from error

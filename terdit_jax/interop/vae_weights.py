@@ -1,9 +1,11 @@
-"""The Stable Diffusion autoencoder from a local folder as diffusers writes it: config.json and the weights beside it.
+"""The Stable Diffusion autoencoder as diffusers writes it, config.json and the weights beside it: a folder or a name.
 
-Every field, name, shape and value is checked; downloading the folder is the user's. PyTorch is not needed.
+Every field, name, shape and value is checked. The network is `model.vae`'s, downloading huggingface_hub's; PyTorch is
+not needed.
 """
 
 from collections.abc import Mapping
+import hashlib
 import os
 from pathlib import Path
 import re
@@ -36,6 +38,7 @@ _FIXED = {
 }  # fmt: skip
 _IGNORED = ("force_upcast",)  # of half precision in PyTorch
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OLD_ATTENTION_NAME = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 
 
@@ -45,16 +48,22 @@ def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
     The attention's maps may have diffusers' older names (query, key, value, proj_attn) or today's (to_q, to_k, to_v,
     to_out.0), and be matrices or 1x1 convolutions.
 
+    Args:
+      path: the folder; or "organisation/name", such as stabilityai/sd-vae-ft-ema, where there is no such folder, to
+        `download_vae`.
+
     Returns:
       The configuration and the parameters, a nested dict of float32 NumPy arrays as `abstract_params` describes.
 
     Raises:
-      UserError: a file that cannot be read, another architecture, a tensor that is missing, unknown, of another shape
-        or not finite.
+      UserError: a file that cannot be had or read, another architecture, a tensor that is missing, unknown, of another
+        shape or not finite.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give the one that holds the autoencoder's {CONFIG}")
+        if not _HUB_NAME.fullmatch(str(path)) or folder.exists():
+            raise UserError(f"{folder} is no folder: give the one that holds the autoencoder's {CONFIG}")
+        folder = download_vae(str(path))
     config = _read_config(folder / CONFIG)
     if (folder / SAFETENSORS).exists():
         source, arrays = folder / SAFETENSORS, open_container(folder / SAFETENSORS).arrays
@@ -63,6 +72,60 @@ def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
     else:
         raise UserError(f"{folder} has neither {SAFETENSORS} nor {TORCH}")
     return config, _convert(config, arrays, str(source))
+
+
+def download_vae(name: str) -> Path:
+    """The folder of an autoencoder of the Hugging Face Hub in huggingface_hub's cache, fetched if it is not there.
+
+    Two files are fetched: `config.json` and the safetensors, or the `.bin` where there are none.
+
+    Args:
+      name: "organisation/name".
+
+    Raises:
+      UserError: huggingface_hub is not installed, or it cannot give the files.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise UserError(
+            f"there is no folder {name}, and downloading takes huggingface_hub:"
+            ' pip install "terdit-jax[hub]", or give a local folder'
+        ) from error
+    try:
+        config = Path(hf_hub_download(name, CONFIG))
+        try:
+            hf_hub_download(name, SAFETENSORS)
+        except EntryNotFoundError:
+            hf_hub_download(name, TORCH)
+    except Exception as error:  # its own, its validator's or its network library's
+        reason = (str(error).split("\n")[0] or type(error).__name__)[:160]
+        raise UserError(
+            f"there is no folder {name}, and the Hugging Face Hub does not give it: check the name and the network, or"
+            f" give a local folder ({type(error).__name__}: {reason})"
+        ) from error
+    return config.parent
+
+
+def vae_identity(config: VAEConfig, params: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that tell this autoencoder from any other, whatever file it came from.
+
+    The head of a SHA-256 over what decides the network's numbers: the norms' number of groups, then for each parameter,
+    in the order of their names (diffusers' of today), its name, its shape and its float32 bytes in PyTorch's layout.
+    335 MB are hashed, in 0.4 s on one core.
+
+    Args:
+      config: the architecture.
+      params: float32 arrays, as `load_vae` returns them.
+    """
+    digest = hashlib.sha256(f"groups={config.norm_num_groups}".encode())
+    for name, leaf in sorted((path.replace("/", "."), leaf) for path, leaf in params_leaves(params)):
+        array = np.asarray(leaf, "<f4")
+        array = np.ascontiguousarray(array.transpose(0, 3, 1, 2) if array.ndim == 4 else array)
+        digest.update(f"\n{name} {','.join(map(str, array.shape))}\n".encode())
+        digest.update(array)
+    return digest.hexdigest()[:12]
 
 
 def parse_config(fields: Mapping[str, Any], source: str) -> VAEConfig:
@@ -146,12 +209,12 @@ def _read(array: np.ndarray, target: tuple[int, ...], what: str) -> np.ndarray:
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{what} holds values that are not finite")
-    return np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if len(target) == 4 else array.reshape(target)
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if len(target) == 4 else array.reshape(target)
 
 
 def _torch_shape(target: tuple[int, ...]) -> tuple[int, ...]:
-    """(height, width, in, out) of a convolution to PyTorch's (out, in, height, width)."""
-    return (target[3], target[2], *target[:2]) if len(target) == 4 else target
+    """(out, height, width, in) of a convolution to PyTorch's (out, in, height, width)."""
+    return (target[0], target[3], *target[1:3]) if len(target) == 4 else target
 
 
 def _is_size(value: object, largest: int) -> bool:

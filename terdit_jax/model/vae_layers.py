@@ -1,15 +1,15 @@
 """The layers of the autoencoder: for each, the shapes of its parameters and the function of them.
 
-Parameters are nested dicts under the names that diffusers gives them, convolutions as (height, width, in, out) and the
+Parameters are nested dicts under the names that diffusers gives them, convolutions as (out, height, width, in) and the
 attention's maps as (out, in); which layers follow one another is `vae`'s.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-
-from terdit_jax.model.layers import linear
 
 EPSILON = 1e-6  # of every GroupNorm
 
@@ -21,7 +21,7 @@ def children(params: dict) -> list[dict]:
 
 def conv_shapes(in_channels: int, out_channels: int, size: int = 3) -> dict:
     """Of a convolution with square kernels."""
-    return {"weight": _float32(size, size, in_channels, out_channels), "bias": _float32(out_channels)}
+    return {"weight": _float32(out_channels, size, size, in_channels), "bias": _float32(out_channels)}
 
 
 def norm_shapes(channels: int) -> dict:
@@ -52,35 +52,54 @@ def attention_shapes(channels: int) -> dict:
     return {"group_norm": norm_shapes(channels), **maps, "to_out": {"0": square()}}
 
 
-def conv(params: dict, x: Array, stride: int = 1, padding: str = "SAME") -> Array:
+def conv(params: dict, x: Array, stride: int = 1, padding: str | Sequence[tuple[int, int]] = "SAME") -> Array:
     """(B, H, W, in) -> (B, H / stride, W / stride, out), in x's dtype."""
     y = jax.lax.conv_general_dilated(
         x,
         params["weight"].astype(x.dtype),
         (stride, stride),
         padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=("NHWC", "OHWI", "NHWC"),
         precision=_precision(x.dtype),
     )
     return y + params["bias"].astype(x.dtype)
 
 
-def group_norm(params: dict, x: Array, groups: int) -> Array:
+def linear(params: dict, x: Array) -> Array:
+    """(..., in) -> (..., out), in x's dtype."""
+    options = {"precision": _precision(x.dtype), "preferred_element_type": jnp.float32}
+    y = jnp.einsum("...i,oi->...o", x, params["weight"].astype(x.dtype), **options)
+    return (y + params["bias"].astype(x.dtype)).astype(x.dtype)
+
+
+def group_norm(
+    params: dict, x: Array, groups: int, activation: Callable[[Array], Array] = lambda normal: normal
+) -> Array:
     """Normalises (B, H, W, C) over all pixels of each group of channels (Wu & He, arXiv 1803.08494).
 
-    In float32: the mean is a sum of up to millions of values, the variance one of their squares.
+    In float32, the activation included: the mean is a sum of up to millions of values, the variance one of their
+    squares. Both sums are taken in one pass, of what each channel differs from its first pixel: squares of the values
+    themselves would cancel where the mean is far from zero.
     """
-    B, H, W, C = x.shape
-    x32 = x.astype(jnp.float32).reshape(B, H * W, groups, C // groups)
-    centred = x32 - jnp.mean(x32, axis=(1, 3), keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
-    normal = (centred * jax.lax.rsqrt(variance + EPSILON)).reshape(B, H, W, C)
-    return (normal * params["weight"] + params["bias"]).astype(x.dtype)
+    B, _, _, C = x.shape
+    x32, first = x.astype(jnp.float32), x[:, :1, :1].astype(jnp.float32)
+    shifted = x32 - first
+    mean, square = jnp.mean(shifted, axis=(1, 2)), jnp.mean(jnp.square(shifted), axis=(1, 2))  # (B, C)
+    variance = (square - jnp.square(mean)).reshape(B, groups, -1)
+    mean = (mean + first[:, 0, 0]).reshape(B, groups, -1)
+    group_mean = jnp.mean(mean, axis=-1, keepdims=True)  # (B, groups, 1)
+    group_variance = jnp.mean(variance + jnp.square(mean - group_mean), axis=-1, keepdims=True)
+
+    def pixels(statistic: Array) -> Array:
+        return jnp.broadcast_to(statistic, mean.shape).reshape(B, 1, 1, C)
+
+    normal = (x32 - pixels(group_mean)) * pixels(jax.lax.rsqrt(group_variance + EPSILON))
+    return activation(normal * params["weight"] + params["bias"]).astype(x.dtype)
 
 
 def norm_conv(norm: dict, params: dict, x: Array, groups: int) -> Array:
     """GroupNorm, SiLU, convolution."""
-    return conv(params, jax.nn.silu(group_norm(norm, x, groups)))
+    return conv(params, group_norm(norm, x, groups, jax.nn.silu))
 
 
 def resnet(params: dict, x: Array, groups: int) -> Array:
@@ -91,19 +110,27 @@ def resnet(params: dict, x: Array, groups: int) -> Array:
 
 
 def attention(params: dict, x: Array, groups: int) -> Array:
-    """Residual self-attention over the pixels of (B, H, W, C), with one head; softmax in float32."""
+    """Residual self-attention over the pixels of (B, H, W, C), with one head; softmax in float32.
+
+    It makes (B, H W, H W) float32 scores, 4 MB of a 256 px picture (1,024 pixels here) and 67 MB of one of 512 px: less
+    than the finest layers' activations. No flash kernel takes a head as wide as this one, 512.
+    """
     B, H, W, C = x.shape
     tokens = group_norm(params["group_norm"], x, groups).reshape(B, H * W, C)
-    q, k, v = (linear(tokens, params[name], x.dtype).astype(x.dtype) for name in ("to_q", "to_k", "to_v"))
+    q, k, v = (linear(params[name], tokens) for name in ("to_q", "to_k", "to_v"))
     options = {"precision": _precision(x.dtype), "preferred_element_type": jnp.float32}
     scores = jnp.einsum("btc,bsc->bts", q, k, **options) * C**-0.5
-    mixed = jnp.einsum("bts,bsc->btc", jax.nn.softmax(scores).astype(x.dtype), v, **options)
-    return x + linear(mixed, params["to_out"]["0"], x.dtype).astype(x.dtype).reshape(B, H, W, C)
+    mixed = jnp.einsum("bts,bsc->btc", jax.nn.softmax(scores).astype(x.dtype), v, **options).astype(x.dtype)
+    return x + linear(params["to_out"]["0"], mixed).reshape(B, H, W, C)
 
 
 def downsample(params: dict, x: Array) -> Array:
-    """(B, H, W, C) -> (B, H / 2, W / 2, C): a convolution padded at the bottom and the right only."""
-    return conv(params["conv"], jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), stride=2, padding="VALID")
+    """(B, H, W, C) -> (B, H / 2, W / 2, C): a convolution padded at the bottom and the right only; H and W are even.
+
+    Padding by two on every side and cutting the first row and column is the same, and spares GPUs a padded copy of x:
+    cuDNN pads both sides alike.
+    """
+    return conv(params["conv"], x, stride=2, padding=((2, 2), (2, 2)))[:, 1:, 1:]
 
 
 def upsample(params: dict, x: Array) -> Array:

@@ -1,0 +1,84 @@
+"""A look into a prepared data set: some of its records, and the numbers in which a wrong scale or layout would show.
+
+Pictures are made of the latents elsewhere; nothing here is needed for training.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from terdit_jax.data import schema
+from terdit_jax.data.reader import Dataset
+from terdit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Records spread evenly over the training split."""
+
+    views: tuple[np.ndarray, ...]  # posterior means of the pictures and, where stored, of their mirrors, (N, H, W, C)
+    spreads: tuple[np.ndarray, ...]  # posterior standard deviations alike
+    labels: np.ndarray  # (N,)
+    captions: tuple[str, ...]  # class name and source id of each
+
+
+def inspect(dataset: Dataset, num_samples: int) -> Inspection:
+    """Reads `num_samples` records, or all if there are fewer, through TFDS's own decoding.
+
+    Raises:
+      UserError: a record that cannot be read.
+    """
+    records = dataset.data_source("train")
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(num_samples, len(records))).astype(int))
+    try:
+        sample = [records[int(index)] for index in chosen]
+    except RuntimeError as error:
+        raise UserError(f"{dataset.path} cannot be read, copy or prepare it again: {error}") from error
+    metadata = dataset.metadata
+    arrays = {
+        name: np.stack([record[name] for record in sample]).astype(np.float32)
+        for name in schema.array_names(metadata.has_mirror)
+    }
+    labels = np.array([record["label"] for record in sample])
+    if labels.min() < 0 or labels.max() >= metadata.num_classes:
+        raise UserError(f"{dataset.path} holds label {labels.max()}, but {metadata.num_classes} classes")
+    captions = tuple(
+        f"{record['label']} {metadata.class_names[record['label']]}: {record['source_id'].decode()}"
+        for record in sample
+    )
+    suffixes = ("", "_mirror") if metadata.has_mirror else ("",)
+    return Inspection(
+        tuple(arrays[f"mean{suffix}"] for suffix in suffixes),
+        tuple(arrays[f"std{suffix}"] for suffix in suffixes),
+        labels,
+        captions,
+    )
+
+
+def format_report(metadata: schema.Metadata, inspection: Inspection) -> str:
+    """The statistics in lines: records, what the metadata claims of each channel, and what the sample shows."""
+    train, heldout = (metadata.splits[split] for split in schema.SPLITS)
+    height, width, channels = metadata.shape
+    lines = [
+        f"{train.records:,} training and {heldout.records:,} held-out records of {height}x{width}x{channels}, "
+        f"{metadata.num_classes} classes, codec {metadata.codec}, scale {metadata.latent_scale}",
+        f"sample: {len(inspection.labels)} records, {len(np.unique(inspection.labels))} classes",
+        f"{'channel':>8}{'mean':>10}{'std':>10}{'scaled std':>12}{'sample mean':>13}{'sample std':>12}"
+        f"{'lowest':>10}{'highest':>10}{'spread':>10}",
+    ]
+    means, spreads = inspection.views[0], inspection.spreads[0]
+    for channel in range(channels):
+        mean, spread = means[..., channel].astype(np.float64), spreads[..., channel].astype(np.float64)
+        std = np.sqrt(mean.var() + (spread**2).mean())
+        lines.append(
+            f"{channel:>8}{metadata.channel_mean[channel]:>10.4f}{metadata.channel_std[channel]:>10.4f}"
+            f"{metadata.channel_std[channel] * metadata.latent_scale:>12.4f}{mean.mean():>13.4f}{std:>12.4f}"
+            f"{mean.min():>10.3f}{mean.max():>10.3f}{spread.mean():>10.4f}"
+        )
+    if len(inspection.views) == 2:
+        mirrored = inspection.views[1][:, :, ::-1]
+        difference = np.sqrt(np.mean((mirrored - means) ** 2) / np.mean(means**2))
+        lines.append(
+            f"latents of mirrored pictures differ from mirrored latents by {difference:.1%} (root mean square)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""Pictures in tar archives, one archive a class: ImageNet's ILSVRC2012_img_train.tar as it comes, or a folder of tars.
+
+Headers are read once to learn where each picture lies, nothing is extracted; decoding belongs to the crop, the split
+to the sources.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+import os
+import pathlib
+from typing import NamedTuple
+
+from etils import epath
+import numpy as np
+
+from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.sources import Item, Source, check_crop, hash_ordered, hash_text, split_heldout
+from terdit_jax.errors import UserError
+
+HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class
+BLOCK = 512
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+REGULAR, NO_DATA, SPARSE = b"0\0007", b"123456", b"S"  # types of members, the rest is skipped with its data
+LONG_NAME, PAX = b"L", b"x"  # headers that say more about the member after them
+BETWEEN = b"Kg"  # a long name of a link and global fields, which may stand there too
+MAX_NAME_BYTES = 2**20  # of a long name or a pax header; longer ones are damage
+READERS = 16  # archives indexed at once: their headers lie far apart, so a disk or a network answers one by one
+
+
+class Stretch(NamedTuple):
+    """Bytes `start` to `end` of a file."""
+
+    path: pathlib.Path
+    start: int
+    end: int
+
+
+def make_tar_source(
+    path: epath.PathLike, *, image_size: int = 256, channels: int = 3, heldout_share: float | None = None
+) -> Source:
+    """A tar of class tars, or a folder of them, cropped to (image_size, image_size, channels); classes sorted by name.
+
+    A class is called like its archive without `.tar`; `heldout_share` (default 0.01) of the pictures is held out,
+    spread over the classes. Links, folders, devices and names that begin with a dot are passed over. Of members with
+    one name the last counts, as when a tar is extracted.
+
+    Raises:
+      UserError: no such archive, a compressed, damaged or incomplete one, no classes, an empty one, or an option that
+        cannot be used.
+    """
+    check_crop(image_size, channels)
+    if "://" in os.fspath(path):
+        raise UserError(f"--input={path}: archives are read from a local file system, copy it to one")
+    root = pathlib.Path(path)
+    try:
+        archives = _find_archives(root)
+        with futures.ThreadPoolExecutor(READERS) as pool:
+            listings = list(pool.map(_list_pictures, archives, archives.values()))
+    except OSError as error:
+        raise UserError(f"--input={error.filename or root}: cannot be read ({error.strerror or error})") from error
+    places = {source_id: place for listing in listings for source_id, place in listing.items()}
+    items = [Item(source_id, label) for label, listing in enumerate(listings) for source_id in listing]
+    share = HELDOUT_SHARE if heldout_share is None else heldout_share
+    train, heldout = split_heldout(items, share)
+
+    def load(item: Item) -> tuple[np.ndarray, int]:
+        return decode_picture(_read(places[item.source_id]), image_size, channels), item.label
+
+    sizes = sorted((source_id, place.end - place.start) for source_id, place in places.items())
+    return Source(
+        description={
+            "kind": "tar",
+            "image_size": image_size,
+            "channels": channels,
+            "heldout_share": share,
+            "pictures": len(sizes),
+            "listing_sha256": hash_text("".join(f"{source_id}\t{size}\n" for source_id, size in sizes)),
+        },
+        shape=(image_size, image_size, channels),
+        class_names=tuple(archives),
+        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
+        load=load,
+    )
+
+
+def list_members(archive: Stretch) -> Iterator[tuple[str, Stretch]]:
+    """The regular files of a tar in its order, from its headers alone: names and where their contents lie.
+
+    Reads the POSIX (ustar, pax) and GNU formats. Stricter than the `tarfile` module, which takes a damaged header for
+    the end: checksums must hold, and the archive must end in a block of zeros.
+
+    Raises:
+      UserError: a compressed, damaged or incomplete archive; names the byte.
+    """
+    with open(archive.path, "rb", buffering=0) as file:
+        position, name, size = archive.start, None, None
+        while header := _read_header(file.fileno(), archive, position):
+            content, kind = position + BLOCK, header[156:157]
+            try:
+                _check_sum(header)
+                length = _number(header[124:136]) if size is None or kind not in REGULAR else size
+                if kind in NO_DATA:
+                    length = 0
+                if content + length > archive.end:
+                    raise ValueError(f"{length} bytes announced, {archive.end - content} left")
+                if kind in SPARSE:
+                    raise ValueError("a sparse file, which cannot be read in place")
+                if kind in LONG_NAME + PAX:
+                    if length > MAX_NAME_BYTES:
+                        raise ValueError(f"a name of {length} bytes")
+                    payload = os.pread(file.fileno(), length, content)
+                    fields = {"path": _text(payload)} if kind in LONG_NAME else _pax_fields(payload)
+                    name, size = fields.get("path", name), int(fields["size"]) if "size" in fields else size
+                elif kind not in BETWEEN:
+                    name = _short_name(header) if name is None else name
+                    if kind in REGULAR and not name.endswith("/"):
+                        yield name, Stretch(archive.path, content, content + length)
+                    name = size = None
+            except ValueError as error:
+                raise _damage(archive, position, str(error)) from error
+            position = content + -(-length // BLOCK) * BLOCK
+
+
+def _find_archives(root: pathlib.Path) -> dict[str, Stretch]:
+    """The archives of the classes by name of class, sorted."""
+    if root.is_dir():
+        found = [(file.name, Stretch(file, 0, file.stat().st_size)) for file in root.iterdir() if file.is_file()]
+    elif root.is_file():
+        found = list(list_members(Stretch(root, 0, root.stat().st_size)))
+    else:
+        raise UserError(f"--input={root}: no such archive or folder")
+    archives: dict[str, Stretch] = {}
+    for name, stretch in found:
+        base = name.rpartition("/")[2]
+        if base.startswith(".") or not base.endswith(".tar"):
+            continue
+        class_name = base.removesuffix(".tar")
+        if class_name in archives:
+            raise UserError(f"--input={root}: holds two archives {base}, a class has one")
+        archives[class_name] = stretch
+    if not archives:
+        raise UserError(f"--input={root}: holds no .tar files, expected an uncompressed tar a class inside")
+    return dict(sorted(archives.items()))
+
+
+def _list_pictures(class_name: str, archive: Stretch) -> dict[str, Stretch]:
+    pictures = {}
+    for name, place in list_members(archive):
+        if not name.rpartition("/")[2].startswith("."):
+            pictures[f"{class_name}/{name.removeprefix('./').removeprefix(f'{class_name}/')}"] = place
+    if not pictures:
+        raise UserError(f"--input={archive.path}: the archive of class {class_name} holds no pictures")
+    return pictures
+
+
+def _read(place: Stretch) -> bytes:
+    """The bytes of a picture. Opened anew each time, so that any number of threads and archives do."""
+    try:
+        with open(place.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), place.end - place.start, place.start)
+    except OSError as error:
+        raise PictureError(f"cannot be read: {error.strerror or error}") from error
+    if len(data) < place.end - place.start:
+        raise PictureError(f"cannot be read: {place.path} has become shorter")
+    return data
+
+
+def _read_header(descriptor: int, archive: Stretch, position: int) -> bytes | None:
+    """The header at a position, None at the closing block."""
+    header = os.pread(descriptor, max(min(BLOCK, archive.end - position), 0), position)
+    if position == archive.start:
+        for magic, name in COMPRESSED.items():
+            if header.startswith(magic):
+                inside = f" (the archive at byte {archive.start})" if archive.start else ""
+                raise UserError(f"--input={archive.path}{inside}: is compressed with {name}, decompress it first")
+    if len(header) < BLOCK:
+        raise _damage(archive, position, "the archive ends without its closing block")
+    return header if header.strip(b"\0") else None
+
+
+def _damage(archive: Stretch, position: int, why: str) -> UserError:
+    return UserError(f"--input={archive.path}: damaged at byte {position} ({why}), fetch it again")
+
+
+def _check_sum(header: bytes) -> None:
+    """The sum of a header's bytes, its own field counted as blanks."""
+    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
+        raise ValueError("no tar header, its checksum is wrong")
+
+
+def _number(field: bytes) -> int:
+    """A number in octal digits or, where those do not suffice, in GNU's binary form behind a byte 0x80."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip()
+    if digits.strip(b"01234567"):
+        raise ValueError("no tar header, its numbers are none")
+    return int(digits or b"0", 8)
+
+
+def _short_name(header: bytes) -> str:
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""  # GNU keeps other things there
+    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode(errors="surrogateescape")
+
+
+def _pax_fields(payload: bytes) -> dict[str, str]:
+    """The fields of an extended header: `LENGTH KEY=VALUE` and a line feed each, the length counting all of it."""
+    fields = {}
+    while payload:
+        digits = payload.partition(b" ")[0]
+        length = int(digits)
+        if not len(digits) < length <= len(payload):
+            raise ValueError("a damaged pax header")
+        key, equals, value = payload[len(digits) + 1 : length - 1].partition(b"=")
+        if not equals:
+            raise ValueError("a damaged pax header")
+        fields[_text(key)] = _text(value)
+        payload = payload[length:]
+    if not fields.get("size", "0").isdecimal():
+        raise ValueError("a damaged pax header")
+    if any(key.startswith("GNU.sparse") for key in fields):
+        raise ValueError("a sparse file, which cannot be read in place")
+    return fields

@@ -1,0 +1,167 @@
+"""Pictures of any TFDS data set that has one picture and one class an example, such as imagenet2012 or cifar10.
+
+TFDS finds the data set, or fetches and prepares it; the pictures leave it as the files that they were and are decoded
+like those of every other source, without TensorFlow.
+"""
+
+import re
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.sources import Item, Source, check_crop, hash_ordered, hash_text, split_heldout
+from terdit_jax.errors import UserError
+
+HELDOUT_SPLITS = ("validation", "test")  # the first that the data set has is held out
+HELDOUT_SHARE = 0.1  # where it has neither
+# NAME, NAME/CONFIG, NAME:VERSION or both; not TFDS's namespaces, which run code from elsewhere.
+NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?")
+PAGES = "https://www.tensorflow.org/datasets/catalog"
+
+
+def make_tfds_source(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int = 256,
+    channels: int = 3,
+    heldout_share: float | None = None,
+) -> Source:
+    """The TFDS data set `name`, cropped to (image_size, image_size, channels); a data set's own classes in its order.
+
+    `name` may carry a configuration and a version, as in `cifar10:3.*.*`; `data_dir` is where TFDS keeps its data
+    sets, by default its usual place. A data set that is not there yet is prepared there, as ArrayRecord.
+    Its train split is trained on, its validation split held out, or its test split, or else `heldout_share` (default
+    0.1) of the train split. Items are called after split and index and have no label: only `load` reads the records.
+
+    Raises:
+      UserError: no such data set, one that cannot be prepared or read at random, one without a train split, a single
+        picture or a single class label, or an option that cannot be used.
+    """
+    check_crop(image_size, channels)
+    builder = _open_builder(name, data_dir)
+    image_key, label_key = _find_keys(name, builder.info)
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in (image_key, label_key)})
+    class_names = tuple(features[label_key].names)
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if not sizes.get("train"):
+        raise UserError(f"--input={name}: has no train split, only {', '.join(sizes) or 'none at all'}")
+    held = next((split for split in HELDOUT_SPLITS if sizes.get(split)), None)
+    if held:
+        if heldout_share is not None:
+            raise UserError(f"--heldout_share={heldout_share}: {name} brings its own held-out pictures, {held}")
+        train, heldout = _list_items("train", sizes["train"]), _list_items(held, sizes[held])
+    else:
+        heldout_share = HELDOUT_SHARE if heldout_share is None else heldout_share
+        train, heldout = split_heldout(_list_items("train", sizes["train"]), heldout_share)
+    splits = ("train", held) if held else ("train",)
+    description = {
+        "kind": "tfds",
+        "image_size": image_size,
+        "channels": channels,
+        "heldout_share": heldout_share,
+        "data_set": builder.info.full_name,
+        "pictures": sum(sizes[split] for split in splits),
+        "listing_sha256": hash_text("".join(_list_files(name, builder.info.splits[split]) for split in splits)),
+    }
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    records = {s: builder.as_data_source(s, deserialize_method=raw, file_format="array_record") for s in splits}
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+
+    def load(item: Item) -> tuple[np.ndarray, int]:
+        split, _, index = item.source_id.rpartition("/")
+        try:
+            record = records[split][int(index)]
+            if not record:  # what ArrayRecord returns beyond the end of a file that was cut short
+                raise ValueError("an empty record")
+            example = features.deserialize_example_np(record, decoders=decoders)
+            data, label = example[image_key], int(example[label_key])
+        except Exception as error:  # of ArrayRecord, protobuf and TFDS, each with its own for a damaged file
+            raise PictureError(f"cannot be read: {' '.join(str(error).split())}") from error
+        if not 0 <= label < len(class_names):
+            raise PictureError(f"its class is {label}, not one of 0 to {len(class_names) - 1}")
+        return decode_picture(data, image_size, channels), label
+
+    return Source(
+        description=description,
+        shape=(image_size, image_size, channels),
+        class_names=class_names,
+        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
+        load=load,
+    )
+
+
+def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """The builder of a data set that is prepared and can be read at random."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"--input={name}: is no name of a TFDS data set, such as imagenet2012 or cifar10:3.*.*")
+    builder = None
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"--input={name}: TFDS has no such data set, configuration or version, see {PAGES}") from error
+    except ImportError as error:
+        raise UserError(
+            f"--input={name}: TFDS cannot prepare it without {error.name}: `pip install tensorflow importlib_resources`"
+            f" or run `tfds build {name} --file_format=array_record --data_dir=DIR` elsewhere and name that --data_dir"
+        ) from error
+    except Exception as error:  # of a builder, which is code of its own: downloads, checksums, versions, full disks
+        by_hand = builder is not None and builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        hint = f"; its files are fetched by hand, see {PAGES}/{builder.name}" if by_hand else ""
+        raise UserError(f"--input={name}: TFDS cannot prepare it ({_line(error)}){hint}") from error
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise UserError(
+            f"--input={name}: {builder.data_path} holds it as {', '.join(sorted(formats))}, which cannot be read at "
+            "random; give another --data_dir, where it is prepared anew, or convert it with `tfds convert_format`"
+        )
+    return builder
+
+
+def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
+    """The keys of the picture and of its class: those declared for supervised training, else the only ones."""
+    features = info.features
+
+    def is_image(key: str) -> bool:
+        feature = features[key]
+        return isinstance(feature, tfds.features.Image) and not isinstance(feature, tfds.features.LabeledImage)
+
+    def is_label(key: str) -> bool:
+        return isinstance(features[key], tfds.features.ClassLabel)
+
+    keys = sorted(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    images, labels = ([key for key in keys if test(key)] for test in (is_image, is_label))
+    declared = info.supervised_keys
+    if declared and len(declared) == 2 and declared[0] in images and declared[1] in labels:
+        images, labels = [declared[0]], [declared[1]]
+    for found, what in ((images, "picture"), (labels, "class label")):
+        if len(found) != 1:
+            raise UserError(f"--input={name}: has {', '.join(found) or 'none'} where one {what} an example is needed")
+    if features[images[0]].np_dtype == np.float32:
+        raise UserError(f"--input={name}: its pictures are float32, only 8 and 16 bits can be used")
+    return images[0], labels[0]
+
+
+def _list_items(split: str, count: int) -> list[Item]:
+    return [Item(f"{split}/{index:08d}", None) for index in range(count)]
+
+
+def _list_files(name: str, split: tfds.core.SplitInfo) -> str:
+    """A line for each file of a split: its name, its records, its size."""
+    lines = []
+    for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
+        try:
+            lines.append(f"{path.name}\t{records}\t{path.stat().length}\n")
+        except OSError as error:
+            raise UserError(f"--input={name}: {path} cannot be read ({error.strerror or error})") from error
+    return "".join(lines)
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error that may go on for pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,131 @@
+"""A data set under construction, shared by all who write it: its plan, its finished shards, what was left out.
+
+All of it lies in a folder `.unfinished` inside the data set, on whatever file system that is, and only ever changes by
+the renaming of whole files; what goes into a shard is the builder's.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from typing import Any
+import uuid
+
+from etils import epath
+
+from terdit_jax.data import schema
+from terdit_jax.errors import UserError
+
+PLAN_FILE = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedShard:
+    """What is remembered of a shard: the metadata's entry, its latents' moments (C numbers each), pictures left out."""
+
+    shard: schema.Shard
+    count: int  # latent vectors
+    total: tuple[float, ...]
+    total_square: tuple[float, ...]
+    skipped: tuple[tuple[str, str], ...]  # source_id and reason
+
+
+class Unfinished:
+    """The folder of a data set that is being written to `path`.
+
+    Raises:
+      UserError: `path` holds something else, or an unfinished data set of another plan.
+    """
+
+    def __init__(self, path: epath.Path, plan: dict[str, Any]):
+        self.path = path
+        self.folder = path / schema.UNFINISHED_FOLDER
+        check_free(path)
+        plan = json.loads(json.dumps(plan))
+        if found := self._read(PLAN_FILE):
+            for key in sorted(found.keys() | plan.keys()):
+                if found.get(key) != plan.get(key):
+                    raise UserError(
+                        f"--output={path}: holds an unfinished data set, whose {key} is {found.get(key)!r} and not "
+                        f"{plan.get(key)!r}; finish that one, delete it or name another directory"
+                    )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(PLAN_FILE, plan)
+
+    def finished(self, file: str) -> FinishedShard | None:
+        """The shard of this name, None while it is missing or not as large as it was."""
+        content, path = self._read(f"{file}.json"), self.path / file
+        if content is None or not path.exists() or path.stat().length != content["shard"]["bytes"]:
+            return None
+        return FinishedShard(
+            shard=schema.Shard(**content["shard"]),
+            count=content["count"],
+            total=tuple(content["total"]),
+            total_square=tuple(content["total_square"]),
+            skipped=tuple((source_id, reason) for source_id, reason in content["skipped"]),
+        )
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[epath.Path]:
+        """A local path to write to; what is there in the end appears whole as `name` in the data set, or not at all."""
+        temporary = self._temporary(name)
+        if "://" in os.fspath(temporary):  # an object store
+            with tempfile.TemporaryDirectory() as scratch:
+                local = epath.Path(scratch) / name
+                yield local
+                local.copy(temporary)
+        else:
+            try:
+                yield temporary
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        temporary.replace(self.path / name)
+
+    def add(self, finished: FinishedShard) -> None:
+        """Remembers a shard whose file is in its place."""
+        self._write(f"{finished.shard.file}.json", dataclasses.asdict(finished))
+
+    def remove(self) -> None:
+        """Forgets everything, also what killed workers have left behind; the data set is complete."""
+        with contextlib.suppress(FileNotFoundError):  # another worker does the same
+            self.folder.rmtree()
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{self.folder / name} is damaged ({error}): delete it and run again") from error
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        temporary = self._temporary(name)
+        temporary.write_text(json.dumps(content))
+        temporary.replace(self.folder / name)
+
+    def _temporary(self, name: str) -> epath.Path:
+        return self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
+
+
+def check_free(path: epath.Path) -> None:
+    """Raises UserError if `path` is a file, or a directory with files that are not those of an unfinished data set."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--output={path}: is a file, name a directory")
+    if not (path / schema.UNFINISHED_FOLDER).exists() and any(path.iterdir()):
+        raise UserError(f"--output={path}: holds other files, name an empty or new directory")
+
+
+def totals(shards: Sequence[FinishedShard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation, C numbers each, of draws from the posteriors of all the shards' records."""
+    count = sum(shard.count for shard in shards)
+    means = [sum(values) / count for values in zip(*(shard.total for shard in shards), strict=True)]
+    squares = [sum(values) / count for values in zip(*(shard.total_square for shard in shards), strict=True)]
+    return tuple(means), tuple(max(square - mean**2, 0.0) ** 0.5 for mean, square in zip(means, squares, strict=True))

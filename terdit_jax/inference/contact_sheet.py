@@ -1,0 +1,46 @@
+"""A contact sheet: pictures with a caption each, to see at once whether data are what they should be."""
+
+from collections.abc import Sequence
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MIN_SIDE = 96  # small pictures are enlarged by a whole factor to at least this
+GAP = 6
+LINE = 14  # height of a line of text
+
+
+def make_contact_sheet(views: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """Lays pictures out in rows, the views of one side by side above its caption.
+
+    Args:
+      views: one or more (N, H, W, 1 or 3) uint8 arrays, such as pictures and their mirrors.
+      captions: N texts, cut to the width of the pictures above them.
+
+    Returns:
+      (height, width, 3) uint8.
+    """
+    count, height, width = views[0].shape[:3]
+    factor = max(1, math.ceil(MIN_SIDE / height))
+    height, width = height * factor, width * factor
+    cell_width, cell_height = len(views) * (width + 1) - 1 + GAP, height + LINE + GAP
+    columns = max(1, min(count, round(math.sqrt(count * cell_height / cell_width))))
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, caption in enumerate(captions):
+        left, top = GAP + i % columns * cell_width, GAP + i // columns * cell_height
+        for k, view in enumerate(views):
+            picture = np.broadcast_to(view[i], (*view.shape[1:3], 3)).repeat(factor, axis=0).repeat(factor, axis=1)
+            sheet.paste(Image.fromarray(picture), (left + k * (width + 1), top))
+        draw.text((left, top + height), _cut(caption, font, cell_width - GAP), fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,250 @@
+from concurrent import futures
+import gzip
+import io
+import tarfile
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from terdit_jax.data import tar_source
+from terdit_jax.data.crop import PictureError
+from terdit_jax.data.sources import make_folder_source
+from terdit_jax.data.tar_source import Stretch, make_tar_source
+from terdit_jax.errors import UserError
+
+
+def picture_bytes(seed, format_name="JPEG"):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(256, size=(12, 14, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format_name)
+    return file.getvalue()
+
+
+def tar_bytes(members, tar_format=tarfile.GNU_FORMAT):
+    """A tar of {name: content}; a TarInfo instead of a content goes in as it is."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+            else:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return file.getvalue()
+
+
+def make_classes(counts, first_seed=0):
+    """{class: {file: content}} like ImageNet's."""
+    names = {name: [f"{name}_{index}.JPEG" for index in range(count)] for name, count in counts.items()}
+    return {
+        name: {file: picture_bytes(first_seed + i) for i, file in enumerate(files)} for name, files in names.items()
+    }
+
+
+def write_archive(path, classes, **options):
+    path.write_bytes(
+        tar_bytes({f"{name}.tar": tar_bytes(files, **options) for name, files in classes.items()}, **options)
+    )
+    return path
+
+
+def listing(source):
+    return {split: list(items) for split, items in source.splits.items()}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_archive_folder_of_archives_and_folder_of_folders_agree(tmp_path, tar_format):
+    classes = make_classes({"n02": 12, "n01": 9, "n10": 10})
+    archive = write_archive(tmp_path / "train.tar", classes, tar_format=tar_format)
+    for name, files in classes.items():
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        (tmp_path / "tars" / f"{name}.tar").write_bytes(tar_bytes(files, tar_format))
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for file, content in files.items():
+            (tmp_path / "folders" / name / file).write_bytes(content)
+    options = {"image_size": 8, "heldout_share": 0.2}
+    whole = make_tar_source(archive, **options)
+    apart = make_tar_source(tmp_path / "tars", **options)
+    plain = make_folder_source(tmp_path / "folders", **options)
+    assert whole.class_names == apart.class_names == plain.class_names == ("n01", "n02", "n10")
+    assert listing(whole) == listing(apart) == listing(plain)
+    assert whole.description == apart.description == plain.description | {"kind": "tar"}
+    for item in whole.splits["train"] + whole.splits["heldout"]:
+        expected, label = plain.load(item)
+        for source in (whole, apart):
+            pixels, found = source.load(item)
+            np.testing.assert_array_equal(pixels, expected)
+            assert (
+                found == label == item.label and pixels.dtype == np.uint8 and pixels.shape == source.shape == (8, 8, 3)
+            )
+
+
+def test_description_follows_content_and_options(tmp_path):
+    classes = make_classes({"a": 10, "b": 10})
+    first = make_tar_source(write_archive(tmp_path / "0.tar", classes), heldout_share=0.1).description
+    assert make_tar_source(write_archive(tmp_path / "1.tar", classes), heldout_share=0.1).description == first
+    assert make_tar_source(tmp_path / "1.tar", heldout_share=0.2).description != first
+    assert make_tar_source(tmp_path / "1.tar", heldout_share=0.1, channels=1).description != first
+    classes["a"]["more.JPEG"] = picture_bytes(99)
+    assert make_tar_source(write_archive(tmp_path / "2.tar", classes), heldout_share=0.1).description != first
+
+
+def test_imagenet_holds_out_a_hundredth(tmp_path):
+    source = make_tar_source(write_archive(tmp_path / "t.tar", make_classes({"a": 150, "b": 150})), image_size=8)
+    assert [len(source.splits[split]) for split in ("train", "heldout")] == [297, 3]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path, tar_format):
+    """Long names, names of other scripts, odd sizes, empty files and everything that is no file, against tarfile."""
+    rng = np.random.default_rng(0)
+    members = {f"{index:03d}.JPEG": rng.bytes(size) for index, size in enumerate((0, 1, 511, 512, 513, 1024, 5000))}
+    members["folder/" * 16 + "long.JPEG"] = rng.bytes(700)
+    if tar_format != tarfile.USTAR_FORMAT:
+        members["x" * 300 + ".JPEG"] = rng.bytes(600)
+        members["猫.JPEG"] = rng.bytes(10)
+    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        entry = tarfile.TarInfo(f"special-{kind.decode()}")
+        entry.type, entry.linkname = kind, "000.JPEG" if tar_format == tarfile.USTAR_FORMAT else "y" * 200
+        members[entry.name] = entry
+    members["last.JPEG"] = b"last"
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"before" * 100 + tar_bytes(members, tar_format) + b"after")
+    stretch = Stretch(path, 600, path.stat().st_size - 5)
+    found = list(tar_source.list_members(stretch))
+    with tarfile.open(fileobj=io.BytesIO(path.read_bytes()[600:-5])) as tar:
+        expected = [(entry.name, 600 + entry.offset_data, entry.size) for entry in tar if entry.isreg()]
+    assert [(name, place.start, place.end - place.start) for name, place in found] == expected
+    assert len(expected) == sum(isinstance(content, bytes) for content in members.values())
+
+
+def test_binary_sizes_are_read():
+    assert tar_source._number(tarfile.itn(10 * 2**30, 12, tarfile.GNU_FORMAT)) == 10 * 2**30
+    assert tar_source._number(b"00000001750\0") == tar_source._number(b"     1750 \0 ") == 1000
+
+
+def test_what_is_no_picture_is_passed_over(tmp_path):
+    files = {f"{index}.JPEG": picture_bytes(index) for index in range(10)}
+    folder, link = tarfile.TarInfo("a"), tarfile.TarInfo("a/link.JPEG")
+    folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "0.JPEG"
+    inner = tar_bytes(
+        {"a": folder, **{f"./{name}": data for name, data in files.items()}, "link": link, "._0.JPEG": b"?"}
+    )
+    outer = {"README": b"not a class", "tars": folder, "tars/a.tar": inner, "tars/._a.tar": b"?", "tars/b.tar": inner}
+    (tmp_path / "t.tar").write_bytes(tar_bytes(outer))
+    source = make_tar_source(tmp_path / "t.tar", image_size=8, heldout_share=0.1)
+    assert source.class_names == ("a", "b")
+    names = sorted(item.source_id for items in source.splits.values() for item in items)
+    assert names == sorted(f"{name}/{file}" for name in "ab" for file in files)
+
+
+def test_the_last_of_members_with_one_name_counts(tmp_path):
+    old, new = (tar_bytes({f"{i}.JPEG": picture_bytes(seed + i) for i in range(10)}) for seed in (0, 100))
+    end = old.rstrip(b"\0")
+    joined = old[: -(-len(end) // 512) * 512] + new  # what `tar --append` writes
+    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": joined}))
+    (tmp_path / "new.tar").write_bytes(tar_bytes({"a.tar": new}))
+    both, only = (make_tar_source(tmp_path / name, image_size=8, heldout_share=0.1) for name in ("t.tar", "new.tar"))
+    assert both.description == only.description
+    for item in both.splits["train"]:
+        np.testing.assert_array_equal(both.load(item)[0], only.load(item)[0])
+
+
+def test_many_threads_read_at_once(tmp_path):
+    source = make_tar_source(write_archive(tmp_path / "t.tar", make_classes({"a": 60, "b": 60})), image_size=8)
+    items = source.splits["train"]
+    expected = [source.load(item)[0] for item in items]
+    with futures.ThreadPoolExecutor(16) as pool:
+        for index, (pixels, _) in enumerate(pool.map(source.load, items * 10)):
+            np.testing.assert_array_equal(pixels, expected[index % len(items)])
+
+
+def test_a_damaged_picture_is_no_damaged_archive(tmp_path):
+    classes = make_classes({"a": 10})
+    classes["a"]["a_3.JPEG"] = classes["a"]["a_3.JPEG"][:100]
+    source = make_tar_source(write_archive(tmp_path / "t.tar", classes), image_size=8, heldout_share=0.1)
+    (item,) = [item for items in source.splits.values() for item in items if item.source_id == "a/a_3.JPEG"]
+    with pytest.raises(PictureError, match="Truncated"):
+        source.load(item)
+    (tmp_path / "t.tar").write_bytes(b"")
+    with pytest.raises(PictureError, match="has become shorter"):
+        source.load(item)
+    (tmp_path / "t.tar").unlink()
+    with pytest.raises(PictureError, match="cannot be read: No such file"):
+        source.load(item)
+
+
+def refusal(path):
+    with pytest.raises(UserError) as caught:
+        make_tar_source(path, image_size=8, heldout_share=0.1)
+    text = str(caught.value)
+    assert text.startswith(f"--input={path}") and text.splitlines() == [text]
+    return text
+
+
+def test_truncated_archives_name_the_byte(tmp_path):
+    """Cut anywhere, not only in the middle of a file, an archive is refused: no picture is lost in silence."""
+    path = write_archive(tmp_path / "t.tar", make_classes({"a": 3, "b": 3}))
+    whole = path.read_bytes()
+    closing = len(whole.rstrip(b"\0")) // 512 * 512 + 1024  # the inner archive's zeros come before the outer's
+    for length in [*range(0, closing, 1111), *range(0, closing - 1024, 512 * 5)]:
+        path.write_bytes(whole[:length])
+        assert "damaged at byte " in refusal(path)
+
+
+def test_flipped_header_bits_name_the_byte(tmp_path):
+    path = write_archive(tmp_path / "t.tar", make_classes({"a": 4}))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        inner = tar.next().offset_data
+        with tarfile.open(fileobj=tar.extractfile("a.tar")) as class_tar:
+            headers = [0, *(inner + entry.offset for entry in class_tar)]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        header = int(rng.choice(headers))
+        changed = bytearray(whole)
+        changed[header + rng.integers(512)] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            source = make_tar_source(path, image_size=8, heldout_share=0.3)
+        except UserError as error:
+            assert f"damaged at byte {header} " in str(error)
+        else:  # the blank behind the digits of the checksum is all that no checksum covers
+            assert len(source.splits["train"] + source.splits["heldout"]) == 4
+
+
+def test_useless_archives_say_what_to_do(tmp_path):
+    pictures = tar_bytes({"a.JPEG": picture_bytes(0)})
+    cases = {
+        "nothing.tar": (b"", "ends without its closing block"),
+        "text.tar": (b"text" * 1000, "damaged at byte 0 (no tar header"),
+        "flat.tar": (pictures, "holds no .tar files"),
+        "outer.tar": (gzip.compress(tar_bytes({"a.tar": pictures})), "is compressed with gzip, decompress it first"),
+        "inner.tar": (
+            tar_bytes({"a.tar": gzip.compress(pictures)}),
+            "(the archive at byte 512): is compressed",
+        ),
+        "empty.tar": (tar_bytes({"a.tar": pictures, "b.tar": tar_bytes({})}), "class b holds no pictures"),
+        "twice.tar": (tar_bytes({"x/a.tar": pictures, "y/a.tar": pictures}), "holds two archives a.tar"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert message in refusal(tmp_path / name)
+    assert "no such archive" in refusal(tmp_path / "nowhere.tar")
+    (tmp_path / "folder").mkdir()
+    assert "holds no .tar files" in refusal(tmp_path / "folder")
+    assert "local file system" in refusal("gs://bucket/train.tar")
+    (tmp_path / "folder" / "a.tar").write_bytes(pictures)
+    for option in ({"image_size": 0}, {"channels": 2}, {"heldout_share": 1.5}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            make_tar_source(tmp_path / "folder", **option)
+
+
+def test_sparse_members_are_refused(tmp_path):
+    header = bytearray(tar_bytes({"a.JPEG": b"x" * 600}))
+    header[156:157] = b"S"
+    header[148:156] = b"%06o\0 " % (sum(header[:512]) - sum(header[148:156]) + 256)
+    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": bytes(header)}))
+    assert "a sparse file" in refusal(tmp_path / "t.tar")
