@@ -22,11 +22,12 @@ def work(output, worker):
 def server():
     """Starts processes in milliseconds, with everything imported and none of pytest's state."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["terdit_jax.data.builder", "sklearn.datasets"])
     return context
 
 
-def test_workers_killed_at_random_moments_make_the_same_data_set(tmp_path, server):
+@pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_workers_killed_at_random_moments_make_the_same_data_set(tmp_path, server, num_kills):
     builder.build(make_digits_source(), tmp_path / "whole", **OPTIONS)
     moments = random.Random(os.urandom(8))
     killed, seen = 0, []
@@ -34,7 +35,7 @@ def test_workers_killed_at_random_moments_make_the_same_data_set(tmp_path, serve
         workers = [server.Process(target=work, args=(str(tmp_path / "d"), k)) for k in range(NUM_WORKERS)]
         for worker in workers:
             worker.start()
-        if killed < 10:
+        if killed < num_kills:
             before = set(os.listdir(tmp_path / "d")) if (tmp_path / "d").exists() else set()
             while not before < (set(os.listdir(tmp_path / "d")) if (tmp_path / "d").exists() else set()):
                 if not any(worker.is_alive() for worker in workers):
@@ -48,11 +49,11 @@ def test_workers_killed_at_random_moments_make_the_same_data_set(tmp_path, serve
         for worker in workers:
             worker.join()
         seen.append(sorted(file for file in os.listdir(tmp_path / "d") if "array_record" in file))
-        if (tmp_path / "d" / schema.METADATA_FILE).exists() and killed >= 10:
+        if (tmp_path / "d" / schema.METADATA_FILE).exists() and killed >= num_kills:
             break
         if (tmp_path / "d" / schema.METADATA_FILE).exists():
             pytest.fail(f"finished after {killed} kills: too fast to test anything")
-    assert killed >= 10
+    assert killed >= num_kills
     assert all(set(earlier) <= set(later) for earlier, later in zip(seen, seen[1:], strict=False))  # nothing is lost
     files = {file: (tmp_path / "d" / file).read_bytes() for file in os.listdir(tmp_path / "d")}
     assert files == {file: (tmp_path / "whole" / file).read_bytes() for file in os.listdir(tmp_path / "whole")}
