@@ -16,8 +16,8 @@ MANY = 20_000
 
 
 # Random numbers compile slowly on CPUs: unoptimised, and for few shapes.
-@partial(jax.jit, static_argnames="horizontal_flip", compiler_options={"xla_backend_optimization_level": 0})
-def _draw(batch, indices, seed, step, latent_scale, class_dropout_prob, horizontal_flip):
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def _draw(batch, indices, seed, step, latent_scale, class_dropout_prob):
     return make_examples(
         batch,
         example_keys(seed, step, indices),
@@ -25,12 +25,11 @@ def _draw(batch, indices, seed, step, latent_scale, class_dropout_prob, horizont
         latent_scale=latent_scale,
         num_classes=NUM_CLASSES,
         class_dropout_prob=class_dropout_prob,
-        horizontal_flip=horizontal_flip,
     )
 
 
-def draw(batch, indices, *, seed=0, step=0, latent_scale=1.0, class_dropout_prob=0.1, horizontal_flip=False):
-    return _draw(batch, indices, seed, step, latent_scale, class_dropout_prob, horizontal_flip)
+def draw(batch, indices, *, seed=0, step=0, latent_scale=1.0, class_dropout_prob=0.1):
+    return _draw(batch, indices, seed, step, latent_scale, class_dropout_prob)
 
 
 def records(count=64, shape=(2, 4, 3)):
@@ -53,21 +52,19 @@ def rows(tree, index):
 
 @pytest.fixture(scope="module")
 def many():
-    """Draws of 20,000 one-pixel records: mean 0 and std 1 (the posterior's noise itself) or, mirrored, 100 exactly."""
-    batch = constant_records(0, 1, MANY, (1, 1, 1))
-    batch |= {"mean_mirror": np.full_like(batch["mean"], 100), "std_mirror": np.zeros_like(batch["std"])}
-    draws = draw(batch, np.arange(MANY)) | {"flipped": draw(batch, np.arange(MANY), horizontal_flip=True)["x_0"]}
+    """Draws of 20,000 one-pixel records of mean 0 and std 1: x_0 is the posterior's noise itself."""
+    draws = draw(constant_records(0, 1, MANY, (1, 1, 1)), np.arange(MANY))
     return {name: np.asarray(values) for name, values in draws.items()}
 
 
 def test_examples_do_not_depend_on_their_neighbours():
     batch, indices = records(), np.arange(64)
-    whole = draw(batch, indices, horizontal_flip=True)
+    whole = draw(batch, indices)
     permutation = np.random.default_rng(1).permutation(64)
-    permuted = draw(rows(batch, permutation), indices[permutation], horizontal_flip=True)
+    permuted = draw(rows(batch, permutation), indices[permutation])
     jax.tree.map(np.testing.assert_array_equal, permuted, rows(whole, permutation))
     for part in (slice(0, 32), slice(32, 64)):
-        split = draw(rows(batch, part), indices[part], horizontal_flip=True)
+        split = draw(rows(batch, part), indices[part])
         jax.tree.map(np.testing.assert_array_equal, split, rows(whole, part))
 
 
@@ -147,30 +144,7 @@ def test_no_label_is_dropped_at_probability_zero():
     assert np.any(draw(batch, np.arange(64), class_dropout_prob=0.5)["y"] != batch["label"])
 
 
-def test_half_the_records_take_the_stored_mirror_pair(many):
-    flipped = np.ravel(many["flipped"]) == 100
-    assert flipped.mean() == pytest.approx(0.5, abs=0.02)
-    # Mean and std change together, and a flip leaves the posterior's noise as it was.
-    np.testing.assert_array_equal(np.ravel(many["flipped"])[~flipped], np.ravel(many["x_0"])[~flipped])
-
-
-def test_without_a_stored_mirror_the_arrays_are_mirrored_along_the_width():
-    batch, indices = records(), np.arange(64)
-    mean, std = batch["mean"].astype(np.float32), batch["std"].astype(np.float32)
-    unit = np.asarray(draw(constant_records(0, 1), indices)["x_0"])
-    x_0 = np.asarray(draw(batch, indices, horizontal_flip=True)["x_0"])
-    plain, mirrored = mean + std * unit, mean[:, :, ::-1] + std[:, :, ::-1] * unit
-    is_plain = np.isclose(x_0, plain, atol=1e-5).all((1, 2, 3))
-    is_mirrored = np.isclose(x_0, mirrored, atol=1e-5).all((1, 2, 3))
-    assert np.all(is_plain ^ is_mirrored)
-    assert 16 < is_mirrored.sum() < 48
-
-
-def test_without_flips_a_stored_mirror_is_left_alone(many):
-    assert not np.any(many["x_0"] == 100)
-
-
 def test_draws_of_different_purposes_are_independent(many):
-    draws = [many["flipped"] == 100, many["x_0"], many["noise"], many["t"], many["y"] == NUM_CLASSES]
-    correlation = np.corrcoef([np.ravel(d).astype(float) for d in draws]) - np.eye(5)
+    draws = [many["x_0"], many["noise"], many["t"], many["y"] == NUM_CLASSES]
+    correlation = np.corrcoef([np.ravel(d).astype(float) for d in draws]) - np.eye(4)
     assert np.abs(correlation).max() < 0.04  # five standard deviations of 20,000 pairs

@@ -1,25 +1,38 @@
 import dataclasses
 import itertools
+import re
 import shutil
 
+from array_record.python.array_record_module import ArrayRecordWriter
 import numpy as np
 import pytest
 
-from terdit_jax.data import builder, reader, sources, synthetic
+from terdit_jax.data import builder, draws, reader, schema, sources, synthetic
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.errors import UserError
 
 NUM_TRAIN, NUM_HELDOUT = 37, 11
 
 
+class LopsidedCodec(PixelCodec):
+    """Keeps the size, has a spread, and a mirrored picture's latent is not the mirrored latent."""
+
+    name = "lopsided"
+
+    def encode(self, pictures):
+        mean, _ = super().encode(pictures)
+        ramp = np.linspace(0, 1, pictures.shape[2], dtype=np.float32)[:, None]
+        return mean + ramp, 0.1 + ramp * mean**2
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "mirror"])
 def dataset(request, tmp_path_factory):
+    """Records that are pictures and hold one view, or records of latents that hold both."""
     source = sources.make_digits_source()
     splits = {"train": source.splits["train"][:NUM_TRAIN], "heldout": source.splits["heldout"][:NUM_HELDOUT]}
     path = tmp_path_factory.mktemp("data") / "digits"
-    builder.build(
-        dataclasses.replace(source, splits=splits), path, codec=PixelCodec(), mirror=request.param, shard_bytes=2000
-    )
+    codec = LopsidedCodec() if request.param else PixelCodec()
+    builder.build(dataclasses.replace(source, splits=splits), path, codec=codec, mirror=request.param, shard_bytes=2000)
     return reader.open_dataset(path)
 
 
@@ -30,6 +43,7 @@ def batches(dataset, num_steps, **changes):
         "start_step": 0,
         "process_index": 0,
         "process_count": 1,
+        "horizontal_flip": True,
         "in_memory": False,
         "read_threads": 2,
         "prefetch": 3,
@@ -48,32 +62,62 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(left[name], right[name])
 
 
+def both_views(dataset, name):
+    """An array of all training records as TFDS decodes them, and that of their mirrors: (2, N, H, W, C)."""
+    items = list(dataset.data_source("train"))
+    return np.stack([[item[name], item.get(f"{name}_mirror", item[name][:, ::-1])] for item in items], axis=1)
+
+
 def row_numbers(dataset, batch):
-    """Which record of the training split each row is; all digits in the split differ."""
-    stored = dataset.records("train").read(np.arange(NUM_TRAIN))["mean"].reshape(NUM_TRAIN, -1)
-    matches = (batch["mean"].reshape(len(batch["mean"]), 1, -1) == stored).all(axis=-1)
+    """Which record of the training split each row is, in either view; all digits in the split differ."""
+    stored = both_views(dataset, "mean").reshape(2, 1, NUM_TRAIN, -1)
+    matches = (batch["mean"].reshape(len(batch["mean"]), 1, -1) == stored).all(axis=-1).any(axis=0)
     np.testing.assert_array_equal(matches.sum(axis=1), 1)
     return matches.argmax(axis=1)
 
 
-def test_batches_hold_the_record_fields(dataset):
-    batch = batches(dataset, 1)[0]
-    arrays = {"mean", "std"} | ({"mean_mirror", "std_mirror"} if dataset.metadata.has_mirror else set())
-    assert set(batch) == arrays | {"label", "position"}
-    for name in arrays:
+@pytest.mark.parametrize("horizontal_flip", [False, True])
+def test_batches_hold_one_view(dataset, horizontal_flip):
+    batch = batches(dataset, 1, horizontal_flip=horizontal_flip)[0]
+    assert set(batch) == {"mean", "std", "label", "position"}
+    for name in ("mean", "std"):
         assert batch[name].shape == (8, 8, 8, 1) and batch[name].dtype == np.float16
     assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
     assert batch["position"].dtype == np.int64
-    if dataset.metadata.has_mirror:
-        np.testing.assert_array_equal(batch["mean_mirror"], batch["mean"][:, :, ::-1])
 
 
-def test_rows_are_whole_records(dataset):
-    batch = joined(batches(dataset, 6))
-    items = list(dataset.data_source("train"))
-    for row, index in enumerate(row_numbers(dataset, batch)):
-        assert batch["label"][row] == items[index]["label"]
-        np.testing.assert_array_equal(batch["mean"][row], items[index]["mean"])
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("horizontal_flip", [False, True])
+def test_rows_are_the_drawn_view_of_whole_records(dataset, horizontal_flip, in_memory):
+    batch = joined(batches(dataset, 24, horizontal_flip=horizontal_flip, in_memory=in_memory))
+    index = row_numbers(dataset, batch)
+    mirrored = draws.draw_mirrored(0, batch["position"]) & horizontal_flip
+    for name in ("mean", "std"):
+        views = both_views(dataset, name)
+        np.testing.assert_array_equal(batch[name], views[mirrored.astype(int), index])
+    np.testing.assert_array_equal(batch["label"], [dataset.data_source("train")[i]["label"] for i in index.tolist()])
+    assert len({*zip(index.tolist(), mirrored.tolist(), strict=True)}) > NUM_TRAIN or not horizontal_flip
+
+
+def test_half_of_the_views_are_mirrored_and_each_record_in_some_epochs(dataset):
+    num_epochs = 40
+    batch = joined(batches(dataset, num_epochs, batch_size=NUM_TRAIN))
+    index = row_numbers(dataset, batch)
+    # A symmetric picture is its own mirror.
+    plain, mirror = (view.reshape(NUM_TRAIN, -1) for view in both_views(dataset, "mean"))
+    asymmetric = (plain != mirror).any(axis=1)
+    assert asymmetric.sum() > 30
+    mirrored = (batch["mean"].reshape(len(index), -1) != plain[index]).any(axis=1)
+    assert abs(mirrored[asymmetric[index]].mean() - 0.5) < 0.05  # four standard deviations
+    times = np.bincount(index[mirrored], minlength=NUM_TRAIN)[asymmetric]
+    assert times.min() > 0 and times.max() < num_epochs
+
+
+def test_flips_change_neither_order_nor_labels(dataset):
+    plain, flipped = (joined(batches(dataset, 12, horizontal_flip=flip)) for flip in (False, True))
+    np.testing.assert_array_equal(plain["label"], flipped["label"])
+    np.testing.assert_array_equal(row_numbers(dataset, plain), row_numbers(dataset, flipped))
+    assert (plain["mean"] != flipped["mean"]).any()
 
 
 def test_every_epoch_holds_every_record_once_in_an_order_of_its_own(dataset):
@@ -104,9 +148,14 @@ def test_restart_continues_the_stream_under_any_number_of_processes(dataset):
     for start in (1, 4, 5, 9):  # the first epoch ends inside batch 4, the second inside batch 9
         for batch, expected in zip(batches(dataset, 14 - start, start_step=start), whole[start:], strict=True):
             assert_equal(batch, expected)
-    parts = [batches(dataset, 5, start_step=4, process_index=index, process_count=2) for index in range(2)]
-    for step in range(5):
-        assert_equal(joined([part[step] for part in parts]), whole[4 + step])
+    # One process, then two, then four: flips and order stay those of a run that was never stopped.
+    for start, process_count in ((4, 2), (9, 4)):
+        parts = [
+            batches(dataset, 5, start_step=start, process_index=index, process_count=process_count)
+            for index in range(process_count)
+        ]
+        for step in range(5):
+            assert_equal(joined([part[step] for part in parts]), whole[start + step])
 
 
 @pytest.mark.parametrize("options", [{"read_threads": 0, "prefetch": 1}, {"read_threads": 16, "prefetch": 4}])
@@ -141,8 +190,11 @@ def test_heldout_batches_start_at_the_first_record_and_wrap(dataset):
     options = {"batch_size": 4, "num_batches": 5}
     whole = list(reader.heldout_batches(dataset, **options, process_index=0, process_count=1))
     assert len(whole) == 5
-    stored = [record["mean"] for record in dataset.data_source("heldout")]
-    np.testing.assert_array_equal(joined(whole)["mean"], [stored[index % NUM_HELDOUT] for index in range(20)])
+    assert set(whole[0]) == {"mean", "std", "label", "position"}
+    stored = list(dataset.data_source("heldout"))
+    for name in ("mean", "std", "label"):
+        expected = [stored[index % NUM_HELDOUT][name] for index in range(20)]
+        np.testing.assert_array_equal(joined(whole)[name], expected)
     parts = [
         list(reader.heldout_batches(dataset, **options, process_index=index, process_count=2)) for index in range(2)
     ]
@@ -167,20 +219,48 @@ def test_bad_input_is_refused(dataset, tmp_path):
         batches(dataset, 1, seed=-1)
     with pytest.raises(UserError, match="no data set at"):
         reader.open_dataset(tmp_path / "nowhere")
-    split = dataclasses.replace(dataset.metadata.splits["train"], records=3)
-    metadata = dataclasses.replace(dataset.metadata, splits=dataset.metadata.splits | {"train": split})
-    with pytest.raises(UserError, match="disagree"):
-        reader.Dataset(dataset.path, metadata).records("train")
 
 
-def test_a_damaged_shard_stops_the_run_in_one_line(dataset, tmp_path):
-    shutil.copytree(dataset.path, tmp_path / "damaged")
-    shard = tmp_path / "damaged" / dataset.metadata.splits["train"].shards[0].file
-    content = bytearray(shard.read_bytes())
-    content[1000] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match="damaged cannot be read"):
-        batches(reader.open_dataset(tmp_path / "damaged"), NUM_TRAIN)
+def test_empty_shards_are_passed_over(dataset):
+    split, empty = dataset.metadata.splits["train"], schema.Shard("never opened", 0, 0, "")
+    shards = (empty, split.shards[0], empty, empty, *split.shards[1:], empty)
+    records = reader.StoredRecords(dataset.path, schema.Split(split.records, shards), dataset.metadata)
+    indices = np.arange(NUM_TRAIN)
+    assert_equal(records.read(indices), dataset.records("train").read(indices))
+
+
+def flip_bit(content):
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_bit, lambda content: bytes(len(content)), lambda content: content[: len(content) // 2]],
+    ids=["a bit flipped", "zeros", "cut short while running"],
+)
+def test_a_damaged_shard_stops_the_run_in_one_line(dataset, tmp_path, damage, in_memory):
+    shutil.copytree(dataset.path, tmp_path / "copy")
+    copy = reader.open_dataset(tmp_path / "copy")
+    shard = tmp_path / "copy" / dataset.metadata.splits["train"].shards[1].file
+    shard.write_bytes(damage(shard.read_bytes()))
+    for _ in range(2):
+        with pytest.raises(UserError) as failure:
+            batches(copy, NUM_TRAIN, in_memory=in_memory)
+        assert re.fullmatch(rf"{shard}: record \d+ cannot be read, copy .* or prepare .*: .*", str(failure.value))
+        shard.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("count, message", [(1, "not a tf.train.Example"), (2, "holds 2 records, not 1")])
+def test_a_sound_shard_of_other_content_is_refused(dataset, tmp_path, count, message):
+    writer = ArrayRecordWriter(str(tmp_path / "shard"), "group_size:1")
+    for _ in range(count):
+        writer.write(b"something else")
+    writer.close()
+    split = schema.Split(1, (schema.Shard("shard", 1, 0, ""),))
+    records = reader.StoredRecords(tmp_path, split, dataset.metadata)
+    with pytest.raises(UserError, match=f"{tmp_path / 'shard'}: record 0 cannot be read, .*: .*{message}"):
+        records.read(np.array([0]))
 
 
 def test_synthetic_data_looks_like_a_prepared_data_set():
@@ -190,6 +270,9 @@ def test_synthetic_data_looks_like_a_prepared_data_set():
     whole = batches(first, 6)
     for batch, expected in zip(batches(again, 5, start_step=1, in_memory=True), whole[1:], strict=True):
         assert_equal(batch, expected)
+    for batch, plain in zip(whole, batches(first, 6, horizontal_flip=False), strict=True):
+        mirrored = draws.draw_mirrored(0, batch["position"])[:, None, None, None]
+        np.testing.assert_array_equal(batch["mean"], np.where(mirrored, plain["mean"][:, :, ::-1], plain["mean"]))
     batch = joined(whole)
     assert batch["mean"].shape == batch["std"].shape == (48, 4, 6, 2) and batch["mean"].dtype == np.float16
     assert batch["label"].dtype == np.int32 and set(batch["label"].tolist()) == set(range(5))

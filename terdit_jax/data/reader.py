@@ -1,25 +1,28 @@
 """Reads prepared data sets: training batches through Grain, held-out batches in a fixed order.
 
-What a record holds is the schema's; batches stay NumPy arrays, and what training makes of them is its own.
+What a record holds is the schema's, where its bytes lie is wire's, which are drawn is draws'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import functools
+import os
 from typing import Protocol
 
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import decode
 
 from terdit_jax.data import schema
+from terdit_jax.data.draws import ShuffledStream, draw_mirrored
+from terdit_jax.data.wire import RecordParser, View
 from terdit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 READ_CHUNK = 256  # records at a time when a whole split is read
-MAX_POSITION = 2**52  # of the training stream: no run comes near, and Grain's float division is exact below
+MAX_POSITION = 2**52  # of the training stream: no run comes near
 
 
 class Records(Protocol):
@@ -28,8 +31,12 @@ class Records(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """The records at `indices` (B,): arrays (B, H, W, C) float16 and `label` (B,) int32."""
+    def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
+        """One view of each record at `indices` (B,): `mean`, `std` (B, H, W, C) float16 and `label` (B,) int32.
+
+        Rows where `mirrored` (B,) bool is set, none if it is left out, show the mirrored picture: what is stored for
+        it, or else the arrays mirrored along the width, which is exact where records are the pictures themselves.
+        """
 
 
 class AnyDataset(Protocol):
@@ -43,44 +50,91 @@ class AnyDataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryRecords:
-    """Records held as arrays (N, ...)."""
+    """Records held as arrays, with their mirrors (V = 2) or without (V = 1)."""
 
-    arrays: Batch
+    mean: np.ndarray  # (V, N, H, W, C) float16
+    std: np.ndarray  # (V, N, H, W, C) float16
+    label: np.ndarray  # (N,) int32
 
     def __len__(self) -> int:
-        return len(self.arrays["label"])
+        return len(self.label)
 
-    def read(self, indices: np.ndarray) -> Batch:
+    def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
         """As `Records.read`, copied out of the arrays."""
-        return {name: array[indices] for name, array in self.arrays.items()}
+        has_mirror = len(self.mean) > 1
+        rows = indices if mirrored is None or not has_mirror else indices + mirrored * len(self)
+        views = {name: array.reshape(-1, *array.shape[2:]) for name, array in (("mean", self.mean), ("std", self.std))}
+        batch = {name: view.take(rows, axis=0) for name, view in views.items()}
+        if mirrored is not None and not has_mirror:
+            _mirror_rows(batch, mirrored)
+        return {**batch, "label": self.label[indices]}
 
 
-@dataclasses.dataclass(frozen=True)
 class StoredRecords:
-    """Records in ArrayRecord shards, decoded as they are read."""
+    """Records in ArrayRecord shards, parsed as they are read; any number of threads may read."""
 
-    path: epath.Path  # of the data set
-    data_source: Sequence[bytes]  # serialized records
-    metadata: schema.Metadata
+    def __init__(self, path: epath.Path, split: schema.Split, metadata: schema.Metadata):
+        """The records of `split` in the data set at `path`; shards are opened when first read."""
+        self._path, self._shards, self._metadata = path, split.shards, metadata
+        self._starts = np.cumsum([0] + [shard.records for shard in split.shards])
+        self._readers: list[ArrayRecordReader | None] = [None] * len(split.shards)
+        self._parser = RecordParser(metadata.shape, metadata.has_mirror)
 
     def __len__(self) -> int:
-        return len(self.data_source)
+        return int(self._starts[-1])
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """As `Records.read`. Raises UserError where a shard is damaged."""
-        # One by one: ArrayRecord's batched read starts threads at every call and is half as fast on local disks.
-        try:
-            serialized = [self.data_source[index] for index in indices.tolist()]
-        except RuntimeError as error:  # ArrayRecord's only exception; it checks a hash of each block
-            raise UserError(f"{self.path} cannot be read, copy or prepare it again: {error}") from error
-        return schema.decode_records(serialized, self.metadata.shape, self.metadata.has_mirror)
+    def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
+        """As `Records.read`. Raises UserError where a shard or a record is damaged."""
+        stored = mirrored is not None and self._metadata.has_mirror
+        which = mirrored.tolist() if stored else [False] * len(indices)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        places = indices - self._starts[shards]
+        # One by one: a read of many starts threads, which costs twice the processor time and, in a shuffled stream over
+        # many shards, meets few neighbours.
+        views = [self._read_one(*one) for one in zip(shards.tolist(), places.tolist(), which, strict=True)]
+        batch = {"mean": self._stack(view.mean for view in views), "std": self._stack(view.std for view in views)}
+        if mirrored is not None and not stored:
+            _mirror_rows(batch, mirrored)
+        return {**batch, "label": np.array([view.label for view in views], np.int32)}
 
     def load(self) -> MemoryRecords:
         """All of them in memory."""
-        chunks = [
-            self.read(np.arange(start, min(start + READ_CHUNK, len(self)))) for start in range(0, len(self), READ_CHUNK)
-        ]
-        return MemoryRecords({name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]})
+        num_views = 2 if self._metadata.has_mirror else 1
+        size = (num_views, len(self), *self._metadata.shape)
+        loaded = MemoryRecords(np.empty(size, np.float16), np.empty(size, np.float16), np.empty(len(self), np.int32))
+        for start in range(0, len(self), READ_CHUNK):
+            indices = np.arange(start, min(start + READ_CHUNK, len(self)))
+            for view in range(num_views):
+                batch = self.read(indices, np.full(len(indices), bool(view)))
+                loaded.mean[view, indices], loaded.std[view, indices] = batch["mean"], batch["std"]
+                loaded.label[indices] = batch["label"]
+        return loaded
+
+    def _read_one(self, shard: int, place: int, mirrored: bool) -> View:
+        try:
+            reader = self._readers[shard] or self._open(shard)
+            return self._parser.parse(reader.read((place,))[0], mirrored)
+        # ArrayRecord, which checks a hash of each block, raises nothing but the first, the parser the second.
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self._path / self._shards[shard].file}: record {place} cannot be read, copy the file again or "
+                f"prepare the data set again: {_one_line(error)}"
+            ) from error
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        # Nothing is read ahead. Threads that come here together each open the file, and one reader stays.
+        reader = ArrayRecordReader(
+            os.fspath(self._path / self._shards[shard].file), "readahead_buffer_size:0,max_parallelism:0"
+        )
+        if reader.num_records() != self._shards[shard].records:
+            raise ValueError(f"the file holds {reader.num_records()} records, not {self._shards[shard].records}")
+        self._readers[shard] = reader
+        return reader
+
+    def _stack(self, arrays: Iterable[memoryview]) -> np.ndarray:
+        """Arrays of one shape (H, W, C), little-endian float16, as (B, H, W, C)."""
+        content = bytearray().join(arrays)
+        return np.frombuffer(content, "<f2").reshape(-1, *self._metadata.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +154,7 @@ class Dataset:
 
     def records(self, split: str, *, in_memory: bool = False) -> Records:
         """The records of a split, in the order of its shards."""
-        raw = decode.DeserializeMethod.RAW_BYTES
-        stored = StoredRecords(self.path, self.data_source(split, deserialize_method=raw), self.metadata)
-        if len(stored) != self.metadata.splits[split].records:
-            raise UserError(f"{self.path}: dataset_info.json and {schema.METADATA_FILE} disagree, prepare it again")
+        stored = StoredRecords(self.path, self.metadata.splits[split], self.metadata)
         return stored.load() if in_memory else stored
 
 
@@ -124,6 +175,7 @@ def make_batches(
     start_step: int,
     process_index: int,
     process_count: int,
+    horizontal_flip: bool,
     in_memory: bool,
     read_threads: int,
     prefetch: int,
@@ -141,13 +193,15 @@ def make_batches(
       start_step: the first global batch.
       process_index: this process, of `process_count`.
       process_count: processes that share each batch.
+      horizontal_flip: half of the rows, by `draws.draw_mirrored`, show the mirrored picture; of a record that holds
+        both views only the one shown is parsed.
       in_memory: read the training split once and keep it; the batches are the same.
       read_threads: threads that assemble batches ahead of time, of which `prefetch` at most can be busy.
       prefetch: batches kept ready.
 
     Returns:
-      Batches of b = batch_size / process_count records: `mean`, `std` (b, H, W, C) float16, `mean_mirror` and
-      `std_mirror` alike where stored, `label` (b,) int32, and `position` (b,) int64, the place in the stream.
+      Batches of b = batch_size / process_count records: `mean`, `std` (b, H, W, C) float16, `label` (b,) int32, and
+      `position` (b,) int64, the place in the stream.
 
     Raises:
       UserError: a batch size that the processes cannot share, a seed out of range, a shard found damaged as it is read.
@@ -156,18 +210,17 @@ def make_batches(
     if not 0 <= seed < 2**32:
         raise UserError(f"config.seed={seed}: must lie in [0, 2**32)")
     records = dataset.records("train", in_memory=in_memory)
+    stream = ShuffledStream(seed, len(records))
 
-    def read_block(block: int, indices: np.ndarray) -> Batch:
+    def read_block(block: int) -> Batch:
         position = block * block_size + np.arange(block_size, dtype=np.int64)
-        return {**records.read(indices), "position": position}
+        mirrored = draw_mirrored(seed, position) if horizontal_flip else None
+        return {**records.read(stream.indices(position), mirrored), "position": position}
 
     # Block k of the stream belongs to step k // process_count and process k % process_count.
-    # A finite number of epochs, because Grain's endless repeat() overflows when it is batched by one.
-    num_epochs = MAX_POSITION // len(records)
-    blocks = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat(num_epochs).batch(block_size)
-    mine = blocks.map_with_index(read_block)[process_index::process_count][start_step:]
+    blocks = grain.MapDataset.range(MAX_POSITION // block_size)[process_index::process_count][start_step:]
     options = grain.ReadOptions(num_threads=min(read_threads, prefetch), prefetch_buffer_size=prefetch)
-    return iter(mine.to_iter_dataset(options))
+    return iter(blocks.map(read_block).to_iter_dataset(options))
 
 
 def heldout_batches(
@@ -175,7 +228,7 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """This process's part of the first `num_batches` held-out batches, as in `make_batches` but always the same.
 
-    The split is read from its beginning and over again where it is too small.
+    The split is read from its beginning and over again where it is too small; no record is mirrored.
 
     Raises:
       UserError: a batch size that the processes cannot share.
@@ -191,3 +244,12 @@ def _block_size(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"config.train.batch_size={batch_size}: must be a multiple of the {process_count} processes")
     return batch_size // process_count
+
+
+def _mirror_rows(batch: Batch, mirrored: np.ndarray) -> None:
+    for array in batch.values():  # (B, H, W, C)
+        array[mirrored] = array[mirrored, :, ::-1]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

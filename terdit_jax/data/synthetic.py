@@ -23,9 +23,9 @@ class SyntheticRecords:
     def __len__(self) -> int:
         return NUM_RECORDS
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """The records at `indices` (B,): arrays (B, H, W, C) float16 and `label` (B,) int32."""
-        return self.pool.read(indices % POOL_SIZE)
+    def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
+        """As `reader.Records.read`; the mirrored views are mirrored along the width."""
+        return self.pool.read(indices % POOL_SIZE, mirrored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +38,14 @@ class SyntheticDataset:
         """The records, the same for either split; they are always in memory."""
         del split, in_memory
         generator = np.random.default_rng(0)
-        size = (POOL_SIZE, *self.metadata.shape)
-        pool = {
-            "mean": generator.standard_normal(size, np.float32).astype(np.float16),
-            "std": np.full(size, 0.1, np.float16),
-            "label": generator.integers(self.metadata.num_classes, size=POOL_SIZE, dtype=np.int32),
-        }
-        return SyntheticRecords(MemoryRecords(pool))
+        size = (1, POOL_SIZE, *self.metadata.shape)
+        return SyntheticRecords(
+            MemoryRecords(
+                mean=generator.standard_normal(size, np.float32).astype(np.float16),
+                std=np.full(size, 0.1, np.float16),
+                label=generator.integers(self.metadata.num_classes, size=POOL_SIZE, dtype=np.int32),
+            )
+        )
 
 
 def make_synthetic(shape: tuple[int, int, int], num_classes: int) -> SyntheticDataset:

@@ -27,31 +27,24 @@ def make_examples(
     latent_scale: float,
     num_classes: int,
     class_dropout_prob: float,
-    horizontal_flip: bool,
 ) -> Examples:
-    """Draws latent, flip, noise, timestep and label dropout of every record.
+    """Draws latent, noise, timestep and label dropout of every record.
 
     Args:
-      batch: mean, std (B, H, W, C) float16, label (B,) int32 and, if stored, mean_mirror and std_mirror. Without a
-        stored mirror the array itself is mirrored, which is exact for pixels.
+      batch: mean, std (B, H, W, C) float16 of the view that the reader drew, label (B,) int32.
       keys: (B,) of `example_keys`.
       schedule: the 1000-step process.
       latent_scale: multiplies the drawn latents.
       num_classes: the null class's label.
       class_dropout_prob: chance that a label becomes the null class.
-      horizontal_flip: mirror half of the pictures.
     """
-    purposes = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
-    flip_key, posterior_key, noise_key, t_key, drop_key = (purposes[:, i] for i in range(5))
+    purposes = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
+    noise_key, t_key, drop_key, posterior_key = (purposes[:, i] for i in range(4))
     shape = batch["mean"].shape[1:]
     normal = jax.vmap(lambda key: jax.random.normal(key, shape))
 
-    mean, std = batch["mean"], batch["std"]
-    if horizontal_flip:
-        flip = jax.vmap(jax.random.bernoulli)(flip_key)[:, None, None, None]
-        mean = jnp.where(flip, batch.get("mean_mirror", mean[:, :, ::-1]), mean)
-        std = jnp.where(flip, batch.get("std_mirror", std[:, :, ::-1]), std)
-    x_0 = (mean.astype(jnp.float32) + std.astype(jnp.float32) * normal(posterior_key)) * latent_scale
+    mean, std = batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32)  # float16 only saves space
+    x_0 = (mean + std * normal(posterior_key)) * latent_scale
 
     t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps))(t_key)
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, class_dropout_prob))(drop_key)

@@ -22,7 +22,7 @@ _SEED_OFFSET = 0x5EED
 def make_heldout_loss(
     config: ConfigDict, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float
 ) -> Callable[[dict, dict, Array], Array]:
-    """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no flip, no label dropout."""
+    """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
 
     def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
         # Keyed by the place among all held-out examples: how they are cut into batches changes nothing.
@@ -35,7 +35,6 @@ def make_heldout_loss(
             latent_scale=latent_scale,
             num_classes=model.num_classes,
             class_dropout_prob=0.0,
-            horizontal_flip=False,
         )
         return mean_loss(model, schedule, make_operands(model, params), examples)[0]
 

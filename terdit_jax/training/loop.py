@@ -228,7 +228,6 @@ def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dic
         latent_scale=setup.dataset.metadata.latent_scale,
         num_classes=model.num_classes,
         class_dropout_prob=0.0,
-        horizontal_flip=False,
     )
     rms = activation_rms(model, make_operands(model, state["params"]), examples["x_t"], examples["t"], examples["y"])
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
@@ -247,6 +246,7 @@ def device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
         start_step=start,
         process_index=block,
         process_count=num_blocks,
+        horizontal_flip=config.data.horizontal_flip,
         in_memory=config.data.in_memory,
         read_threads=config.data.read_threads,
         prefetch=config.data.prefetch,

@@ -149,7 +149,6 @@ def make_train_step(
             latent_scale=latent_scale,
             num_classes=model.num_classes,
             class_dropout_prob=model.class_dropout_prob,
-            horizontal_flip=config.data.horizontal_flip,
         )
         sums, grads = loss_and_grads(model, schedule, state["params"], examples, config.train.accumulation_steps)
         return apply_gradients(optimizer, config.optimizer, state, sums, grads)
