@@ -37,14 +37,13 @@ def batch():
     mean = rng.normal(size=(BATCH, *MODEL.sample_shape)).astype(np.float16)
     std = rng.uniform(0, 1, size=mean.shape).astype(np.float16)
     label = rng.integers(0, MODEL.num_classes, BATCH, dtype=np.int32)
-    return {"mean": mean, "std": std, "label": label, "mean_mirror": mean + 1, "std_mirror": std}
+    return {"mean": mean, "std": std, "label": label}
 
 
 @pytest.fixture(scope="module")
 def losses(params, batch):
     """Of the same records as batch 0, as batch 1 and as batch 0 again."""
     config = base_config()
-    assert config.data.horizontal_flip
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     loss = make_heldout_loss(config, MODEL, SCHEDULE, mesh, SCALE)
     return [float(loss(params, batch, jnp.int32(number))) for number in (0, 1, 0)]
@@ -55,7 +54,7 @@ def test_it_is_the_mean_loss_of_plain_examples_drawn_apart_from_trainings(params
     def reference(params, seed, class_dropout_prob):
         examples = make_examples(
             batch, example_keys(seed, 0, jnp.arange(BATCH)), SCHEDULE, latent_scale=SCALE,
-            num_classes=MODEL.num_classes, class_dropout_prob=class_dropout_prob, horizontal_flip=False,
+            num_classes=MODEL.num_classes, class_dropout_prob=class_dropout_prob,
         )  # fmt: skip
         return mean_loss(MODEL, SCHEDULE, make_operands(MODEL, params), examples)[0]
 

@@ -51,7 +51,6 @@ def three_steps(mesh, accumulation_steps=1):
             latent_scale=1.0,
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
-            horizontal_flip=True,
         )
         sums, grads = loss_and_grads(MODEL, SCHEDULE, params, examples, accumulation_steps)
         scale = 1e-3 / optax.tree.norm(grads)
