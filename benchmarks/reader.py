@@ -8,7 +8,6 @@ Processor time, of all threads together, says what is left of a core for others,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import dataclasses
 import datetime
 import importlib.metadata
 import itertools
@@ -20,10 +19,10 @@ import tempfile
 import time
 
 from absl import flags
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 import numpy as np
-import tensorflow_datasets as tfds
 
+from benchmarks.random_latents import WRITER_OPTIONS, write_dataset
 from terdit_jax.data import reader, schema
 from terdit_jax.errors import run_command
 
@@ -38,8 +37,6 @@ _CORES = flags.DEFINE_integer("cores", 2, "Processor cores to use, where the sys
 _SCRATCH = flags.DEFINE_string("scratch", None, "Where the data sets lie meanwhile; the system's own if none.")
 _OUTPUT = flags.DEFINE_string("output", "reader.json", "JSON file.")
 
-WRITER_OPTIONS = {"zstd": "group_size:1", "uncompressed": "group_size:1,uncompressed"}
-
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
@@ -50,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as scratch:
         for compression, options in WRITER_OPTIONS.items():
             path = pathlib.Path(scratch) / compression
-            write_dataset(path, options)
+            write_dataset(path, tuple(map(int, _SHAPE.value)), _RECORDS.value, _SHARDS.value, options)
             rows += measure(path, compression)
     versions = {name: importlib.metadata.version(name) for name in ("grain", "array_record", "protobuf", "numpy")}
     content = {
@@ -69,67 +66,6 @@ def main(argv: Sequence[str]) -> None:
             f"{row['compression']:<14}{row['what']:<36}{row['record_bytes']:>16,.0f}{row['records_per_second']:>12,.0f}"
             f"{row['records_per_second'] * row['record_bytes'] / 1e6:>8,.0f}{row['cpu_us_per_record']:>8,.1f}"
         )
-
-
-def write_dataset(path: pathlib.Path, options: str) -> None:
-    """A data set of random latents, drawn like those of real pictures: means of variance 25, small deviations."""
-    path.mkdir()
-    shape = tuple(int(size) for size in _SHAPE.value)
-    features, generator = schema.make_features(shape, has_mirror=True), np.random.default_rng(0)
-    splits = {
-        "train": _write_split(path, "train", _RECORDS.value, _SHARDS.value, options, features, generator),
-        "heldout": _write_split(path, "heldout", 1, 1, options, features, generator),
-    }
-    infos = [
-        tfds.core.SplitInfo(name=name, shard_lengths=[shard.records for shard in split.shards], num_bytes=0)
-        for name, split in splits.items()
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=path, features=features, split_infos=infos, version="1.0.0", check_data=False
-    )
-    schema.write_metadata(path, _describe(shape, splits))
-
-
-def _write_split(
-    path: pathlib.Path,
-    split: str,
-    num_records: int,
-    num_shards: int,
-    options: str,
-    features: tfds.features.FeaturesDict,
-    generator: np.random.Generator,
-) -> schema.Split:
-    shards, shape = [], features["mean"].shape
-    for index in range(num_shards):
-        file = path / f"{schema.NAME}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
-        start, stop = (k * num_records // num_shards for k in (index, index + 1))
-        writer = ArrayRecordWriter(os.fspath(file), options)
-        for number in range(start, stop):
-            record = {"label": number % 1000, "source_id": f"n01440764/n01440764_{number}.JPEG"}
-            for suffix in ("", "_mirror"):
-                record[f"mean{suffix}"] = (5 * generator.standard_normal(shape, np.float32)).astype(np.float16)
-                record[f"std{suffix}"] = generator.lognormal(-3, 0.5, shape).astype(np.float16)
-            writer.write(schema.encode_record(features, record))
-        writer.close()
-        shards.append(schema.Shard(file.name, stop - start, file.stat().st_size, ""))
-    return schema.Split(num_records, tuple(shards))
-
-
-def _describe(shape: tuple[int, ...], splits: dict[str, schema.Split]) -> schema.Metadata:
-    metadata = schema.Metadata(
-        schema_version=schema.SCHEMA_VERSION,
-        source={"kind": "random"},
-        codec="random",
-        latent_scale=0.2,
-        shape=shape,
-        num_classes=1000,
-        class_names=tuple(str(label) for label in range(1000)),
-        has_mirror=True,
-        splits=splits,
-        channel_mean=(0.0,) * shape[-1],
-        channel_std=(5.0,) * shape[-1],
-    )
-    return dataclasses.replace(metadata, fingerprint=schema.compute_fingerprint(metadata))
 
 
 def measure(path: pathlib.Path, compression: str) -> list[dict]:
