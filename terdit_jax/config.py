@@ -93,10 +93,13 @@ def base_config() -> ConfigDict:
     )
     config.sample = ConfigDict(  # the grids drawn during training, and the defaults of terdit_jax.sample
         {
-            "method": "ddpm",  # ddpm | ddim
+            "method": "ddpm",  # ddpm | ddim | dpmpp_2m | dpmpp_2m_sde | unipc
             "num_steps": 250,
+            "spacing": "auto",  # where the steps lie; auto: as published for ddpm and ddim, as measured for the others
             "cfg_scale": 4.0,
             "cfg_channels": 3,  # guidance mixes min(this, in_channels) channels; 0: all
+            "cfg_t_min": 0,  # guidance at timesteps cfg_t_min <= t < cfg_t_max only
+            "cfg_t_max": 1000,
             "num_images": 16,
         }
     )

@@ -1,7 +1,14 @@
-"""Draws pictures: `python -m terdit_jax.sample --model=runs/digits --labels=0,1,2 --output=grid.png`."""
+"""Draws pictures, one grid or a set of any size, over all devices and processes.
 
-from collections.abc import Sequence
+python -m terdit_jax.sample --model=runs/digits --labels=0,1,2 --output=grid.png
+python -m terdit_jax.sample --model=runs/digits --num_samples=50000 --output=samples.npz
+
+The second command, given again, goes on where it was stopped (docs/sampling.md).
+"""
+
+from collections.abc import Callable, Sequence
 import time
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -9,25 +16,38 @@ import jax
 import numpy as np
 
 from terdit_jax.config import base_config
+from terdit_jax.diffusion.sampler import METHODS
+from terdit_jax.diffusion.spacing import SPACINGS
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.inference.pictures import make_grid, save_npz, save_png, to_uint8
-from terdit_jax.inference.runtime import DTYPES, load_model
+from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
+from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
+from terdit_jax.inference.runtime import DTYPES, Denoiser, check_labels, load_model
+from terdit_jax.inference.sampling import check_settings
+from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.vae_weights import load_vae
-from terdit_jax.parallel.mesh import initialize_processes, make_mesh
+from terdit_jax.parallel.mesh import initialize_processes, local_mesh
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.")
-_LABELS = flags.DEFINE_list("labels", None, "Classes, given to the pictures in turn; all of them if left out.")
+_LABELS = flags.DEFINE_list("labels", None, "Classes to draw; all of them if left out.")
+_LABEL_ORDER = flags.DEFINE_enum("label_order", "balanced", LABEL_ORDERS, "The classes in turn, or drawn by seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Pictures; one for each label if left out.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's config.sample if left out.")
-_METHOD = flags.DEFINE_string("method", None, "ddpm or ddim; the run's config.sample if left out.")
+_METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's config.sample if left out.")
+_SPACING = flags.DEFINE_enum("spacing", None, ("auto", *SPACINGS), "Of the steps; as config.sample if left out.")
 _CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of all noise: picture i depends on (seed, i) alone.")
+_CFG_T_MIN = flags.DEFINE_integer("cfg_t_min", None, "First timestep guided; the run's config.sample if left out.")
+_CFG_T_MAX = flags.DEFINE_integer("cfg_t_max", None, "First timestep no longer guided; likewise.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of all noise: picture i depends on (seed, i) alone.", lower_bound=0, upper_bound=2**32 - 1
+)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn at once.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.")
 _VAE = flags.DEFINE_string("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
-_OUTPUT = flags.DEFINE_string("output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,54 +55,103 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if not _MODEL.value or not _OUTPUT.value:
         raise UserError("--model and --output are both needed, e.g. --model=runs/digits --output=grid.png")
-    if not _OUTPUT.value.endswith((".png", ".npz")):
-        raise UserError(f"--output={_OUTPUT.value}: must end in .png or .npz")
+    output = epath.Path(_OUTPUT.value)
+    if output.suffix not in ("", ".png", ".npz"):
+        raise UserError(f"--output={output}: must end in .png or .npz, or name a folder")
     for flag in (_NUM_SAMPLES, _NUM_STEPS, _BATCH_SIZE):
         if flag.value is not None and flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value}: must be positive")
-    if _CFG_SCALE.value is not None and _CFG_SCALE.value < 0:
-        raise UserError(f"--cfg_scale={_CFG_SCALE.value}: must not be negative")
+    if _CFG_SCALE.value is not None and not 0 <= _CFG_SCALE.value < float("inf"):
+        raise UserError(f"--cfg_scale={_CFG_SCALE.value}: must be finite and not negative")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
     vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(
-        _MODEL.value,
-        mesh=make_mesh(base_config().mesh),
-        ema=_WEIGHTS.value == "ema",
-        step=_STEP.value,
-        dtype=_DTYPE.value,
+        _MODEL.value, mesh=local_mesh(), ema=_WEIGHTS.value == "ema", step=_STEP.value, dtype=_DTYPE.value
     )
-    description = model.description
-    pixels = description.codec == "none" and model.config.in_channels in (1, 3)
-    if _OUTPUT.value.endswith(".npz") and not (pixels or vae):
-        raise UserError(f"--output={_OUTPUT.value}: this model draws latents: give --vae, or .png for a preview")
-    labels = _parse_labels(model.config.num_classes)
+    pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
+    if output.suffix != ".png" and not (pixels or vae):
+        raise UserError(f"--output={output}: this model draws latents: give --vae, or .png for a preview")
+    classes = _parse_classes(model.config.num_classes)
+    labels = make_labels(classes, _NUM_SAMPLES.value or len(classes), _LABEL_ORDER.value, _SEED.value)
+    given = {
+        "num_steps": _NUM_STEPS.value, "method": _METHOD.value, "spacing": _SPACING.value,
+        "cfg_scale": _CFG_SCALE.value, "cfg_t_min": _CFG_T_MIN.value, "cfg_t_max": _CFG_T_MAX.value,
+    }  # fmt: skip
+    settings = {**base_config().sample, **model.description.sample}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    check_settings(settings)
+    options = {"seed": _SEED.value, "vae": vae, **given}
+    if output.suffix == ".png":
+        _draw_grid(model, output, labels, options)
+    else:
+        _draw_set(model, output, classes, labels, settings, options)
+
+
+def _draw_grid(model: Denoiser, output: epath.Path, labels: np.ndarray, options: dict[str, Any]) -> None:
+    if jax.process_index():
+        return
     begin = time.perf_counter()
     images = model.draw(
-        labels,
-        seed=_SEED.value,
-        num_steps=_NUM_STEPS.value,
-        cfg_scale=_CFG_SCALE.value,
-        method=_METHOD.value,
-        vae=vae,
-        batch_size=_BATCH_SIZE.value,
-        report=lambda done: print(f"{done}/{len(labels)} pictures", flush=True),
+        labels, batch_size=_BATCH_SIZE.value, report=lambda done: _say(f"{done}/{len(labels)} pictures"), **options
     )
-    if jax.process_index() == 0:
-        pictures, path = to_uint8(images), epath.Path(_OUTPUT.value)
-        save_png(path, make_grid(pictures)) if path.suffix == ".png" else save_npz(path, pictures, labels)
-        seconds = time.perf_counter() - begin
-        which = description.name if description.step is None else f"{description.name}, step {description.step:,}"
-        print(f"{len(labels)} pictures of {which} in {seconds:.1f} s: {path}", flush=True)
+    save_png(output, make_grid(to_uint8(images)))
+    _say_done(model, len(labels), begin, output)
 
 
-def _parse_labels(num_classes: int) -> np.ndarray:
-    """(N,) int labels in turn."""
+def _draw_set(
+    model: Denoiser,
+    output: epath.Path,
+    classes: list[int],
+    labels: np.ndarray,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    description, vae = model.description, options["vae"]
+    plan = make_plan(
+        model={
+            "name": description.name, "step": description.step, "ema": description.ema, "dtype": model.config.dtype,
+            "weights": digest(model.operands), "vae": digest(vae[1]) if vae else None,
+        },
+        settings=settings,
+        labels={"order": _LABEL_ORDER.value, "classes": classes},
+        num_samples=len(labels),
+        seed=_SEED.value,
+    )  # fmt: skip
+    shards = Shards(output, plan)
+    if shards.is_complete():
+        _say(f"{output} is complete: it holds the {len(labels):,} pictures of these settings")
+        return
+    begin = time.perf_counter()
+    # Batches of one size that fill a shard as evenly as can be: what is drawn beyond it is thrown away.
+    shard = min(SHARD_SIZE, len(labels))
+    batch_size = -(-shard // -(-shard // _BATCH_SIZE.value))
+
+    def draw(of_shard: np.ndarray, first: int, report: Callable[[int], None]) -> np.ndarray:
+        return model.draw(of_shard, first=first, batch_size=batch_size, report=report, **options)
+
+    draw_set(shards, labels, draw, _say)
+    _say_done(model, len(labels), begin, output)
+
+
+def _parse_classes(num_classes: int) -> list[int]:
     try:
-        labels = np.array([int(label) for label in _LABELS.value or range(num_classes)])
+        classes = [int(label) for label in _LABELS.value or range(num_classes)]
     except ValueError:
         raise UserError(f"--labels={','.join(_LABELS.value)}: give whole numbers, as 0,1,2") from None
-    return np.resize(labels, _NUM_SAMPLES.value or len(labels))
+    check_labels(np.array(classes), num_classes)
+    return classes
+
+
+def _say_done(model: Denoiser, count: int, begin: float, output: epath.Path) -> None:
+    description, seconds = model.description, time.perf_counter() - begin
+    which = description.name if description.step is None else f"{description.name}, step {description.step:,}"
+    _say(f"{count:,} pictures of {which} in {seconds:.1f} s: {output}")
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

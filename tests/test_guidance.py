@@ -101,3 +101,38 @@ def test_pairs_stay_on_their_device():
 def test_negative_channels_are_refused():
     with pytest.raises(UserError, match="cfg_channels is -1"):
         guided(network, Y, NULL, 1.5, -1)
+
+
+@pytest.mark.parametrize(
+    ("t_min", "t_max", "guided_at"), [(5, 900, {5}), (0, 900, {0, 5}), (6, None, {900}), (0, None, {0, 5, 900})]
+)
+def test_guidance_keeps_to_its_interval(t_min, t_max, guided_at):
+    """Example by example; what lies outside is the conditional prediction."""
+    output = jax.jit(guided(network, Y, NULL, 2.5, 0, t_min, t_max))(X, T)
+    always = guided(network, Y, NULL, 2.5, 0)(X, T)
+    conditional = network(X, T, Y)
+    for i, t in enumerate(T.tolist()):
+        expected = always[i] if t in guided_at else conditional[i]
+        np.testing.assert_allclose(output[i], expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(always - conditional)[..., :4].min() > 0
+
+
+def test_outside_the_interval_only_the_conditional_half_runs():
+    """At run time, as the timestep is known only there."""
+    batches = []
+
+    def recording(x_t, t, y):
+        jax.debug.callback(lambda y: batches.append(len(y)), y)
+        return network(x_t, t, y)
+
+    run = jax.jit(guided(recording, Y, NULL, 2.5, 3, 100, 500))
+    for t in (50, 100, 499, 500):
+        run(X, jnp.full_like(T, t)).block_until_ready()
+    jax.effects_barrier()
+    assert batches == [3, 6, 6, 3]
+
+
+@pytest.mark.parametrize(("t_min", "t_max"), [(-1, 10), (10, 10), (500, 100)])
+def test_an_empty_interval_is_refused(t_min, t_max):
+    with pytest.raises(UserError, match=f"guidance from timestep {t_min} to {t_max}"):
+        guided(network, Y, NULL, 1.5, 3, t_min, t_max)

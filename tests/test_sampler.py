@@ -146,7 +146,7 @@ def test_noise_comes_in_loop_order_and_the_last_step_adds_none(method, eta):
 
 def test_unknown_method_and_eta_are_named():
     denoise, x_T, *_ = _load_golden("sample_ddpm10.npz")
-    with pytest.raises(UserError, match="'euler' is no sampling method: give one of ddpm, ddim"):
+    with pytest.raises(UserError, match="'euler' is no sampling method: give one of ddpm, ddim, dpmpp_2m"):
         sample(denoise, x_T, _no_noise, TEN, "euler")
     with pytest.raises(UserError, match="eta is 1.5"):
         sample(denoise, x_T, _no_noise, TEN, "ddim", eta=1.5)

@@ -1,4 +1,4 @@
-"""Sampling: from noise to x_0 over a (respaced) schedule, by DDPM or DDIM, as one scan.
+"""Sampling: from noise to x_0 over a (respaced) schedule, by any method, as one scan.
 
 The denoiser, guided or not, and the source of the noise come in as functions; decoding the latents is left to others.
 """
@@ -12,10 +12,11 @@ import numpy as np
 
 from terdit_jax.diffusion.guidance import Denoise
 from terdit_jax.diffusion.loss import mean_variance
+from terdit_jax.diffusion.multistep import SOLVERS, Weights, solver_weights
 from terdit_jax.diffusion.schedule import Schedule, gather
 from terdit_jax.errors import UserError
 
-METHODS = ("ddpm", "ddim")
+METHODS = ("ddpm", "ddim", *SOLVERS)
 
 
 def sample(
@@ -33,11 +34,11 @@ def sample(
         then variance interpolation, in any float dtype.
       x_T: (B, H, W, C) standard normal.
       draw_noise: called with the loop index i (int32 scalar, 0 for the first and noisiest step); returns (B, H, W, C)
-        standard normal. DDIM at eta 0 never calls it; the last step draws and adds none of it.
-      schedule: the steps to take, usually from `respace`.
-      method: "ddpm", ancestral sampling with the learned variance (Ho et al. 2020, algorithm 2), or "ddim" (Song et
-        al. 2021, equation 12), which ignores it.
-      eta: of DDIM: 0 is deterministic, 1 as noisy as the posterior. Unused by DDPM.
+        standard normal. Deterministic methods never call it; the last step adds none of it.
+      schedule: the steps to take, usually from `respace`; each is one call of `denoise`.
+      method: "ddpm", ancestral sampling with the learned variance (Ho et al. 2020, algorithm 2), "ddim" (Song et al.
+        2021, equation 12), which like all the others ignores it, or one of `multistep.solver_weights`.
+      eta: of DDIM: 0 is deterministic, 1 as noisy as the posterior. Unused by the other methods.
 
     Returns:
       x_0, (B, H, W, C) float32: x is carried in float32, for a step moves it by less than bfloat16 resolves.
@@ -49,6 +50,8 @@ def sample(
         raise UserError(f"{method!r} is no sampling method: give one of {', '.join(METHODS)}")
     if not 0 <= eta <= 1:
         raise UserError(f"eta is {eta}: give a number from 0 to 1")
+    if method in SOLVERS:
+        return _solve(denoise, x_T, draw_noise, schedule, solver_weights(schedule, method))
     advance = _ddpm_step if method == "ddpm" else functools.partial(_ddim_step, eta=eta)
     batch = x_T.shape[0]
     num_steps = schedule.num_timesteps
@@ -59,6 +62,39 @@ def sample(
         return advance(schedule, model_output, x_t, t, lambda: draw_noise(i).astype(jnp.float32)), None
 
     x_0, _ = jax.lax.scan(step, x_T.astype(jnp.float32), jnp.arange(num_steps, dtype=jnp.int32))
+    return x_0
+
+
+def _solve(
+    denoise: Denoise, x_T: jax.Array, draw_noise: Callable[[jax.Array], jax.Array], schedule: Schedule, weights: Weights
+) -> jax.Array:
+    tables = jax.tree.map(lambda table: jnp.asarray(table, jnp.float32), weights)
+    corrects, draws = weights.correct_x is not None, bool(np.any(weights.noise))
+    batch, num_steps = x_T.shape[0], schedule.num_timesteps
+
+    def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
+        x, *known = carry
+        w = jax.tree.map(lambda table: table[i], tables)
+        t = jnp.full((batch,), num_steps - 1 - i, jnp.int32)
+        model_output = denoise(x, jnp.asarray(schedule.timestep_map)[t])
+        x0 = mean_variance(schedule, model_output, x, t).pred_x0
+        if corrects:
+            previous_x, previous_x0, second_x0 = known
+            corrected = w.correct_x * previous_x + w.correct_new * x0
+            corrected += w.correct_x0 * previous_x0 + w.correct_previous * second_x0
+            x = jnp.where(i > 0, corrected, x)
+            known = [x, x0, previous_x0]
+        else:
+            (previous_x0,) = known
+            known = [x0]
+        x = w.x * x + w.x0 * x0 + w.previous_x0 * previous_x0
+        if draws:
+            x += w.noise * draw_noise(i).astype(jnp.float32)
+        return (x, *known), None
+
+    x_T = x_T.astype(jnp.float32)
+    unknown = [jnp.zeros_like(x_T)] * (3 if corrects else 1)  # weighed with 0 until there is something
+    (x_0, *_), _ = jax.lax.scan(step, (x_T, *unknown), jnp.arange(num_steps, dtype=jnp.int32))
     return x_0
 
 

@@ -1,5 +1,6 @@
 """From sampled latents to pictures in [-1, 1], by the codec that made the data."""
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 import numpy as np
 
@@ -10,7 +11,11 @@ VAE = tuple[VAEConfig, dict]  # of `terdit_jax.interop.vae_weights.load_vae`
 
 
 def to_pictures(
-    latents: np.ndarray, latent_scale: float, vae: VAE | None = None, dtype: DTypeLike = np.float32
+    latents: np.ndarray,
+    latent_scale: float,
+    vae: VAE | None = None,
+    dtype: DTypeLike = np.float32,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Pictures of latents (N, H, W, C) as the model draws them.
 
@@ -22,6 +27,7 @@ def to_pictures(
       latent_scale: what training multiplied by.
       vae: the autoencoder that made the latents.
       dtype: in which it computes, float32 or bfloat16.
+      mesh: the devices that share the decoding; the default one does it if left out, or if some are of other processes.
 
     Returns:
       (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped; with an autoencoder H and W are the pictures'.
@@ -31,7 +37,8 @@ def to_pictures(
     """
     if vae:
         check_vae(vae, latents.shape[-1])
-        return decode_all(*vae, latents / latent_scale, dtype)
+        local = mesh if mesh and not mesh.is_multi_process else None
+        return decode_all(*vae, latents / latent_scale, dtype, mesh=local)
     if latents.shape[-1] in (1, 3):
         return latents / latent_scale
     shown = latents[..., : 3 if latents.shape[-1] > 2 else 1]

@@ -70,6 +70,10 @@ class Denoiser:
         num_steps: int | None = None,
         cfg_scale: float | None = None,
         method: str | None = None,
+        spacing: str | None = None,
+        cfg_t_min: int | None = None,
+        cfg_t_max: int | None = None,
+        first: int = 0,
         vae: VAE | None = None,
         batch_size: int = 256,
         report: Callable[[int], None] = lambda done: None,
@@ -79,7 +83,8 @@ class Denoiser:
         Args:
           labels: (N,) int.
           seed: of all noise; picture i depends on (seed, i) alone.
-          num_steps, cfg_scale, method: as `config.sample` has them.
+          num_steps, cfg_scale, method, spacing, cfg_t_min, cfg_t_max: as `config.sample` has them.
+          first: index of the first picture.
           vae: of `interop.vae_weights.load_vae`, to decode the latents that the model draws.
           batch_size: pictures drawn at once.
           report: called with the number of pictures done so far.
@@ -93,11 +98,14 @@ class Denoiser:
         check_labels(labels, self.config.num_classes)
         if vae:
             check_vae(vae, self.config.in_channels)
-        given = {"num_steps": num_steps, "cfg_scale": cfg_scale, "method": method}
+        given = {
+            "num_steps": num_steps, "cfg_scale": cfg_scale, "method": method, "spacing": spacing,
+            "cfg_t_min": cfg_t_min, "cfg_t_max": cfg_t_max,
+        }  # fmt: skip
         settings = {**self.description.sample, **{name: value for name, value in given.items() if value is not None}}
         draw = _cached_draw(self.config, tuple(sorted(settings.items())), seed)
-        latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report)
-        return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype)
+        latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
+        return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
 
 @lru_cache(maxsize=16)

@@ -3,8 +3,9 @@
 Where the weights come from is `runtime`'s, what pictures look like on disk `pictures`'s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
@@ -12,12 +13,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.config import base_config
 from terdit_jax.diffusion.guidance import guided
-from terdit_jax.diffusion.sampler import sample
-from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps
+from terdit_jax.diffusion.sampler import METHODS, sample
+from terdit_jax.diffusion.schedule import linear_schedule, respace
+from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
+from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
+
+NUM_TIMESTEPS = 1000  # of the process that every model is trained on
 
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 
@@ -30,14 +36,18 @@ def make_draw(model: DiTConfig, settings: ConfigDict, seed: int) -> Draw:
 
     Args:
       model: the architecture.
-      settings: as `config.sample`: method, num_steps, cfg_scale, cfg_channels.
+      settings: as `config.sample`; a field that older files lack has its default.
       seed: of all noise.
 
     Raises:
       UserError: settings that the sampler does not know.
     """
-    full = linear_schedule()
-    schedule = respace(full, space_timesteps(full.num_timesteps, settings.num_steps))
+    settings = ConfigDict({**base_config().sample, **settings})
+    check_settings(settings)
+    full = linear_schedule(NUM_TIMESTEPS)
+    timesteps = choose_timesteps(full, settings.num_steps, settings.spacing, settings.method)
+    schedule = respace(full, timesteps)
+    last = None if settings.cfg_t_max == NUM_TIMESTEPS else settings.cfg_t_max
 
     @jax.jit
     def draw(operands: dict, labels: Array, indices: Array) -> Array:
@@ -47,17 +57,35 @@ def make_draw(model: DiTConfig, settings: ConfigDict, seed: int) -> Draw:
         def noise(i: Array | int) -> Array:
             return constrain(normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i)), "batch", None, None, None)
 
-        denoise = guided(
-            partial(forward, model, operands), labels, model.num_classes, settings.cfg_scale, settings.cfg_channels
-        )
+        network, scale, channels = partial(forward, model, operands), settings.cfg_scale, settings.cfg_channels
+        denoise = guided(network, labels, model.num_classes, scale, channels, settings.cfg_t_min, last)
         # Step i adds noise i + 1; noise 0 is where the image starts.
         return sample(denoise, noise(0), lambda i: noise(i + 1), schedule, settings.method)
 
     return draw
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError naming the first field, as of `config.sample`, that no sampler can follow."""
+    for field, known in (("method", METHODS), ("spacing", ("auto", *SPACINGS))):
+        if settings[field] not in known:
+            raise UserError(f"{settings[field]!r} is no {field} of a sampler: give one of {', '.join(known)}")
+    low, high = settings["cfg_t_min"], settings["cfg_t_max"]
+    if not 0 <= low < high <= NUM_TIMESTEPS:
+        raise UserError(f"guidance from timestep {low} to {high}: give 0 <= cfg_t_min < cfg_t_max <= {NUM_TIMESTEPS}")
+    if not 1 <= settings["num_steps"] <= NUM_TIMESTEPS:
+        raise UserError(f"{settings['num_steps']} timesteps: give 1 to {NUM_TIMESTEPS}")
+
+
 def draw_all(
-    draw: Draw, operands: dict, labels: np.ndarray, mesh: Mesh, *, batch_size: int, report: Callable[[int], None]
+    draw: Draw,
+    operands: dict,
+    labels: np.ndarray,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    report: Callable[[int], None],
+    first: int = 0,
 ) -> np.ndarray:
     """Draws an image for each label, batch by batch, over all devices of the mesh.
 
@@ -68,26 +96,31 @@ def draw_all(
       mesh: the devices.
       batch_size: images at once, rounded up to the number of devices that share a batch.
       report: called with the number of images done so far.
+      first: index of the first image.
 
     Returns:
-      (N, H, W, C) float32 on the host, of every process.
+      (N, H, W, C) float32 on the host, of every process that has a part in the mesh.
     """
     shards = batch_shards(mesh)
     batch_size = -(-min(batch_size, len(labels)) // shards) * shards
-    images = []
+    images, drawn = [], None
     for start in range(0, len(labels), batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
+        indices = first + np.arange(start, start + batch_size, dtype=np.int32)
         # The last batch is filled up with further images, which are dropped: one shape, one compilation.
         batch_labels = np.resize(labels[start : start + batch_size], batch_size).astype(np.int32)
         with jax.set_mesh(mesh):
-            batch = draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)))
-        images.append(_gather(batch))
-        report(min(start + batch_size, len(labels)))
+            ahead = draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)))
+        if drawn is not None:  # fetched while the devices are at the next one
+            images.append(_gather(drawn))
+            report(start)
+        drawn = ahead
+    images.append(_gather(drawn))
+    report(len(labels))
     return np.concatenate(images)[: len(labels)]
 
 
 def _gather(batch: Array) -> np.ndarray:
-    if jax.process_count() == 1:
+    if batch.is_fully_addressable:
         return np.asarray(batch)
     from jax.experimental import multihost_utils
 

@@ -12,6 +12,7 @@ import chex
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 import numpy as np
 
@@ -28,6 +29,7 @@ from terdit_jax.model.vae_layers import (
     resnet_shapes,
     upsample,
 )
+from terdit_jax.parallel.sharding import batch_sharding, batch_shards
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 _DECODED_PIXELS = 8 * 256 * 256  # that `decode_all` asks for at once
@@ -185,8 +187,11 @@ def decode_all(
     latents: np.ndarray,
     dtype: DTypeLike = jnp.float32,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """As `decode`, of any number of latents on the host, at most `batch_size` at a time on the default device.
+    """As `decode`, of any number of latents on the host, at most `batch_size` at a time on each device of a mesh.
+
+    The devices must all be this process's; without a mesh the default device does the work.
 
     All batches have one shape, the last one filled up with zeros, so that one program serves them. The default size
     goes by the pictures': 8 of 256 px, 2 of 512 px, 1 of more. For either XLA plans 1.3 GB on a GPU in float32, 0.7 GB
@@ -196,14 +201,17 @@ def decode_all(
     factor = config.downsampling
     if batch_size is None:
         batch_size = _DECODED_PIXELS // max(1, height * width * factor**2)
-    batch_size = max(1, min(batch_size, count))
+    shards = batch_shards(mesh) if mesh else 1
+    batch_size = shards * max(1, min(batch_size, -(-count // shards)))
     pictures = np.empty((count, height * factor, width * factor, config.out_channels), np.float32)
-    params = jax.device_put(decoder_params(params, dtype))
+    params = jax.device_put(decoder_params(params, dtype), NamedSharding(mesh, PartitionSpec()) if mesh else None)
     for start in range(0, count, batch_size):
         batch = latents[start : start + batch_size]
         padding = [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        decoded = _decode(config, params, np.pad(batch, padding), jnp.dtype(dtype))
-        pictures[start : start + batch_size] = np.asarray(decoded)[: len(batch)]
+        batch = np.pad(batch, padding)
+        batch = jax.device_put(batch, batch_sharding(mesh)) if mesh else batch
+        decoded = _decode(config, params, batch, jnp.dtype(dtype))
+        pictures[start : start + batch_size] = np.asarray(decoded)[: count - start]
     return pictures
 
 

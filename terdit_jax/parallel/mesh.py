@@ -67,4 +67,13 @@ def make_mesh(mesh: ConfigDict) -> Mesh:
 
 def single_device_mesh() -> Mesh:
     """The mesh of this process's first device alone."""
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])
+    return _data_mesh(jax.local_devices()[:1])
+
+
+def local_mesh() -> Mesh:
+    """The mesh of this process's devices, all of them along data: for work that processes share without talking."""
+    return _data_mesh(jax.local_devices())
+
+
+def _data_mesh(devices: list[jax.Device]) -> Mesh:
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,285 @@
+"""Quality against denoising steps: every sampler, on Gaussian mixtures in closed form and on the digits model.
+
+python -m benchmarks.samplers --parts=line,digits_mixture,digits --workdir=runs/digits --output=samplers.json
+python -m benchmarks.samplers --parts= --output=samplers.json --plot=docs/images/samplers.png     # matplotlib
+
+line: three Gaussians on a line, whose best denoiser is known; the distance (Wasserstein-1) of what a deterministic
+  sampler makes of the quantiles of its noise from the quantiles of the truth, without Monte-Carlo error.
+digits_mixture: ten Gaussians in 64 dimensions with the digits' means and covariances. The denoiser is the best one of a
+  mixture that was estimated from as many draws as there are digits: off the truth as far as data allow, as a trained
+  network is. Frechet distance to the truth's exact moments.
+digits: the model that launch/quickstart.sh trains; Frechet distance to all digits, training ones included, in the
+  features of the proxy's classifier. Both references are fixed, so the Monte-Carlo error is that of the samples alone.
+Rows are kept in the output as they come, and those that it holds are not measured again.
+"""
+
+from collections.abc import Callable, Sequence
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+import time
+
+from absl import flags
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import norm
+from sklearn.datasets import load_digits
+
+from terdit_jax.data.reader import open_dataset
+from terdit_jax.diffusion.sampler import sample
+from terdit_jax.diffusion.schedule import Schedule, linear_schedule, respace
+from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.evaluation.classifier import train_classifier
+from terdit_jax.evaluation.frechet import Statistics, frechet_distance, statistics
+from terdit_jax.evaluation.proxy import sample_labels
+from terdit_jax.inference.runtime import load_model
+from terdit_jax.training.checkpoint import Checkpoints
+
+_PARTS = flags.DEFINE_list("parts", "line,digits_mixture,digits", "What to measure.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Run of configs/digits.py, for the part digits.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 4000, "Of the model of the part digits.", lower_bound=100)
+_NUM_DRAWS = flags.DEFINE_integer("num_draws", 20_000, "Of the part digits_mixture.", lower_bound=100)
+_RUNS = flags.DEFINE_list(
+    "runs",
+    "ddpm:250:uniform,dpmpp_2m:20:power,dpmpp_2m:20:power:1,unipc:20:power,dpmpp_2m_sde:20:power,ddim:20:uniform,"
+    "dpmpp_2m:10:power,unipc:10:power,dpmpp_2m_sde:10:power,ddim:10:uniform,dpmpp_2m:40:power,unipc:40:power,"
+    "dpmpp_2m_sde:40:power,ddim:40:uniform,ddpm:40:uniform,dpmpp_2m:20:uniform,dpmpp_2m:20:quadratic,"
+    "dpmpp_2m:20:logsnr",
+    "METHOD:STEPS:SPACING[:SEED] of the two parts in 64 dimensions; those with a seed give the Monte-Carlo floor.",
+)
+_PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
+_OUTPUT = flags.DEFINE_string("output", "samplers.json", "JSON file.")
+
+FULL = linear_schedule()
+SOLVERS = ("ddim", "dpmpp_2m", "unipc")
+Rows = list[dict]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    parts = {"line": _line, "digits_mixture": _digits_mixture, "digits": _digits}
+    if unknown := set(_PARTS.value) - set(parts) - {""}:
+        raise UserError(f"--parts: no {sorted(unknown)[0]!r}, give some of {', '.join(parts)}")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    path = pathlib.Path(_OUTPUT.value)
+    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    content |= {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "scipy")},
+        "python": sys.version.split()[0],
+    }
+
+    def measure(row: dict, distance: Callable[[], float]) -> None:
+        if any(row.items() <= known.items() for known in content["rows"]):
+            return
+        begin = time.perf_counter()
+        row = row | {"distance": float(distance()), "seconds": round(time.perf_counter() - begin, 1)}
+        content["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+    for part in filter(None, _PARTS.value):
+        parts[part](measure)
+    if _PLOT.value:
+        _plot(content["rows"], _PLOT.value)
+
+
+class Mixture:
+    """A mixture of Gaussians: its best denoiser at every noise level, in closed form.
+
+    Component k has weight w_k, mean m_k and covariance V_k diag(l_k) V_k^T, so x_t of it has the same axes and variance
+    a^2 l_k + 1 - a^2 along them, with a^2 the schedule's alphas_cumprod.
+    """
+
+    def __init__(self, weights: np.ndarray, means: np.ndarray, variances: np.ndarray, axes: np.ndarray):
+        """(K,), (K, D), (K, D) and (K, D, D), columns the axes."""
+        self.weights, self.means, self.variances, self.axes = weights, means, variances, axes
+
+    @classmethod
+    def estimated(cls, points: np.ndarray, component: np.ndarray, floor: float) -> "Mixture":
+        """From points (N, D) of known components (N,); `floor` is added to every variance."""
+        counts = np.bincount(component)
+        groups = [points[component == k] for k in range(len(counts))]
+        spectra = [np.linalg.eigh(np.cov(group.T) + floor * np.eye(points.shape[1])) for group in groups]
+        means, (variances, axes) = [group.mean(0) for group in groups], zip(*spectra, strict=True)
+        return cls(counts / counts.sum(), np.stack(means), np.stack(variances), np.stack(axes))
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Points (N, D) and their components (N,)."""
+        component = rng.choice(len(self.weights), count, p=self.weights)
+        along = rng.standard_normal((count, self.means.shape[1])) * np.sqrt(self.variances[component])
+        points = np.empty_like(along)
+        for k in range(len(self.weights)):
+            points[component == k] = self.means[k] + along[component == k] @ self.axes[k].T
+        return points, component
+
+    def moments(self) -> Statistics:
+        """Exact."""
+        mean = self.weights @ self.means
+        centred = self.means - mean
+        within = np.einsum("k,kij,kj,klj->il", self.weights, self.axes, self.variances, self.axes)
+        return Statistics(mean, within + np.einsum("k,ki,kj->ij", self.weights, centred, centred), sys.maxsize)
+
+    def denoiser(self, schedule: Schedule) -> Callable[[Array, Array], Array]:
+        """x_t (B, 1, 1, D), t (B,) -> (B, 1, 1, 2D): the expected noise, and the variance of each coordinate of the
+        reverse step as a learned-range network would give it."""
+        low, high = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
+        step_of = np.zeros(FULL.num_timesteps, np.int32)
+        step_of[schedule.timestep_map] = np.arange(schedule.num_timesteps)
+
+        def denoise(x_t: Array, timesteps: Array) -> Array:
+            x, step = x_t[:, 0, 0], jnp.asarray(step_of)[timesteps[0]]  # one timestep for all
+            entry = lambda table: jnp.asarray(table, jnp.float32)[step]  # noqa: E731
+            signal, noise = entry(schedule.sqrt_alphas_cumprod), entry(schedule.sqrt_one_minus_alphas_cumprod)
+            variances = jnp.asarray(self.variances, jnp.float32)
+            along = signal**2 * variances + noise**2  # (K, D)
+            logits, x0s, x0_variances = [], [], []
+            for k, axes in enumerate(jnp.asarray(self.axes, jnp.float32)):
+                place = (x - signal * self.means[k]) @ axes
+                logit = np.log(self.weights[k]) - 0.5 * (jnp.square(place) / along[k] + jnp.log(along[k])).sum(1)
+                logits.append(logit)
+                x0s.append(self.means[k] + (place * signal * variances[k] / along[k]) @ axes.T)
+                x0_variances.append(jnp.square(axes) @ (variances[k] * noise**2 / along[k]))
+            share = jax.nn.softmax(jnp.stack(logits), axis=0)[..., None]  # (K, B, 1)
+            x0s = jnp.stack(x0s)
+            x0 = (share * x0s).sum(0)
+            spread = (share * (jnp.square(x0s - x0) + jnp.stack(x0_variances)[:, None])).sum(0)
+            reverse = entry(schedule.posterior_variance) + entry(schedule.posterior_mean_coef1**2) * spread
+            fraction = (jnp.log(reverse) - entry(low)) / (entry(high) - entry(low))
+            return jnp.concatenate([(x - signal * x0) / noise, 2 * fraction - 1], -1)[:, None, None]
+
+        return denoise
+
+
+def run_sampler(mixture: Mixture, x_T: np.ndarray, method: str, num_steps: int, spacing: str, seed: int) -> np.ndarray:
+    """(N, D) normal noise to samples (N, D) by the denoiser of a mixture."""
+    schedule = respace(FULL, choose_timesteps(FULL, num_steps, spacing, method))
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), x_T[:, None, None].shape)  # noqa: E731
+    denoise = mixture.denoiser(schedule)
+    return np.asarray(jax.jit(lambda x: sample(denoise, x, noise, schedule, method))(x_T[:, None, None]))[:, 0, 0]
+
+
+def three_gaussians() -> Mixture:
+    """On a line, with standard deviations of 0.15, 0.3 and 0.1 and about unit variance together."""
+    means, stds = np.array([-1.2, 0.3, 1.5]), np.array([0.15, 0.3, 0.1])
+    return Mixture(np.array([0.3, 0.5, 0.2]), means[:, None], stds[:, None] ** 2, np.ones((3, 1, 1)))
+
+
+def line_distance(mixture: Mixture, method: str, num_steps: int, spacing: str, places: int = 4001) -> float:
+    """Wasserstein-1 distance of a deterministic sampler to the truth, in one dimension: noise at the midpoints of
+    `places` equal shares of probability, in order and so mapped to the same shares of the samples."""
+    share = (np.arange(places) + 0.5) / places
+    x = run_sampler(mixture, norm.ppf(share).astype(np.float32)[:, None], method, num_steps, spacing, 0)[:, 0]
+    grid = np.linspace(-6, 6, 200_001)
+    stds = np.sqrt(mixture.variances[:, 0])
+    below = sum(w * norm.cdf(grid, m, s) for w, m, s in zip(mixture.weights, mixture.means[:, 0], stds, strict=True))
+    return np.abs(np.sort(x.astype(np.float64)) - np.interp(share, below, grid)).mean()
+
+
+def _line(measure: Callable[[dict, Callable[[], float]], None]) -> None:
+    mixture = three_gaussians()
+    for method in SOLVERS:
+        for spacing in SPACINGS:
+            for num_steps in (10, 20, 40, 80):
+                row = {"part": "line", "method": method, "steps": num_steps, "spacing": spacing, "seed": 0}
+                measure(row, functools.partial(line_distance, mixture, method, num_steps, spacing))
+
+
+def _digits_mixture(measure: Callable[[dict, Callable[[], float]], None]) -> None:
+    pictures, labels = load_digits(return_X_y=True)
+    truth = Mixture.estimated(pictures / 8 - 1, labels, floor=1e-3)
+    learnt = Mixture.estimated(*truth.draw(len(labels), np.random.default_rng(0)), floor=0.0)
+    reference, drawn = truth.moments(), {}
+
+    def distance(method: str, steps: int, spacing: str, seed: int) -> float:
+        x_T = np.random.default_rng(seed).standard_normal((_NUM_DRAWS.value, 64), np.float32)
+        points = np.concatenate(
+            [run_sampler(learnt, part, method, steps, spacing, seed + i) for i, part in enumerate(np.split(x_T, 10))]
+        )
+        drawn[method, steps, spacing, seed] = statistics(points)
+        return frechet_distance(drawn[method, steps, spacing, seed], reference)
+
+    _measure_runs("digits_mixture", _NUM_DRAWS.value, measure, distance, drawn)
+    row = {"part": "digits_mixture", "method": "learnt", "steps": 0, "spacing": "exact moments", "seed": 0}
+    measure(row, lambda: frechet_distance(learnt.moments(), reference))
+
+
+def _digits(measure: Callable[[dict, Callable[[], float]], None]) -> None:
+    dataset = open_dataset(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
+    images, labels = [], []
+    for split in ("train", "heldout"):
+        records = dataset.records(split, in_memory=True)
+        batch = records.read(np.arange(len(records)))
+        images.append(batch["mean"].astype(np.float32))
+        labels.append(batch["label"])
+    classifier = train_classifier(images[0], labels[0], dataset.metadata.num_classes)
+    reference, drawn = statistics(classifier.features(np.concatenate(images))), {}
+    model, wanted = load_model(_WORKDIR.value), sample_labels(np.concatenate(labels), _NUM_SAMPLES.value)
+
+    def distance(method: str, steps: int, spacing: str, seed: int) -> float:
+        samples = model.draw(wanted, seed=seed, num_steps=steps, method=method, spacing=spacing, batch_size=500)
+        drawn[method, steps, spacing, seed] = statistics(classifier.features(np.clip(samples, -1, 1)))
+        return frechet_distance(drawn[method, steps, spacing, seed], reference)
+
+    _measure_runs("digits", _NUM_SAMPLES.value, measure, distance, drawn)
+
+
+def _measure_runs(part: str, count: int, measure, distance, drawn: dict) -> None:
+    for run in _RUNS.value:
+        method, steps, spacing, *seed = run.split(":")
+        key = method, int(steps), spacing, int(seed[0]) if seed else 0
+        row = {"part": part, "num_samples": count} | dict(zip(("method", "steps", "spacing", "seed"), key, strict=True))
+        measure(row, functools.partial(distance, *key))
+        if seed and {key, (*key[:3], 0)} <= drawn.keys():
+            floor = functools.partial(frechet_distance, drawn[key], drawn[(*key[:3], 0)])
+            measure(row | {"method": "floor"}, floor)
+
+
+def _plot(rows: Rows, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {
+        "line": "Three Gaussians, exact denoiser\nWasserstein-1 distance",
+        "digits_mixture": "Ten Gaussians in 64 dimensions, estimated denoiser\nFrechet distance",
+        "digits": "The digits model\nFrechet distance of classifier features",
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), dpi=110)
+    best = {"ddim": "uniform", "ddpm": "uniform", "dpmpp_2m": "power", "unipc": "power", "dpmpp_2m_sde": "power"}
+    for panel, (part, title) in zip(panels, names.items(), strict=True):
+        for number, (method, spacing) in enumerate(best.items()):
+            mine = sorted(
+                (row["steps"], row["distance"])
+                for row in rows
+                if (row["part"], row["method"], row["spacing"], row["seed"]) == (part, method, spacing, 0)
+            )
+            if mine and max(steps for steps, _ in mine) < 250:
+                panel.plot(*zip(*mine, strict=True), marker="o", color=f"C{number}", label=method)
+            elif mine:
+                panel.axhline(mine[-1][1], color=f"C{number}", linestyle="--", label=f"{method}, {mine[-1][0]} steps")
+        floors = [row["distance"] for row in rows if (row["part"], row["method"]) == (part, "floor")]
+        if floors:
+            panel.axhline(floors[0], color="grey", linestyle=":", label="Monte-Carlo floor")
+        panel.set(title=title, xscale="log", yscale="log", xlabel="calls of the network")
+        panel.set_xticks([10, 20, 40, 80] if part == "line" else [10, 20, 40], minor=False)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.minorticks_off()
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

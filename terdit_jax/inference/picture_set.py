@@ -1,0 +1,146 @@
+"""Drawing a set of any size: its labels, the plan that fixes it, and the shards that every process draws of it.
+
+Processes talk through the shards on disk alone, each drawing its own with the devices it has; files are `shards`'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.inference.pictures import to_uint8
+from terdit_jax.inference.shards import Shards
+from terdit_jax.training.metrics import format_duration
+
+LABEL_ORDERS = ("balanced", "random")
+SHARD_SIZE = 1024  # pictures, of which a kill costs one shard a process
+REPORT_SECONDS = 5
+_LABELS = 0x1ABE1  # keeps their draws apart from the noise, whose keys are folded with the number of a step
+
+# Called with labels (S,), the index of the first picture and a report of how many are done: (S, H, W, C) in [-1, 1].
+DrawShard = Callable[[np.ndarray, int, Callable[[int], None]], np.ndarray]
+
+
+def make_labels(classes: Sequence[int], num_samples: int, order: str, seed: int) -> np.ndarray:
+    """(num_samples,) int labels.
+
+    Args:
+      classes: to choose from.
+      num_samples: pictures.
+      order: "balanced", the classes in turn, or "random", each label drawn by (seed, its index) alone.
+      seed: of random labels.
+
+    Raises:
+      UserError: another order.
+    """
+    if order not in LABEL_ORDERS:
+        raise UserError(f"{order!r} is no order of labels: give one of {', '.join(LABEL_ORDERS)}")
+    if order == "balanced":
+        return np.resize(np.asarray(classes, np.int64), num_samples)
+    key = jax.random.fold_in(jax.random.key(seed), _LABELS)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
+    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes)))(keys)
+    return np.asarray(classes, np.int64)[np.asarray(chosen)]
+
+
+def digest(tree: Any) -> str:
+    """What tells two sets of weights apart: a hash of all leaves' bytes, dtypes and shapes, in order."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = np.asarray(leaf)
+        sha.update(f"{array.dtype}{array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[[str], None]) -> None:
+    """Draws the shards that are missing and puts the output together. Called by every process of a run.
+
+    Args:
+      shards: of one plan, in a folder that all processes see.
+      labels: (N,) of all pictures.
+      draw: draws the pictures of a shard; the same ones whenever it is called with the same arguments.
+      say: prints a line of progress; called in the first process alone.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    mine = [number for number in range(index, len(shards.sizes), count) if shards.read(number) is None]
+    _meet("picture set opened")  # none may finish and clear away what another has not looked at yet
+    progress = _Progress(shards, say) if index == 0 else None
+    for number in mine:
+        _draw_shard(shards, number, labels, draw, progress)
+    while index and not shards.is_complete():
+        time.sleep(1)
+    if index == 0:
+        while not all(map(shards.is_written, range(len(shards.sizes)))):
+            time.sleep(1)
+        while damaged := shards.finish():
+            for number in damaged:
+                _draw_shard(shards, number, labels, draw, progress)
+
+
+def _draw_shard(shards: Shards, number: int, labels: np.ndarray, draw: DrawShard, progress: "_Progress | None") -> None:
+    first = sum(shards.sizes[:number])
+    of_shard = labels[first : first + shards.sizes[number]]
+    pictures = to_uint8(draw(of_shard, first, progress.report if progress else lambda done: None))
+    shards.write(number, pictures, of_shard)
+    if progress:
+        progress.shard_done()
+
+
+class _Progress:
+    """Lines such as `2,048/50,000 pictures  31.2 a second  25m37s left`, of all processes together."""
+
+    def __init__(self, shards: Shards, say: Callable[[str], None]):
+        self._shards, self._say = shards, say
+        self._begin = self._last = time.monotonic()
+        self._written = self._start = self._count()
+
+    def report(self, done: int) -> None:
+        """So many pictures of the shard at hand are drawn, and, as far as known, as many by every other process."""
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self._print(self._written + done * jax.process_count())
+
+    def shard_done(self) -> None:
+        self._written = self._count()
+        self._print(self._written)
+
+    def _count(self) -> int:
+        return sum(size for number, size in enumerate(self._shards.sizes) if self._shards.is_written(number))
+
+    def _print(self, done: int) -> None:
+        self._last, total = time.monotonic(), sum(self._shards.sizes)
+        done = min(done, total)
+        rate = (done - self._start) / max(1e-9, self._last - self._begin)
+        left = format_duration((total - done) / rate) if rate else "?"
+        self._say(f"{done:,}/{total:,} pictures  {rate:,.1f} a second  {left} left")
+
+
+def _meet(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def make_plan(
+    *, model: Mapping[str, Any], settings: Mapping[str, Any], labels: Mapping[str, Any], num_samples: int, seed: int
+) -> dict[str, Any]:
+    """What decides the pictures of a set, as JSON can hold it; devices, processes and batch size do not.
+
+    Args:
+      model: which weights in which dtype, and the autoencoder behind them.
+      settings: the sampler's, as `config.sample`.
+      labels: their order and classes.
+      num_samples: pictures.
+      seed: of all noise and of random labels.
+    """
+    settings = {name: value for name, value in settings.items() if name != "num_images"}
+    return {
+        "model": dict(model), "sample": settings, "labels": dict(labels), "num_samples": num_samples,
+        "seed": seed, "shard_size": SHARD_SIZE,
+    }  # fmt: skip

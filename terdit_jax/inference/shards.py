@@ -1,0 +1,211 @@
+"""A set of pictures on disk while it is being drawn: shards that outlive a kill, then one npz or a folder of PNGs.
+
+What the pictures are and who draws which shard is left to `picture_set`; everything here only ever appears by the
+renaming of a whole file, beside the output and on its file system.
+"""
+
+from collections.abc import Iterator, Mapping
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+from typing import Any, BinaryIO
+import uuid
+import zipfile
+
+from absl import logging
+from etils import epath
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.inference.pictures import save_png
+
+PLAN_FILE = "plan.json"
+# What reading a damaged npz may raise.
+_DAMAGE = (OSError, ValueError, KeyError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile)
+_WRITERS = 16  # threads that compress PNGs
+
+
+class Shards:
+    """The shards of one output, in the folder OUTPUT.unfinished until all of them are there.
+
+    Attributes:
+      sizes: pictures of each shard.
+
+    Raises:
+      UserError: the output exists, or its shards do, with pictures of another plan.
+    """
+
+    def __init__(self, output: epath.PathLike, plan: Mapping[str, Any]):
+        """Args:
+        output: a path that ends in .npz, or the name of a folder of PNGs.
+        plan: all that decides the pictures, as JSON can hold it, with num_samples and shard_size among it.
+        """
+        self.output = epath.Path(output)
+        self.folder = self.output.with_name(self.output.name + ".unfinished")
+        self.plan = json.loads(json.dumps(plan))
+        self._fingerprint = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
+        count, size = self.plan["num_samples"], self.plan["shard_size"]
+        self.sizes = [min(size, count - first) for first in range(0, count, size)]
+        if self.output.exists():
+            self._check(self._settings_file(), "holds other pictures: name another output, or delete it")
+        elif (self.folder / PLAN_FILE).exists():
+            self._check(self.folder / PLAN_FILE, "is unfinished: finish it with those settings, or delete {}")
+        else:
+            self._write_json(self.folder / PLAN_FILE)
+
+    def is_complete(self) -> bool:
+        """Whether the output is in its place; what a kill has left behind is then removed."""
+        if not self.output.exists():
+            return False
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            self.folder.rmtree()
+        return True
+
+    def is_written(self, number: int) -> bool:
+        """Whether a shard is in its place, sound or not."""
+        return self._path(number).exists()
+
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The pictures (S, H, W, 3) uint8 and labels (S,) of a shard; None while it is missing, loudly if damaged."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                if str(arrays["fingerprint"]) != self._fingerprint:
+                    raise ValueError("it is of other settings")
+                pictures, labels = arrays["arr_0"], arrays["labels"]
+            if pictures.dtype != np.uint8 or not len(pictures) == len(labels) == self.sizes[number]:
+                raise ValueError(f"it holds {pictures.dtype} {pictures.shape}")
+            return pictures, labels
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            EOFError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+        ) as error:
+            # Every member of an npz carries a CRC, which reading it checks.
+            logging.error("SHARD %s IS DAMAGED (%s): it is drawn again", path, error)
+            return None
+
+    def write(self, number: int, pictures: np.ndarray, labels: np.ndarray) -> None:
+        """Puts a shard, (S, H, W, 1 or 3) uint8 and (S,), in its place; on disk when this returns."""
+        with self._new_file(self._path(number)) as file:
+            np.savez(file, arr_0=_in_color(pictures), labels=labels, fingerprint=np.array(self._fingerprint))
+
+    def finish(self) -> list[int]:
+        """Makes the output of all shards and removes them; the numbers of damaged ones if there are any.
+
+        One shard is in memory at a time. Two runs of one plan give the same bytes.
+        """
+        if damaged := [number for number in range(len(self.sizes)) if self.read(number) is None]:
+            return damaged
+        if self.output.suffix == ".npz":
+            self._write_json(self._settings_file())
+            with self._new_file(self.output) as file:
+                self._write_npz(file)
+        else:
+            self._write_pngs()
+        self.folder.rmtree()
+        return []
+
+    def _write_npz(self, file: BinaryIO) -> None:
+        """As np.savez would write all of it at once."""
+        picture_shape = self._must_read(0)[0].shape[1:]
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            # A name alone would be stamped with the time of day.
+            member = zipfile.ZipInfo("arr_0.npy")
+            with archive.open(member, "w", force_zip64=True) as array:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (sum(self.sizes), *picture_shape)}
+                np.lib.format.write_array_header_1_0(array, header)
+                labels = []
+                for number in range(len(self.sizes)):
+                    pictures, of_shard = self._must_read(number)
+                    array.write(np.ascontiguousarray(pictures).data)
+                    labels.append(of_shard)
+            with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as array:
+                np.lib.format.write_array(array, np.concatenate(labels), allow_pickle=False)
+
+    def _write_pngs(self) -> None:
+        folder = self.folder / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        digits, first, all_labels = max(6, len(str(sum(self.sizes)))), 0, []
+        with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
+            for number in range(len(self.sizes)):
+                pictures, labels = self._must_read(number)
+                paths = [folder / f"{first + i:0{digits}}.png" for i in range(len(pictures))]
+                list(pool.map(save_png, paths, pictures))
+                first += len(pictures)
+                all_labels += labels.tolist()
+        (folder / "labels.json").write_text(json.dumps(all_labels))
+        self._write_json(folder / "settings.json")
+        folder.rename(self.output)
+
+    def _must_read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        shard = self.read(number)
+        if shard is None:
+            raise UserError(f"{self._path(number)} was damaged while it was read: run the command again")
+        return shard
+
+    def _path(self, number: int) -> epath.Path:
+        return self.folder / f"shard-{number:05}-of-{len(self.sizes):05}.npz"
+
+    def _settings_file(self) -> epath.Path:
+        if self.output.suffix == ".npz":
+            return self.output.with_name(self.output.name + ".json")
+        return self.output / "settings.json"
+
+    def _check(self, path: epath.Path, what: str) -> None:
+        """Compares the plan with the one in a file."""
+        what = what.format(self.folder)
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise UserError(f"--output={self.output}: exists and no {path.name} tells its settings; {what}") from None
+        for key in _differences(found, self.plan):
+            old, new = _entry(found, key), _entry(self.plan, key)
+            raise UserError(f"--output={self.output}: its {key} is {old!r}, not {new!r}, and it {what}")
+
+    def _write_json(self, path: epath.Path) -> None:
+        with self._new_file(path) as file:
+            file.write((json.dumps(self.plan, indent=1, sort_keys=True) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _new_file(self, path: epath.Path) -> Iterator[BinaryIO]:
+        """A file to write; it appears whole at `path` when the body ends, or not at all."""
+        temporary = self.folder / f"{path.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                with contextlib.suppress(AttributeError, OSError):  # an object store's file has no descriptor
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _in_color(pictures: np.ndarray) -> np.ndarray:
+    """Grey pictures in the three channels that evaluators read."""
+    return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
+
+
+def _differences(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the entries that differ between two plans."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from _differences(found.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
+    elif found != wanted:
+        yield prefix or "plan"
+
+
+def _entry(plan: Any, key: str) -> Any:
+    for name in key.split("."):
+        plan = plan.get(name) if isinstance(plan, dict) else plan
+    return plan
