@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     medians = {name: float(np.median(values)) for name, values in rates.items()}
     packages = ("jax", "jaxlib", "flax", "optax", "grain", "array_record")
     content = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.input_pipeline", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": jax.devices()[0].device_kind,

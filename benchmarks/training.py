@@ -123,7 +123,7 @@ def _in_own_process(run: str) -> dict:
 def _provenance() -> dict:
     packages = ("jax", "jaxlib", "flax", "optax")
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "python": sys.version.split()[0],
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
             print("row " + json.dumps(row), flush=True)
         return
     content = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.vae", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "python": sys.version.split()[0],
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

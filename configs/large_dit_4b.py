@@ -4,8 +4,9 @@ python -m terdit_jax.main --config=configs/large_dit_4b.py --workdir=runs/large_
 
 The recipe is its twin's, so that the two runs differ in the weights and the RMSNorm behind adaLN alone; that Large-DiT
 itself was trained at these rates is not confirmed.
-Data: latents of the Stable Diffusion VAE in data/imagenet_256. Preparing them is planned and not there yet; until then
---config.data.synthetic=True trains on random latents, for bring-up and for speed.
+Data: latents of the Stable Diffusion VAE in data/imagenet256, made from ImageNet's archive (docs/data.md) by
+python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae=sd-vae-ft-ema --output=data/imagenet256
+--config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 68 GB, cut over all chips. Beyond 256 chips add
 --config.mesh.data=2 or more: the narrowest matrix has 256 columns to cut.
 Hours: not yet run. 604M images are 2,000 H200-hours at the 84 images/s that PyTorch reaches on one H200 with its twin
@@ -40,7 +41,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1
 
-    config.data.dir = "data/imagenet_256"
+    config.data.dir = "data/imagenet256"
     config.data.horizontal_flip = True
 
     optimizer = config.optimizer

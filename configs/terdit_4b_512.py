@@ -2,8 +2,9 @@
 
 python -m terdit_jax.main --config=configs/terdit_4b_512.py --workdir=runs/terdit_4b_512
 
-Data: latents of the Stable Diffusion VAE, 64x64x4, in data/imagenet_512. Preparing them is planned and not there yet;
-until then --config.data.synthetic=True trains on random latents, for bring-up and for speed.
+Data: latents of the Stable Diffusion VAE, 64x64x4, in data/imagenet512, made from ImageNet's archive by prepare with
+--image_size=512 (docs/data.md).
+--config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 68 GB, cut over all chips. Beyond 256 chips add
 --config.mesh.data=2 or more: the narrowest matrix has 256 columns to cut.
 Hours: not yet run. 696M images are 16,400 EFLOP: 9,600 H200-hours at the 474 TFLOP/s that PyTorch reaches on one H200
@@ -40,7 +41,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1
 
-    config.data.dir = "data/imagenet_512"
+    config.data.dir = "data/imagenet512"
     config.data.horizontal_flip = True
 
     optimizer = config.optimizer

@@ -2,8 +2,9 @@
 
 python -m terdit_jax.main --config=configs/terdit_600m.py --workdir=runs/terdit_600m
 
-Data: latents of the Stable Diffusion VAE in data/imagenet_256. Preparing them is planned and not there yet; until then
---config.data.synthetic=True trains on random latents, for bring-up and for speed.
+Data: latents of the Stable Diffusion VAE in data/imagenet256, made from ImageNet's archive (docs/data.md) by
+python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae=sd-vae-ft-ema --output=data/imagenet256
+--config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 9.8 GB, whole on each chip; --config.mesh.fsdp=8 cuts it for chips
 with 16 GB. At most 128-way fsdp.
 Hours: not yet run. 448M images are 210 H200-hours at 593 images/s, which PyTorch reaches on one H200 (torch.compile,
@@ -40,7 +41,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1
 
-    config.data.dir = "data/imagenet_256"
+    config.data.dir = "data/imagenet256"
     config.data.horizontal_flip = True
 
     optimizer = config.optimizer
