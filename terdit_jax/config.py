@@ -88,6 +88,8 @@ def base_config() -> ConfigDict:
             "heldout_every": 5000,  # 0: never
             "heldout_batches": 8,
             "samples_every": 10_000,  # 0: never
+            "score_every": 0,  # samples of the EMA weights judged, the best weights kept; 0: never
+            "score_samples": 500,
             "tensorboard": True,
         }
     )
@@ -109,12 +111,12 @@ def base_config() -> ConfigDict:
 _POSITIVE = (
     "train.num_steps", "train.batch_size", "train.accumulation_steps", "train.max_nonfinite_steps",
     "optimizer.learning_rate", "optimizer.drop_learning_rate", "optimizer.clip_norm", "optimizer.eps",
-    "checkpoint.every", "log.every", "log.heldout_batches",
+    "checkpoint.every", "log.every", "log.heldout_batches", "log.score_samples",
     "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "optimizer.drop_step", "optimizer.weight_decay", "checkpoint.keep_every", "log.heldout_every",
-    "log.samples_every", "sample.cfg_scale", "sample.cfg_channels",
+    "log.samples_every", "log.score_every", "sample.cfg_scale", "sample.cfg_channels",
 )  # fmt: skip
 _SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import draw_all, make_draw
@@ -25,6 +26,8 @@ from terdit_jax.training.setup import Setup, set_up
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
 
+_DRAWN_AT_ONCE = 256
+
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
@@ -36,8 +39,11 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
     setup = set_up(config, _WORKDIR.value)
-    start = config.train.init_from
-    train(setup, _grid_drawer(setup), partial(start_params, start, setup.model) if start else None)
+    start, draw = config.train.init_from, _drawer(setup)
+    judge = None
+    if config.log.score_every:
+        judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)
+    train(setup, _grid_drawer(setup, draw), partial(start_params, start, setup.model) if start else None, judge)
 
 
 def _load_config() -> ConfigDict | None:
@@ -49,18 +55,27 @@ def _load_config() -> ConfigDict | None:
         raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
-def _grid_drawer(setup: Setup) -> DrawGrid:
-    settings, model = setup.config.sample, setup.model
-    draw = make_draw(model, settings, setup.config.seed)
-    operands = jax.jit(lambda params: make_operands(model, params, packed=model.ternary))
-    labels = np.arange(settings.num_images) * max(1, model.num_classes // settings.num_images) % model.num_classes
-    scale = setup.dataset.metadata.latent_scale
+def _drawer(setup: Setup) -> DrawPictures:
+    """Draws pictures from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
+    of the picture, never taken from a stream that training draws from as well."""
+    draw = make_draw(setup.model, setup.config.sample, setup.config.seed)
+    operands = jax.jit(lambda params: make_operands(setup.model, params, packed=setup.model.ternary))
 
-    def draw_grid(step: int, params: dict) -> tuple[epath.Path, np.ndarray]:
+    def draw_pictures(params: dict, labels: np.ndarray) -> np.ndarray:
         with jax.set_mesh(setup.mesh):
             packed = operands(params)
-        latents = draw_all(draw, packed, labels, setup.mesh, batch_size=len(labels), report=lambda done: None)
-        grid = make_grid(to_uint8(to_pictures(latents, scale)))
+        latents = draw_all(draw, packed, labels, setup.mesh, batch_size=_DRAWN_AT_ONCE, report=lambda done: None)
+        return to_pictures(latents, setup.dataset.metadata.latent_scale)
+
+    return draw_pictures
+
+
+def _grid_drawer(setup: Setup, draw: DrawPictures) -> DrawGrid:
+    count, num_classes = setup.config.sample.num_images, setup.model.num_classes
+    labels = np.arange(count) * max(1, num_classes // count) % num_classes
+
+    def draw_grid(step: int, params: dict) -> tuple[epath.Path, np.ndarray]:
+        grid = make_grid(to_uint8(draw(params, labels)))
         path = setup.workdir / "samples" / f"step_{step:08d}.png"
         if jax.process_index() == 0:
             save_png(path, grid)

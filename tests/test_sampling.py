@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from terdit_jax.config import base_config
-from terdit_jax.inference.sampling import draw_all, make_draw
+from terdit_jax.errors import UserError
+from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.model.transformer import init_params, make_operands
 from terdit_jax.parallel.mesh import make_mesh
 
@@ -28,13 +29,20 @@ def model():
     return config, params, settings
 
 
-def draw(model, mesh, labels, batch_size, seed=0):
+def draw(model, mesh, labels, batch_size, seed=0, first=0, **other):
     config, params, settings = model
+    settings = ConfigDict({**settings, **other})
     with jax.set_mesh(mesh):
         operands = jax.jit(lambda p: make_operands(config, p, packed=True))(params)
     reports = []
     images = draw_all(
-        make_draw(config, settings, seed), operands, labels, mesh, batch_size=batch_size, report=reports.append
+        make_draw(config, settings, seed),
+        operands,
+        labels,
+        mesh,
+        batch_size=batch_size,
+        report=reports.append,
+        first=first,
     )
     assert reports[-1] == len(labels) and images.shape == (len(labels), *config.sample_shape)
     return images
@@ -47,3 +55,29 @@ def test_batch_and_mesh_change_no_picture(model):
     assert_close(draw(model, mesh_of(8, 1, 1), labels, batch_size=8), expected, 1e-4)
     assert_close(draw(model, mesh_of(2, 2, 2), labels, batch_size=8), expected, 1e-4)
     assert np.abs(draw(model, mesh_of(8, 1, 1), labels, batch_size=16, seed=1) - expected).max() > 0.1
+
+
+def test_part_of_a_set_is_that_part_of_it(model):
+    """Stochastic solver, guidance in an interval: picture i starts from, and is disturbed by, noise of its index."""
+    labels, settings = np.arange(8), {"method": "dpmpp_2m_sde", "cfg_t_min": 100, "cfg_t_max": 900}
+    mesh = mesh_of(8, 1, 1)
+    whole = draw(model, mesh, labels, batch_size=8, **settings)
+    part = draw(model, mesh, labels[5:], batch_size=8, first=5, **settings)
+    assert_close(part, whole[5:], 1e-4)
+    always = draw(model, mesh, labels, batch_size=8, method="dpmpp_2m_sde")
+    assert np.abs(always - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "euler", "'euler' is no method of a sampler: give one of ddpm, ddim, dpmpp_2m"),
+        ("spacing", "karras", "'karras' is no spacing of a sampler: give one of auto, uniform"),
+        ("cfg_t_min", 1000, "guidance from timestep 1000 to 1000"),
+        ("cfg_t_max", 1001, "guidance from timestep 0 to 1001"),
+        ("num_steps", 1001, "1001 timesteps: give 1 to 1000"),
+    ],
+)
+def test_settings_that_no_sampler_can_follow(field, value, message):
+    with pytest.raises(UserError, match=message):
+        check_settings({**base_config().sample, field: value})

@@ -31,7 +31,13 @@ def sample_labels(heldout_labels: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 def proxy_metrics(
-    train: Pictures, heldout: Pictures, samples: Pictures, num_classes: int, seed: int = 0, num_steps: int | None = None
+    train: Pictures,
+    heldout: Pictures,
+    samples: Pictures,
+    num_classes: int,
+    seed: int = 0,
+    num_steps: int | None = None,
+    classifier: Classifier | None = None,
 ) -> dict[str, float]:
     """Trains a classifier on `train` and judges `samples` against `heldout` with it.
 
@@ -46,6 +52,7 @@ def proxy_metrics(
       num_classes: labels lie in [0, num_classes).
       seed: of the classifier and of the splits of real pictures.
       num_steps: of the classifier; None chooses 400 to 2,000 by the number of training pictures.
+      classifier: one that was trained so before, to judge more samples with it.
 
     Returns:
       `classifier_heldout_accuracy` and `classifier_agreement` (share of samples read as the label asked for), in
@@ -64,8 +71,9 @@ def proxy_metrics(
     if not np.isfinite(samples.images).all():
         raise UserError(f"{(~np.isfinite(samples.images)).sum()} of {samples.images.size} sample values are not finite")
 
-    num_steps = num_steps or min(2000, max(400, len(train.images) // 10))
-    classifier = train_classifier(train.images, train.labels, num_classes, seed, num_steps)
+    if classifier is None:
+        num_steps = num_steps or classifier_steps(len(train.images))
+        classifier = train_classifier(train.images, train.labels, num_classes, seed, num_steps)
     features = {
         name: classifier.features(pictures.images)
         for name, pictures in (("train", train), ("heldout", heldout), ("samples", samples))
@@ -87,6 +95,11 @@ def proxy_metrics(
         "classifier_frechet_ratio": distance / halves,
         "classifier_frechet_ratio_floor": floor / halves,
     }
+
+
+def classifier_steps(num_pictures: int) -> int:
+    """How long a classifier is trained on so many pictures."""
+    return min(2000, max(400, num_pictures // 10))
 
 
 def _share_read_as_labelled(classifier: Classifier, pictures: Pictures) -> float:

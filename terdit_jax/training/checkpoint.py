@@ -69,15 +69,25 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: dict, run: dict[str, Any]) -> None:
-        """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices."""
-        step = int(state["step"])
-        trees = {item: {name: state[name] for name in names} for item, names in _ITEMS.items()}
+        """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices.
+
+        A state may lack items: sampling needs no more than one set of weights. Its step is then `run`'s.
+        """
+        step = int(state["step"]) if "step" in state else run["step"]
+        present = {item: names for item, names in _ITEMS.items() if set(names) <= set(state)}
+        trees = {item: {name: state[name] for name in names} for item, names in present.items()}
         arguments = {item: save_arguments(tree) for item, tree in trees.items()}
         self.wait()
         if step == self._restored:
             return  # it came from there; orbax would refuse to save the step again
         self._manager.save(step, args=ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonSave(run)}), force=True)
         self._signer = self._background.submit(self._sign_when_finished, step)
+
+    def delete_beyond(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def restore(self, target: dict) -> tuple[dict, dict[str, Any]] | None:
         """The newest sound state and its run's JSON, or None if there is no checkpoint at all.

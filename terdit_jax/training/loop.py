@@ -20,6 +20,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, local_block
+from terdit_jax.training.best import FOLDER, BestCheckpoint, Judge
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.heldout import make_heldout_loss
@@ -36,13 +37,16 @@ from terdit_jax.training.window import code_statistics, empty_sums, means
 DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
 
 
-def train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | None = None) -> None:
+def train(
+    setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | None = None, judge: Judge | None = None
+) -> None:
     """Runs, or continues, the training that `setup` describes.
 
     Args:
       setup: of `set_up`.
       draw_grid: draws the sample grids.
       load_start: host parameters for a run that begins with those of another model; fresh ones if left out.
+      judge: judges the averaged weights every `log.score_every` steps; never if left out.
 
     Raises:
       UserError: a workdir of another run, or too many non-finite steps in a row.
@@ -72,11 +76,13 @@ def train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | No
     if _is_first():
         (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     with Interruption() as interruption:
-        run = _Run(setup, start, draw_grid, checkpoints)
+        run = _Run(setup, start, draw_grid, checkpoints, judge)
         try:
             step = run.train(state, start, interruption)
         finally:  # a save under way is finished, whatever ended the run
             checkpoints.close()
+            if run.best:
+                run.best.close()
             if run.writer:
                 run.writer.close()
     if step < config.train.num_steps:
@@ -88,9 +94,10 @@ def train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | No
 class _Run:
     """The compiled functions and open files of one run, and what happens at which step."""
 
-    def __init__(self, setup: Setup, start: int, draw_grid: DrawGrid, checkpoints: Checkpoints):
+    def __init__(self, setup: Setup, start: int, draw_grid: DrawGrid, checkpoints: Checkpoints, judge: Judge | None):
         config, metadata = setup.config, setup.dataset.metadata
-        self.setup, self.draw_grid, self.checkpoints = setup, draw_grid, checkpoints
+        self.setup, self.draw_grid, self.checkpoints, self.judge = setup, draw_grid, checkpoints, judge
+        self.best = BestCheckpoint(setup.workdir, start) if judge else None
         common = (setup.schedule, setup.mesh, metadata.latent_scale)
         self.train_step = make_train_step(config, setup.model, common[0], setup.optimizer, *common[1:])
         self.heldout_loss = make_heldout_loss(config, setup.model, *common)
@@ -120,6 +127,8 @@ class _Run:
                 self.evaluate(state, step)
             if _due(step, config.log.samples_every) or last and config.log.samples_every:
                 self.sample(state, step)
+            if self.judge and (last or _due(step, config.log.score_every)):
+                self.score(state, step)
             stop = last or interruption.reached(step)
             if stop or _due(step, config.checkpoint.every):
                 self.save(state, step)
@@ -205,6 +214,19 @@ class _Run:
         if self.writer:
             self.writer.write_picture(step, "samples", grid)
             _say(f"step {step:,}  samples in {path}")
+        self.stopwatch.restart(step)
+
+    def score(self, state: State, step: int) -> None:
+        """Writes what samples of the EMA weights are worth, and keeps the weights if none were worth more."""
+        self.flush()
+        judgement = self.judge(step, state["ema_params"])
+        if self.writer:
+            self.writer.write(step, judgement.figures)
+            written = ", ".join(f"{name} {value:.4g}" for name, value in judgement.figures.items())
+            _say(f"step {step:,}  {written}")
+        run = describe_run(self.setup.config, step, self.setup.dataset.metadata)
+        if self.best.offer(state["ema_params"], run, judgement.loss):
+            _say(f"step {step:,}  the best so far: kept in {self.setup.workdir / FOLDER}")
         self.stopwatch.restart(step)
 
     def save(self, state: State, step: int) -> None:

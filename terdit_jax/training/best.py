@@ -1,0 +1,73 @@
+"""The best checkpoint of a run: the averaged weights that scored best so far, apart from those that it goes on from.
+
+How weights are judged comes in as a function; WORKDIR/best is a workdir of its own to whoever draws or exports.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from terdit_jax.training.checkpoint import Checkpoints
+
+FOLDER = "best"
+
+
+class Judgement(NamedTuple):
+    """What samples of some weights are worth. Attributes:
+
+    figures: what is logged.
+    loss: what the best weights have least of, one of the figures or made from them.
+    """
+
+    figures: dict[str, float]
+    loss: float
+
+
+Judge = Callable[[int, dict], Judgement]  # called with (step, EMA parameters) by every process
+
+
+class BestCheckpoint:
+    """WORKDIR/best; the one before it is kept until the next, in case the newest is damaged."""
+
+    def __init__(self, workdir: epath.PathLike, start_step: int):
+        """Opens it for a run that goes on from `start_step`; what a lost continuation has found beyond is dropped."""
+        keep = ConfigDict({"keep": 2, "keep_every": 0})
+        self._checkpoints = Checkpoints(epath.Path(workdir) / FOLDER, keep)
+        self._checkpoints.delete_beyond(start_step)
+        run = self._checkpoints.newest_run()
+        self._loss = run["loss"] if run else math.inf
+
+    def offer(self, ema_params: dict, run: dict[str, Any], loss: float) -> bool:
+        """Saves the weights if they are the best so far, and returns whether they are; on disk when this returns.
+
+        Args:
+          ema_params: averaged parameters, on the mesh.
+          run: of `resume.describe_run`.
+          loss: of `Judgement`; one that is not finite is never the best.
+        """
+        loss = _agreed(loss)
+        if not loss < self._loss:
+            return False
+        self._checkpoints.save({"ema_params": ema_params}, run | {"loss": loss})
+        self._checkpoints.wait()  # so that no checkpoint to go on from is ever ahead of the best one
+        self._loss = loss
+        return True
+
+    def close(self) -> None:
+        """Releases the directory."""
+        self._checkpoints.close()
+
+
+def _agreed(loss: float) -> float:
+    """The first process's, in float32: all must decide alike, with several processes or one."""
+    loss = np.float32(loss)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        loss = multihost_utils.broadcast_one_to_all(loss)
+    return float(loss)
