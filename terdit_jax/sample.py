@@ -17,7 +17,7 @@ import numpy as np
 
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.sampler import METHODS
-from terdit_jax.diffusion.spacing import SPACINGS
+from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {**base_config().sample, **model.description.sample}
     settings |= {name: value for name, value in given.items() if value is not None}
     check_settings(settings)
+    settings["spacing"] = resolve_spacing(settings["spacing"], settings["method"])
     options = {"seed": _SEED.value, "vae": vae, **given}
     if output.suffix == ".png":
         _draw_grid(model, output, labels, options)

@@ -8,6 +8,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.model.vae import decode_all
+from terdit_jax.parallel.mesh import local_mesh
 
 
 def latents(channels):
@@ -48,6 +49,16 @@ def test_latents_are_unscaled_and_decoded():
     pictures = to_pictures(drawn, 0.5, vae)
     assert pictures.shape == (3, 32, 32, 3)
     assert_close(pictures, decode_all(*vae, 2 * drawn))
+
+
+def test_a_mesh_shares_the_decoding_and_changes_no_picture():
+    """Five latents on eight devices: the last three are filled up and left out again."""
+    (config, params), drawn = load_vae(GOLDEN / "vae_tiny"), np.concatenate([latents(4), latents(4)[:2]])
+    mesh = local_mesh()
+    assert mesh.size == 8
+    pictures = to_pictures(drawn, 0.5, (config, params), mesh=mesh)
+    assert pictures.shape == (5, 32, 32, 3)
+    assert_close(pictures, decode_all(config, params, 2 * drawn))
 
 
 def test_an_autoencoder_of_other_latents_is_refused():

@@ -31,7 +31,7 @@ def guided(
     The network is called once on 2B examples, ordered (y, null), (y, null), ...: where the batch axis is sharded, each
     device holds both halves of its own examples, and pairing and mixing move nothing between devices.
 
-    Guidance can be kept to an interval of noise levels (Kynkaanniemi et al. 2024, arXiv 2404.07724): at high noise it
+    Guidance can be kept to an interval of noise levels (Kynkäänniemi et al. 2024, arXiv 2404.07724): at high noise it
     costs variety, at low noise it changes nothing. Where no example lies in it, the conditional half runs alone.
 
     Args:

@@ -34,8 +34,7 @@ def choose_timesteps(
     Raises:
       UserError: a spacing of another name, or a number of steps that is not between 1 and the schedule's.
     """
-    if spacing == "auto":
-        spacing = "power" if method in SOLVERS else "uniform"
+    spacing = resolve_spacing(spacing, method)
     if spacing not in SPACINGS:
         raise UserError(f"{spacing!r} is no spacing of timesteps: give one of auto, {', '.join(SPACINGS)}")
     if spacing == "uniform":
@@ -55,3 +54,10 @@ def choose_timesteps(
     # Where steps lie closer than timesteps do, each takes the next that is free.
     distinct = np.maximum.accumulate(np.rint(wanted).astype(int) - order) + order
     return tuple(int(t) for t in np.minimum(distinct, last - num_steps + 1 + order))
+
+
+def resolve_spacing(spacing: str, method: str) -> str:
+    """What "auto" stands for with a method of `sampler.METHODS`; other spacings stand for themselves."""
+    if spacing != "auto":
+        return spacing
+    return "power" if method in SOLVERS else "uniform"

@@ -76,7 +76,7 @@ def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[
     while index and not shards.is_complete():
         time.sleep(1)
     if index == 0:
-        while not all(map(shards.is_written, range(len(shards.sizes)))):
+        while not all(map(shards.is_written, range(len(shards.sizes)))):  # those of other processes
             time.sleep(1)
         while damaged := shards.finish():
             for number in damaged:
@@ -101,11 +101,12 @@ class _Progress:
         self._written = self._start = self._count()
 
     def report(self, done: int) -> None:
-        """So many pictures of the shard at hand are drawn, and, as far as known, as many by every other process."""
+        """So many pictures of the shard at hand are drawn; now and then a line says so."""
         if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._print(self._written + done * jax.process_count())
+            self._print(self._written + done)
 
     def shard_done(self) -> None:
+        """Another shard is on disk, and others may be by other processes."""
         self._written = self._count()
         self._print(self._written)
 
