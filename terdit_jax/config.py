@@ -112,11 +112,11 @@ _POSITIVE = (
     "train.num_steps", "train.batch_size", "train.accumulation_steps", "train.max_nonfinite_steps",
     "optimizer.learning_rate", "optimizer.drop_learning_rate", "optimizer.clip_norm", "optimizer.eps",
     "checkpoint.every", "log.every", "log.heldout_batches", "log.score_samples",
-    "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
+    "sample.cfg_t_max", "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "optimizer.drop_step", "optimizer.weight_decay", "checkpoint.keep_every", "log.heldout_every",
-    "log.samples_every", "log.score_every", "sample.cfg_scale", "sample.cfg_channels",
+    "log.samples_every", "log.score_every", "sample.cfg_scale", "sample.cfg_channels", "sample.cfg_t_min",
 )  # fmt: skip
 _SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
 
