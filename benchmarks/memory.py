@@ -9,8 +9,6 @@ allocator's; the driver's own context comes on top.
 
 from collections.abc import Iterator, Sequence
 import datetime
-import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -23,6 +21,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from benchmarks.machine import load_config, versions
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.runtime import load_model
@@ -52,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
             artifact = pathlib.Path(scratch) / f"{pathlib.Path(path).stem}.safetensors"
             write_random(path, artifact)
             rows.append([_in_own_process(artifact, scratch) for _ in range(2)][-1])
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-    content = {"date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
+    date = datetime.date.today().isoformat()
+    content = {"date": date, "versions": versions("jax", "flax", "numpy"), "rows": rows}
     pathlib.Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")
     print(f"{'model':<16}{'file':>10}{'held':>10}{'peak':>10}{'ms a step':>12}")
     for row in rows:
@@ -63,10 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
 def write_random(config_path: str, artifact: pathlib.Path) -> None:
     """An artifact of a configuration with random codes and floats."""
-    spec = importlib.util.spec_from_file_location("config", config_path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load_config(config_path)
     model = DiTConfig.from_config(config)
     layout = published_layout(model, packed=True)
     run = describe_run(config, 0, make_synthetic(model.sample_shape, model.num_classes).metadata)

@@ -8,8 +8,6 @@ rate, and peak memory. Every run starts in a process of its own, so that peak me
 
 from collections.abc import Sequence
 import datetime
-import importlib.metadata
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -18,9 +16,8 @@ import time
 
 from absl import flags
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from benchmarks.machine import load_config, measure_matmul_rate, versions
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.training.loop import device_batches
@@ -48,23 +45,10 @@ def main(argv: Sequence[str]) -> None:
     print(_table(rows))
 
 
-def measure_matmul_rate(size: int = 8192, repeats: int = 30) -> float:
-    """FLOP/s a device of dense bf16 matmuls of random data."""
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
-    matmul = jax.jit(lambda a, b: a @ b)
-    jax.block_until_ready(matmul(a, b))
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        jax.block_until_ready([matmul(a, b) for _ in range(repeats)])
-        times.append((time.perf_counter() - begin) / repeats)
-    return 2 * size**3 / float(np.median(times))
-
-
 def measure_run(run: str) -> dict:
     """One row: the step of a config at a batch size, state and data as in training, saving and logging left out."""
     path, batch_size, *remat = run.split(":")
-    config = _load(path)
+    config = load_config(path)
     config.train.batch_size = int(batch_size)
     if remat:
         config.compute.remat = remat[0]
@@ -104,13 +88,6 @@ def measure_run(run: str) -> dict:
     }
 
 
-def _load(path: str):
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def _in_own_process(run: str) -> dict:
     command = [sys.executable, "-m", "benchmarks.training", f"--one={run}"]
     command += [f"--steps={_STEPS.value}", f"--warm_up={_WARM_UP.value}"]
@@ -126,7 +103,7 @@ def _provenance() -> dict:
         "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions(*packages),
     }
 
 

@@ -19,6 +19,7 @@ from terdit_jax.config import base_config
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.inference.modes import MODES
 from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.runtime import DTYPES, Denoiser, check_labels, load_model
@@ -43,6 +44,7 @@ _SEED = flags.DEFINE_integer(
 )
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
+_MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.")
 _VAE = flags.DEFINE_string("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
 _OUTPUT = flags.DEFINE_string(
@@ -67,7 +69,12 @@ def main(argv: Sequence[str]) -> None:
     initialize_processes()
     vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(
-        _MODEL.value, mesh=local_mesh(), ema=_WEIGHTS.value == "ema", step=_STEP.value, dtype=_DTYPE.value
+        _MODEL.value,
+        mesh=local_mesh(),
+        ema=_WEIGHTS.value == "ema",
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        mode=_MODE.value,
     )
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if output.suffix != ".png" and not (pixels or vae):
@@ -112,6 +119,7 @@ def _draw_set(
     plan = make_plan(
         model={
             "name": description.name, "step": description.step, "ema": description.ema, "dtype": model.config.dtype,
+            "numerics": str(model.numerics),
             "weights": digest(model.operands), "vae": digest(vae[1]) if vae else None,
         },
         settings=settings,

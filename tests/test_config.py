@@ -9,7 +9,8 @@ POSITIVE = {
     "train.num_steps": 0, "train.batch_size": 0, "train.accumulation_steps": -1, "train.max_nonfinite_steps": 0,
     "optimizer.learning_rate": 0.0, "optimizer.drop_learning_rate": -1e-4, "optimizer.clip_norm": 0.0,
     "optimizer.eps": 0.0, "checkpoint.every": 0, "log.every": 0, "log.heldout_batches": 0,
-    "log.score_samples": 0, "sample.cfg_t_max": 0, "sample.num_steps": 0, "sample.num_images": -4, "data.read_threads": 0, "data.prefetch": 0,
+    "log.score_samples": 0, "sample.cfg_t_max": 0,
+    "sample.num_steps": 0, "sample.num_images": -4, "data.read_threads": 0, "data.prefetch": 0,
 }  # fmt: skip
 NOT_NEGATIVE = {
     "optimizer.drop_step": -1, "optimizer.weight_decay": -0.1, "checkpoint.keep_every": -1,

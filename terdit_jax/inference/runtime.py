@@ -19,6 +19,8 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.inference.decoding import VAE, check_vae, to_pictures
+from terdit_jax.inference.lean import bind_schedule, lean_forward, make_lean_operands
+from terdit_jax.inference.modes import Numerics, choose_numerics
 from terdit_jax.inference.sampling import Draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
@@ -41,12 +43,15 @@ class Denoiser:
     config: the architecture and how it is computed.
     description: what the model's file or run says of it.
     mesh: the devices.
-    operands: what the forward pass reads, on the devices; ternary matrices packed, four codes a byte.
+    numerics: of its mode (`modes.choose_numerics`), or None for the forward pass of training.
+    operands: what the forward pass reads, on the devices; where `numerics` is None, ternary matrices are packed, four
+      codes a byte.
     """
 
     config: DiTConfig
     description: Description
     mesh: Mesh
+    numerics: Numerics | None
     operands: dict
 
     def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
@@ -60,7 +65,7 @@ class Denoiser:
         Returns:
           (B, H, W, 2C) float32: eps, then the variance interpolation v.
         """
-        return _denoise(self.config, self.mesh, self.operands, x_t, t, y)
+        return _denoise(self.config, self.numerics, self.mesh, self.operands, x_t, t, y)
 
     def draw(
         self,
@@ -103,20 +108,27 @@ class Denoiser:
             "cfg_t_min": cfg_t_min, "cfg_t_max": cfg_t_max,
         }  # fmt: skip
         settings = {**self.description.sample, **{name: value for name, value in given.items() if value is not None}}
-        draw = _cached_draw(self.config, tuple(sorted(settings.items())), seed)
+        draw = _cached_draw(self.config, self.numerics, tuple(sorted(settings.items())), seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
         return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
 
 @lru_cache(maxsize=16)
-def _cached_draw(config: DiTConfig, settings: tuple[tuple[str, Any], ...], seed: int) -> Draw:
+def _cached_draw(
+    config: DiTConfig, numerics: Numerics | None, settings: tuple[tuple[str, Any], ...], seed: int
+) -> Draw:
     """As `make_draw`; the same settings again are not compiled again."""
-    return make_draw(config, ConfigDict(dict(settings)), seed)
+    bind = partial(bind_schedule, config, numerics) if numerics else None
+    return make_draw(config, ConfigDict(dict(settings)), seed, bind)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _denoise(config: DiTConfig, mesh: Mesh, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _denoise(
+    config: DiTConfig, numerics: Numerics | None, mesh: Mesh, operands: dict, x_t: Array, t: Array, y: Array
+) -> Array:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # jax.set_mesh is not for callers' own jits
+        if numerics:
+            return lean_forward(config, numerics, operands, x_t, t, y)
         return forward(config, operands, x_t, t, y)
 
 
@@ -127,6 +139,7 @@ def load_model(
     ema: bool = True,
     step: int | None = None,
     dtype: DTypeLike | None = None,
+    mode: str = "auto",
 ) -> Denoiser:
     """Loads a model to run it; its weights pass through host memory leaf by leaf and reach the devices packed.
 
@@ -136,9 +149,11 @@ def load_model(
       ema: the averaged weights, where there are both.
       step: which checkpoint of a workdir; the newest sound one if left out.
       dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
+      mode: of `modes.MODES`: how weights lie in memory and what matmuls compute in.
 
     Raises:
-      UserError: nothing at `path` that can be read, a damaged file, or a model that the mesh does not divide.
+      UserError: nothing at `path` that can be read, a damaged file, a model that the mesh does not divide, or a mode
+        that it cannot have.
     """
     weights = open_weights(path, ema=ema, step=step)
     on_cpu = jax.default_backend() == "cpu"
@@ -149,7 +164,11 @@ def load_model(
     config = dataclasses.replace(weights.model, dtype=dtype, scan_layers=scan)
     mesh = mesh or single_device_mesh()
     check_heads(config.num_kv_heads, mesh)
-    return Denoiser(config, weights.description, mesh, place_operands(config, weights.leaves(), mesh))
+    numerics = choose_numerics(mode, config, mesh)
+    operands = place_operands(config, weights.leaves(), mesh)
+    if numerics:
+        operands = make_lean_operands(config, numerics, operands)
+    return Denoiser(config, weights.description, mesh, numerics, operands)
 
 
 def place_operands(config: DiTConfig, leaves: Leaves, mesh: Mesh) -> dict:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.config import base_config
-from terdit_jax.diffusion.guidance import guided
+from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
 from terdit_jax.diffusion.sampler import METHODS, sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace
 from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
@@ -28,7 +28,11 @@ NUM_TIMESTEPS = 1000  # of the process that every model is trained on
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 
 
-def make_draw(model: DiTConfig, settings: ConfigDict, seed: int) -> Draw:
+# Operands, all timesteps (S,) of a run, labels (B,) of its pictures -> the network for that run.
+Bind = Callable[[dict, np.ndarray, Array], ConditionalDenoise]
+
+
+def make_draw(model: DiTConfig, settings: ConfigDict, seed: int, bind: Bind | None = None) -> Draw:
     """A jitted function that draws pictures with one set of sampling settings.
 
     Image i starts from, and is disturbed by, noise that depends on (seed, i) alone: neither the batch it is drawn in
@@ -38,6 +42,7 @@ def make_draw(model: DiTConfig, settings: ConfigDict, seed: int) -> Draw:
       model: the architecture.
       settings: as `config.sample`; a field that older files lack has its default.
       seed: of all noise.
+      bind: makes the network, as `lean.bind_schedule`; the forward pass of training over its operands if left out.
 
     Raises:
       UserError: settings that the sampler does not know.
@@ -57,7 +62,8 @@ def make_draw(model: DiTConfig, settings: ConfigDict, seed: int) -> Draw:
         def noise(i: Array | int) -> Array:
             return constrain(normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i)), "batch", None, None, None)
 
-        network, scale, channels = partial(forward, model, operands), settings.cfg_scale, settings.cfg_channels
+        network = bind(operands, timesteps, labels) if bind else partial(forward, model, operands)
+        scale, channels = settings.cfg_scale, settings.cfg_channels
         denoise = guided(network, labels, model.num_classes, scale, channels, settings.cfg_t_min, last)
         # Step i adds noise i + 1; noise 0 is where the image starts.
         return sample(denoise, noise(0), lambda i: noise(i + 1), schedule, settings.method)

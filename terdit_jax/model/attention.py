@@ -64,7 +64,7 @@ def attention(config: DiTConfig, operands: dict, x: Array, rope: Array) -> Array
     k = rotate(k.reshape(B, T, kv_heads, head_dim), rope)
     v = v.reshape(B, T, kv_heads, head_dim)
     q, k, v = (constrain(a, "batch", "tokens", "heads", None) for a in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, implementation=_implementation(config))
+    out = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config))
     return operands["out"](out.reshape(B, T, D))[..., 0, :]
 
 
@@ -78,7 +78,7 @@ def rotate(x: Array, rope: Array) -> Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def _implementation(config: DiTConfig) -> str:
+def attention_implementation(config: DiTConfig) -> str:
     """cuDNN's fused attention takes 16-bit inputs on GPUs; XLA's is right everywhere."""
     if config.attention == "auto":
         return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"

@@ -1,0 +1,275 @@
+"""Time and memory of a guided denoising step in every mode, beside PyTorch on the same GPU in the same run.
+
+python -m benchmarks.inference --configs=configs/terdit_600m.py,configs/terdit_4b.py --output=inference.json
+
+Ours is the product's own sampling loop (`inference.sampling.make_draw`) over random codes, modulations of the schedule
+included; PyTorch's ways are `benchmarks.torch_inference`'s. The two sides are processes of their own that take turns on
+the device by a file lock, except that PyTorch compiles while ours runs. Numbers are printed and written as soon as they
+are known, the table last. `error` is the relative error of the output against float32, of this random network.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+
+from absl import flags
+from ml_collections import ConfigDict
+import numpy as np
+
+from benchmarks.machine import load_config, locked, measure_matmul_rate, versions
+from terdit_jax.errors import UserError, run_command
+
+_CONFIGS = flags.DEFINE_list("configs", None, "Configuration files of ternary models.")
+_MODES = flags.DEFINE_list("modes", "exact,fast,small,small_exact", "Ours; MODE:xla leaves the kernels out.")
+_BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
+_PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "PyTorch's, of benchmarks.torch_inference.")
+_PROFILES = flags.DEFINE_list("profiles", "", "CONFIG_NAME/MODE/BATCH of which each kernel's time is written too.")
+_SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
+_ERRORS = flags.DEFINE_bool("errors", True, "Also the error against float32.")
+_OUTPUT = flags.DEFINE_string("output", "inference.json", "JSON file.")
+_ONE = flags.DEFINE_string("one", None, "Our side for one configuration, in this process; prints a line for each row.")
+_LOCK = flags.DEFINE_string("lock", None, "File that is locked while the device is in use.")
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "triton", "nvidia-cudnn-cu13")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    if _ONE.value:
+        for row in measure_ours(_ONE.value):
+            print("row " + json.dumps(row), flush=True)
+        return
+    if not _CONFIGS.value:
+        raise UserError("--configs is missing, e.g. --configs=configs/terdit_600m.py")
+    content = {
+        "command": " ".join(["python -m benchmarks.inference", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "python": sys.version.split()[0],
+        "versions": versions(*_PACKAGES),
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        lock = f"--lock={scratch}/lock"
+        shared = [f"--batches={','.join(_BATCHES.value)}", f"--seconds={_SECONDS.value}", lock]
+        configs = f"--configs={','.join(_CONFIGS.value)}"
+        peers = [["benchmarks.torch_inference", configs, f"--peers={','.join(_PEERS.value)}", *shared]]
+        ours = [
+            ["benchmarks.inference", f"--one={path}", f"--modes={','.join(_MODES.value)}", *shared]
+            + [f"--profiles={','.join(_PROFILES.value)}", f"--errors={_ERRORS.value}"]
+            for path in _CONFIGS.value
+        ]
+        sides = [
+            threading.Thread(target=_collect, args=(side, content)) for side in (peers if _PEERS.value else [], ours)
+        ]
+        for side in sides:
+            side.start()
+        for side in sides:
+            side.join()
+    print(table(content["rows"]), flush=True)
+
+
+def _collect(commands: list[list[str]], content: dict) -> None:
+    for module, *arguments in commands:
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, "-m", module, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            for line in process.stdout:
+                if line.startswith("row "):
+                    content["rows"].append(json.loads(line[4:]))
+                    print({k: v for k, v in content["rows"][-1].items() if k != "kernels"}, flush=True)
+                    pathlib.Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure_ours(path: str) -> Iterator[dict]:
+    """A row for each mode and batch."""
+    import jax
+
+    from terdit_jax.model.config import DiTConfig
+    from terdit_jax.parallel.mesh import single_device_mesh
+
+    config = load_config(path)
+    model = dataclasses.replace(DiTConfig.from_config(config), dtype="bfloat16", remat="none")
+    settings = config.sample
+    settings.cfg_scale = 4.0
+    gpu = jax.default_backend() == "gpu"
+    with locked(_LOCK.value):
+        rate = measure_matmul_rate(*(() if gpu else (256, 2)))
+        packed = random_operands(model)
+        reference = _outputs(model, None, packed) if _ERRORS.value else None
+    for mode in _MODES.value:
+        with locked(_LOCK.value):
+            numerics = _numerics(mode, model, single_device_mesh())
+            operands = _resident(model, numerics, packed)
+            error = _relative(_outputs(model, numerics, operands), reference) if _ERRORS.value else None
+        for batch in map(int, _BATCHES.value):
+            row = {"who": mode, "model": config.name, "batch": batch, "device": jax.devices()[0].device_kind}
+            row |= {"held_gb": _bytes(operands) / 1e9, "error": error, "matmul_tflops": rate / 1e12}
+            name = f"{config.name}/{mode}/{batch}"
+            try:
+                with locked(_LOCK.value):
+                    row |= _time(model, settings, numerics, operands, batch, name in _PROFILES.value)
+                row["floor_ms"] = 1e3 * 2 * batch * model.flops_per_image() / rate
+            except Exception as error_of_run:
+                row["failed"] = f"{type(error_of_run).__name__}: {error_of_run}".splitlines()[0][:200]
+            yield row
+
+
+def random_operands(model) -> dict:
+    """Packed operands of random codes, as `make_operands(..., packed=True)` makes them, of scales that keep the size of
+    activations."""
+    import jax
+    import jax.numpy as jnp
+
+    from terdit_jax.model.transformer import abstract_params, make_operands
+    from terdit_jax.parallel.sharding import path_name
+
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(model))  # noqa: E731
+    shapes = jax.eval_shape(lambda: make_operands(model, zeros(), packed=True))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def codes(key, shape):
+        quads = jax.random.randint(key, (*shape, 4), 0, 3, jnp.uint8)
+        return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+    def draw(path, leaf):
+        name = path_name(path)
+        key = jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode()))
+        if leaf.dtype == jnp.uint8:  # a layer at a time: the generator's bits are 32 times as large
+            return jnp.stack([codes(k, leaf.shape[1:]) for k in jax.random.split(key, leaf.shape[0])])
+        if name.endswith("alpha"):
+            return jnp.full(leaf.shape, 0.02)
+        if name.endswith("scale"):
+            return jnp.full(leaf.shape, 0.3 if "adaLN" in name else 1.0)
+        return 0.02 * jax.random.normal(key, leaf.shape)
+
+    return jax.block_until_ready(jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+def _numerics(mode: str, model, mesh):
+    from terdit_jax.inference.modes import choose_numerics
+
+    name, _, without = mode.partition(":")
+    numerics = choose_numerics(name, model, mesh)
+    return dataclasses.replace(numerics, kernels=False) if without else numerics
+
+
+def _resident(model, numerics, packed: dict) -> dict:
+    import jax
+
+    from terdit_jax.inference.lean import make_lean_operands
+
+    return jax.block_until_ready(make_lean_operands(model, numerics, packed))
+
+
+def _outputs(model, numerics, operands: dict) -> np.ndarray:
+    """Of two noisy latents; in float32 by the forward pass of training if there are no numerics."""
+    import jax
+
+    from terdit_jax.inference.lean import lean_forward
+    from terdit_jax.model.transformer import forward
+
+    x_t = jax.random.normal(jax.random.key(1), (2, *model.sample_shape))
+    t, y = np.array([900, 300]), np.array([7, model.num_classes])
+    if numerics is None:
+        with jax.default_matmul_precision("highest"):
+            exact = dataclasses.replace(model, dtype="float32")
+            return np.asarray(jax.jit(functools.partial(forward, exact))(operands, x_t, t, y))
+    return np.asarray(jax.jit(functools.partial(lean_forward, model, numerics))(operands, x_t, t, y))
+
+
+def _relative(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the noise, the first half of the channels."""
+    a, b = (np.split(array.astype(np.float64), 2, axis=-1)[0] for array in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _time(model, settings: ConfigDict, numerics, operands: dict, batch: int, profiled: bool) -> dict:
+    import jax
+
+    from terdit_jax.inference.lean import bind_schedule
+    from terdit_jax.inference.sampling import make_draw
+
+    settings = ConfigDict(settings)
+    settings.num_steps = 50 if batch <= 8 else 10
+    draw = make_draw(model, settings, 0, functools.partial(bind_schedule, model, numerics))
+    arguments = operands, np.arange(batch, dtype=np.int32) % model.num_classes, np.arange(batch, dtype=np.int32)
+    begin = time.perf_counter()
+    compiled = draw.lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - begin
+
+    def run(count: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(count):
+            last = compiled(*arguments)
+        jax.block_until_ready(last)
+        return (time.perf_counter() - begin) / count / settings.num_steps
+
+    run(1)
+    count = max(1, round(_SECONDS.value / run(1) / settings.num_steps))
+    seconds = float(np.median([run(count) for _ in range(5)]))
+    row = {
+        "ms": 1e3 * seconds,
+        "images_per_second_250_steps": batch / (250 * seconds),
+        "temp_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "compile_seconds": compile_seconds,
+    }
+    if profiled:
+        row["kernels"] = _profile(lambda: compiled(*arguments), settings.num_steps)
+    return row
+
+
+def _profile(run, num_steps: int) -> dict[str, list[float]]:
+    """Microseconds and launches a step of the kernels that take longest."""
+    import jax
+
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            for line in plane.lines if plane.name.startswith("/device:") else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    entry = times.setdefault(event.name, [0.0, 0.0])
+                    entry[0] += event.duration_ns / 1e3 / num_steps
+                    entry[1] += 1 / num_steps
+    return dict(sorted(times.items(), key=lambda item: -item[1][0])[:40])
+
+
+def _bytes(operands: dict) -> int:
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(operands))
+
+
+def table(rows: list[dict]) -> str:
+    """Milliseconds a step and how many times as fast as torch.compile in bfloat16."""
+    peers = {(row["model"], row["batch"]): row.get("ms") for row in rows if row["who"] == "torch compiled"}
+    columns = ("model", "batch", "who", "ms a step", "times torch.compile", "held GB", "of the floor", "error")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in sorted(rows, key=lambda row: (row["model"], row["batch"], row["who"])):
+        cells = [row["model"], str(row["batch"]), row["who"]]
+        if "failed" in row:
+            lines.append("| " + " | ".join([*cells, "failed: " + row["failed"]]) + " |")
+            continue
+        peer = peers.get((row["model"], row["batch"]))
+        cells += [f"{row['ms']:.2f}", f"{peer / row['ms']:.2f}" if peer else "", f"{row['held_gb']:.2f}"]
+        cells += [f"{row['floor_ms'] / row['ms']:.0%}" if "floor_ms" in row else ""]
+        cells += [f"{row['error']:.2g}" if row.get("error") is not None else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

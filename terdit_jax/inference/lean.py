@@ -1,0 +1,205 @@
+"""The forward pass of a ternary model rearranged for inference: the same function as `model.transformer.forward`.
+
+What training needs to keep apart is joined here: one matmul for q, k and v and one for w1 and w3, the modulations of
+all layers before the first, scales behind the sums, heads in an order in which RoPE needs no shuffle. The passes
+between matmuls are `rowwise`'s or `mosaic`'s; the numbers that each mode computes in are `modes`'s.
+"""
+
+from functools import partial
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from terdit_jax.diffusion.guidance import ConditionalDenoise
+from terdit_jax.inference import mosaic, rowwise
+from terdit_jax.inference.modes import Numerics
+from terdit_jax.model.attention import attention_implementation
+from terdit_jax.model.block import modulation
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.embedders import condition, final_layer, patchify, rope_table, sincos_2d_table, unpatchify
+from terdit_jax.model.layers import linear
+from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
+from terdit_jax.ternary.expand import expand
+
+SCHEDULE_BYTES = 2**30  # of device memory for the modulations of a whole sampling run
+
+
+def make_lean_operands(config: DiTConfig, numerics: Numerics, operands: dict) -> dict:
+    """What `lean_forward` reads.
+
+    Args:
+      config: a ternary architecture.
+      numerics: of the mode.
+      operands: of `make_operands(..., packed=True)`, whole on each device.
+
+    Returns:
+      The embedders and the final layer as they are; "modulation" with the depth in front, its matrix packed; "layers",
+      a tuple with a dict a layer, whose matrices are (out, in) in `numerics.weights` or (out, in / 4) uint8.
+    """
+    blocks = operands["blocks"]
+    make = jax.jit(partial(_make_layer, config, numerics))
+    layers = tuple(
+        make(*(jax.tree.map(lambda leaf: leaf[index], blocks[name]) for name in ("attention", "feed_forward")))  # noqa: B023
+        for index in range(config.depth)
+    )
+    modulation_operands = {
+        "linear": blocks["adaLN_modulation"],
+        "attention": {"norm": blocks["attention_norm"]["scale"], "alpha": blocks["attention"]["out"].alpha[:, 0]},
+        "ffn": {"norm": blocks["ffn_norm"]["scale"], "alpha": blocks["feed_forward"]["down"].alpha[:, 0]},
+    }
+    rest = {name: value for name, value in operands.items() if name != "blocks"}
+    return rest | {"modulation": modulation_operands, "layers": layers}
+
+
+def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_forward: dict) -> dict:
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    repeats = heads // kv_heads
+    q_order, k_order = (rowwise.rotary_order(count, head_dim) for count in (heads, kv_heads))
+    packed, alpha = attention["qkv"].packed, attention["qkv"].alpha  # (repeats + 2, kv_width, in / 4)
+    # Back to the published head order (kv head, repeat, head_dim), then to RoPE's.
+    q = packed[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
+    weights = {
+        "qkv": jnp.concatenate([q[q_order], packed[-2][k_order], packed[-1]]),
+        "out": attention["out"].packed[0],
+        "w13": feed_forward["w13"].packed.reshape(2 * config.mlp_width, -1),
+        "down": feed_forward["down"].packed[0],
+    }
+    if numerics.weights != "packed":
+        weights = {name: expand(leaf, numerics.weights) for name, leaf in weights.items()}
+    norms = None
+    if config.qk_norm:
+        orders = {"q_norm": q_order, "k_norm": k_order}
+        norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in orders.items())
+    # Queries' parts share one alpha.
+    return weights | {
+        "alphas_qkv": alpha[jnp.array([0, -2, -1])],
+        "alphas_w13": feed_forward["w13"].alpha,
+        "norms": norms,
+    }
+
+
+def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:
+    """Shift, scale and gate of attention, then of the feed-forward, of all layers: c (R, C') -> (L, R, 6, D)."""
+    layer = lambda _, layer: (None, modulation(layer, c, config.activation_dtype))  # noqa: E731
+    return jax.lax.scan(layer, None, operands["modulation"]["linear"])[1]
+
+
+def _make_vectors(operands: dict, m: Array) -> Array:
+    """What `rowwise.add_norm_modulate` reads at each of its sites, (2 L, 3, R, D) float32, from modulations.
+
+    Site 2 l leads from attention to feed-forward, site 2 l + 1 from there to the next layer's attention; behind the
+    last layer gain and shift are the first one's, which its start needs.
+    """
+    parts = (m[:, :, part].astype(jnp.float32) for part in range(6))  # (L, R, D) each
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
+    attention, ffn = (
+        {name: leaf.reshape(len(m), 1, -1) for name, leaf in operands["modulation"][site].items()}
+        for site in ("attention", "ffn")
+    )
+    to_ffn = (gate * attention["alpha"], ffn["norm"] * (1 + ffn_scale), ffn_shift)
+    following = (jnp.roll(a, -1, axis=0) for a in (attention["norm"] * (1 + scale), shift))
+    to_attention = (ffn_gate * ffn["alpha"], *following)
+    vectors = jnp.stack([jnp.stack(to_ffn, axis=1), jnp.stack(to_attention, axis=1)], axis=1)
+    return vectors.reshape(-1, *vectors.shape[2:])
+
+
+def lean_forward(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
+    """As `model.transformer.forward`, from operands of `make_lean_operands`."""
+    c = condition(operands, t, y)
+    return lean_blocks(config, numerics, operands, x_t, c, modulations(config, operands, c))
+
+
+def bind_schedule(
+    config: DiTConfig, numerics: Numerics, operands: dict, timesteps: np.ndarray, labels: Array
+) -> ConditionalDenoise:
+    """The network for the steps of one sampling run, whose modulations are worked out before its loop if they fit.
+
+    All modulations of a run depend on its timesteps and labels alone. One matmul a layer for all of them reads each
+    adaLN matrix once instead of at every step; they take 12 L D bytes a timestep and label.
+
+    Args:
+      config: the architecture.
+      numerics: of the mode.
+      operands: of `make_lean_operands`.
+      timesteps: (S,) int, all that the network will be asked for.
+      labels: (B,) int, of the pictures.
+
+    Returns:
+      The network, to be called as `lean_forward` is, with one timestep for all rows and labels (n B,) which of every
+      picture are its own or the null class, n times each.
+    """
+    B = len(labels)
+    table_bytes = 12 * config.depth * config.hidden_size * len(timesteps) * (B + 1)
+    if table_bytes > SCHEDULE_BYTES:
+        return partial(lean_forward, config, numerics, operands)
+    rows = jnp.append(labels, config.num_classes)
+    all_t, all_y = jnp.repeat(jnp.asarray(timesteps), B + 1), jnp.tile(rows, len(timesteps))
+    c = condition(operands, all_t, all_y)
+    m = modulations(config, operands, c)
+    m = m.reshape(config.depth, len(timesteps), B + 1, *m.shape[2:])
+    c = c.reshape(len(timesteps), B + 1, -1)
+
+    def denoise(x_t: Array, t: Array, y: Array) -> Array:
+        step = jnp.argmax(jnp.asarray(timesteps) == t[0])
+        row = jnp.where(y == config.num_classes, B, jnp.arange(len(y)) // (len(y) // B))
+        return lean_blocks(config, numerics, operands, x_t, c[step][row], m[:, step][:, row])
+
+    return denoise
+
+
+def lean_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
+    """The forward pass behind its conditions.
+
+    Args:
+      config: the architecture.
+      numerics: of the mode.
+      operands: of `make_lean_operands`.
+      x_t: (B, H, W, C) float noisy latents.
+      c: (B, C') of `condition`.
+      m: (L, B, 6, D) of `modulations`.
+
+    Returns:
+      (B, H, W, 2C) float32: eps, then the variance interpolation v.
+    """
+    compute = partial(_blocks, config, numerics)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        # Each device has the whole network and its own rows; compilers cut neither kernels nor cuDNN's attention.
+        batch = PartitionSpec(LOGICAL_TO_MESH["batch"])
+        specs = (PartitionSpec(), batch, batch, PartitionSpec(None, *batch))
+        compute = jax.shard_map(compute, in_specs=specs, out_specs=batch, check_vma=False)
+    return compute(operands, x_t, c, m)
+
+
+def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
+    dtype, operand = config.activation_dtype, numerics.operand
+    passes = mosaic if numerics.kernels else rowwise
+    rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
+    vectors = _make_vectors(operands, m)
+    x = linear(patchify(x_t, config.patch_size), operands["x_embedder"], dtype)
+    if config.positions == "rope_1d_sincos_2d":
+        x = x + sincos_2d_table(config.grid_size, config.hidden_size)
+    x = x.astype(dtype)
+    h, scale = rowwise.quantize(rowwise.norm_modulate(x, vectors[-1, 1], vectors[-1, 2]), operand)
+    for index, layer in enumerate(operands["layers"]):
+        y = _multiply(numerics, h, layer["qkv"])
+        q, k, v = passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
+        h = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config)).reshape(x.shape)
+        h, scale = (h, None) if operand == h.dtype else passes.quantize(h, operand)
+        y = _multiply(numerics, h, layer["out"])
+        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), operand)
+        y = _multiply(numerics, h, layer["w13"])
+        h, scale = passes.swiglu(y, scale, layer["alphas_w13"], operand)
+        y = _multiply(numerics, h, layer["down"])
+        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), operand)
+    return unpatchify(final_layer(operands["final_layer"], x, c), config.grid_size, config.patch_size)
+
+
+def _multiply(numerics: Numerics, h: Array, weight: Array) -> Array:
+    """h (B, T, in) times weight (out, in), or (out, in / 4) packed -> (B, T, out) in `numerics.products`."""
+    if weight.dtype == jnp.uint8:
+        weight = expand(weight, numerics.operand)
+    return jax.lax.dot_general(h, weight, (((2,), (1,)), ((), ())), preferred_element_type=numerics.products)

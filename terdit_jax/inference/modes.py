@@ -1,0 +1,95 @@
+"""The modes of inference: which numbers matmuls take and how weights lie in memory, chosen by one word.
+
+What is computed in them is `lean`'s; docs/deployment.md has each one's speed, memory and error.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from terdit_jax.errors import UserError
+from terdit_jax.inference import mosaic
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import count_params
+
+MODES = {
+    "auto": "exact where its weights fit beside the work, small_exact elsewhere",
+    "exact": "weights in the activations' dtype: the trained model's function, fast",
+    "fast": "weights and activations in 8 bits: another function, faster, half the memory of exact",
+    "small": "weights at 2 bits, matmuls in 8: the function of fast in an eighth of the memory of exact",
+    "small_exact": "weights at 2 bits: the trained model's function",
+}
+
+_RESERVED = 0.25  # of a device's memory, for activations and the compiler
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """weights: dtype in which codes stay in memory, or "packed". operand: dtype of matmul operands. products: dtype of
+    what matmuls return, their sums being float32 or int32. kernels: whether `mosaic` has the passes between them."""
+
+    weights: str
+    operand: str
+    products: str
+    kernels: bool = False
+
+
+def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None:
+    """The numbers of a mode on the mesh's devices, or None for the forward pass of training over packed codes.
+
+    That one is what `auto` takes on CPUs, where it equals quantisation-aware training bit for bit, and wherever the
+    matrices are full precision or cut over the mesh.
+
+    Args:
+      mode: of MODES.
+      config: architecture and activation dtype.
+      mesh: the devices.
+
+    Raises:
+      UserError: a mode that there is not, or that the model or the mesh cannot have.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
+    device = mesh.devices.flat[0]
+    cut = [f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "data" and size > 1]
+    if mode == "auto":
+        if not config.ternary or cut or device.platform == "cpu":
+            return None
+        mode = "exact" if _fits(config, device) else "small_exact"
+    if not config.ternary:
+        raise UserError(f"mode {mode}: is of ternary models, and this one is full precision; give auto")
+    if cut:
+        raise UserError(f"mode {mode}: needs whole matrices on each device, mesh {', '.join(cut)} cuts them; give auto")
+    eight = _eight_bit_dtype(device)
+    operand = eight if mode in ("fast", "small") else config.dtype
+    return Numerics(
+        weights="packed" if mode.startswith("small") else operand,
+        operand=operand,
+        products="int32" if operand == "int8" else config.dtype,
+        kernels=_has_kernels(config, device) and operand != "int8",
+    )
+
+
+def _fits(config: DiTConfig, device: jax.Device) -> bool:
+    held = count_params(config)["total"] * config.activation_dtype.itemsize
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit is None or held < (1 - _RESERVED) * limit
+
+
+def _eight_bit_dtype(device: jax.Device) -> str:
+    """fp8 where matmuls take it (Ada, Hopper and later, and CPUs, which only imitate it), int8 elsewhere."""
+    if device.platform == "gpu":
+        return "float8_e4m3fn" if _compute_capability(device) >= (8, 9) else "int8"
+    return "float8_e4m3fn" if device.platform == "cpu" else "int8"
+
+
+def _has_kernels(config: DiTConfig, device: jax.Device) -> bool:
+    if device.platform != "gpu" or _compute_capability(device)[0] != 9 or config.activation_dtype != jnp.bfloat16:
+        return False
+    return mosaic.supports(config.hidden_size, config.kv_width, config.mlp_width)
+
+
+def _compute_capability(device: jax.Device) -> tuple[int, ...]:
+    return tuple(int(part) for part in str(getattr(device, "compute_capability", "0.0")).split("."))

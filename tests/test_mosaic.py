@@ -1,0 +1,92 @@
+"""The kernels equal the passes they stand for, interpreted on CPUs and as they are on Hopper GPUs."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.inference import mosaic, rowwise
+from terdit_jax.model.embedders import rope_table
+
+B, T, D, HEADS = 2, 4, 256, 4
+ON_HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")
+OPERANDS = ("bfloat16", "float8_e4m3fn")
+
+
+@pytest.fixture(params=OPERANDS)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Where there is no Hopper GPU, a NumPy machine runs the kernels. Layouts mean nothing to it."""
+    context = nullcontext()
+    if not ON_HOPPER:
+        params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+        context = params.force_gpu_interpret_mode()
+        monkeypatch.setattr(mosaic, "_strided", lambda vector: vector)
+    with context:
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def draws(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def assert_equal_but_for_rounding(actual, expected):
+    """Sums in another order may round a number to a neighbour; here and there, not everywhere."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    a, b = (np.asarray(array.astype(jnp.float32)) for array in (actual, expected))
+    step = 2 * float(jnp.finfo(expected.dtype).eps) if expected.dtype != jnp.float32 else 1e-5
+    np.testing.assert_allclose(a, b, rtol=step, atol=step * 1e-2 * np.abs(b).max())
+    assert expected.dtype == jnp.float32 or np.mean(a != b) < 0.02
+    assert np.abs(b).max() > 0
+
+
+def assert_same_pass(name, *arguments):
+    made, expected = (getattr(module, name)(*arguments) for module in (mosaic, rowwise))
+    made, expected = (jax.tree.leaves(leaves) for leaves in (made, expected))
+    assert len(made) == len(expected)
+    for pair in zip(made, expected, strict=True):
+        assert_equal_but_for_rounding(*pair)
+
+
+def test_add_norm_modulate(dtype):
+    y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
+    x, y = (draws(B, T, D, seed=seed, dtype=jnp.bfloat16) for seed in (2, 3))
+    assert_same_pass("add_norm_modulate", x, y, y_scale, draws(2, 3, B, D, seed=4), jnp.int32(1), dtype)
+
+
+def test_swiglu(dtype):
+    y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
+    y = draws(B, T, 2 * D, dtype=jnp.bfloat16)
+    assert_same_pass("swiglu", y, y_scale, jnp.array([0.7, -1.3]), dtype)
+
+
+def test_quantize(dtype):
+    assert_same_pass("quantize", draws(B, T, D, dtype=jnp.bfloat16), dtype)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("kv_heads", [HEADS, HEADS // 2])
+def test_queries_keys_values(kv_heads, normed):
+    head_dim = 2 * D // HEADS
+    width, kv_width = HEADS * head_dim, kv_heads * head_dim
+    norms = tuple({"scale": draws(n, seed=n), "bias": draws(n, seed=n + 1)} for n in (width, kv_width))
+    y = draws(B, T, width + 2 * kv_width, dtype=jnp.bfloat16)
+    alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, head_dim))
+    scale = jnp.abs(draws(B, T, seed=1)) + 0.1
+    arguments = (scale, alphas, norms if normed else None, rope, HEADS)
+    made = mosaic.queries_keys_values(y, *arguments)
+    # In float32, `rowwise` does not round between norm and rotation, as kernels never do.
+    for actual, expected in zip(made, rowwise.queries_keys_values(y.astype(jnp.float32), *arguments), strict=True):
+        assert_equal_but_for_rounding(actual, expected.astype(jnp.bfloat16))
+
+
+def test_widths_that_a_warpgroup_cannot_share():
+    assert mosaic.supports(1536, 4096) and not mosaic.supports(1536, 4096 + 128)
