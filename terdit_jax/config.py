@@ -70,6 +70,8 @@ def base_config() -> ConfigDict:
             "clip_norm": 2.0,
             "ema_decay": 0.9999,
             "ema_ramp": False,  # decay min(ema_decay, (1 + step) / (10 + step)): for short runs
+            "spike_sigma": 0.0,  # skip losses so many running deviations above their running mean; 0: never
+            "spike_window": 200,  # steps that mean and deviation reach back
         }
     )
     config.train = ConfigDict(
@@ -111,12 +113,13 @@ def base_config() -> ConfigDict:
 _POSITIVE = (
     "train.num_steps", "train.batch_size", "train.accumulation_steps", "train.max_nonfinite_steps",
     "optimizer.learning_rate", "optimizer.drop_learning_rate", "optimizer.clip_norm", "optimizer.eps",
-    "checkpoint.every", "log.every", "log.heldout_batches", "log.score_samples",
+    "optimizer.spike_window", "checkpoint.every", "log.every", "log.heldout_batches", "log.score_samples",
     "sample.cfg_t_max", "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "optimizer.drop_step", "optimizer.weight_decay", "checkpoint.keep_every", "log.heldout_every",
-    "log.samples_every", "log.score_every", "sample.cfg_scale", "sample.cfg_channels", "sample.cfg_t_min",
+    "optimizer.drop_step", "optimizer.spike_sigma", "optimizer.weight_decay", "checkpoint.keep_every",
+    "log.heldout_every", "log.samples_every", "log.score_every", "sample.cfg_scale",
+    "sample.cfg_channels", "sample.cfg_t_min",
 )  # fmt: skip
 _SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
 

@@ -72,7 +72,7 @@ def make_workdir(path: Path, steps: tuple[int, ...] = (1, 2), **model) -> dict[i
     saved = {}
     for step in steps:
         raw, averaged = (random_params(architecture(config), 2 * step + i) for i in range(2))
-        rest = {"opt_state": {}, "skipped": {"total": jnp.int32(0)}, "window": {"sums": {}}}
+        rest = {"opt_state": {}, "skipped": {"total": jnp.int32(0)}, "spikes": {}, "window": {"sums": {}}}
         state = {"step": jnp.int32(step), "params": raw, "ema_params": averaged, **rest}
         checkpoints.save(state, describe_run(config, step, data))
         saved[step] = jax.tree.map(np.asarray, (raw, averaged))

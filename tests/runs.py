@@ -31,6 +31,8 @@ SHRUNKEN = {
     "train.num_steps": 40,
     "train.batch_size": 16,
     "optimizer.drop_step": 30,
+    "optimizer.spike_sigma": 0.7,  # so that some steps are skipped, and runs that resume must skip the same
+    "optimizer.spike_window": 6,
     "checkpoint.every": 6,
     "log.every": 4,
     "log.heldout_every": 20,

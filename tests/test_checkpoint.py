@@ -19,6 +19,7 @@ def state(step):
         "ema_params": {"w": values * 2},
         "opt_state": ({"mu": values * 3},),
         "skipped": {"total": jnp.int32(0)},
+        "spikes": {"total": jnp.int32(0)},
         "window": {"sums": {"loss": jnp.float32(step)}},
     }
 

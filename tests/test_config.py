@@ -8,13 +8,13 @@ from terdit_jax.errors import UserError
 POSITIVE = {
     "train.num_steps": 0, "train.batch_size": 0, "train.accumulation_steps": -1, "train.max_nonfinite_steps": 0,
     "optimizer.learning_rate": 0.0, "optimizer.drop_learning_rate": -1e-4, "optimizer.clip_norm": 0.0,
-    "optimizer.eps": 0.0, "checkpoint.every": 0, "log.every": 0, "log.heldout_batches": 0,
+    "optimizer.eps": 0.0, "optimizer.spike_window": 0, "checkpoint.every": 0, "log.every": 0, "log.heldout_batches": 0,
     "log.score_samples": 0, "sample.cfg_t_max": 0,
     "sample.num_steps": 0, "sample.num_images": -4, "data.read_threads": 0, "data.prefetch": 0,
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "optimizer.drop_step": -1, "optimizer.weight_decay": -0.1, "checkpoint.keep_every": -1,
-    "log.heldout_every": -1, "log.samples_every": -1, "log.score_every": -1,
+    "optimizer.drop_step": -1, "optimizer.spike_sigma": -1.0, "optimizer.weight_decay": -0.1,
+    "checkpoint.keep_every": -1, "log.heldout_every": -1, "log.samples_every": -1, "log.score_every": -1,
     "sample.cfg_scale": -0.5, "sample.cfg_channels": -1, "sample.cfg_t_min": -1,
 }  # fmt: skip
 SHARES = {"optimizer.b1": 1.0, "optimizer.b2": -0.1, "optimizer.ema_decay": 1.0}

@@ -55,6 +55,12 @@ def resume(places, workdir: Path) -> tuple[str, str]:
     return finish(start("main", *train_arguments(data, workdir), cache=cache))
 
 
+def test_the_guard_skips_some_steps_and_not_all(places):
+    (last,) = [line for line in metrics_without_timing(places[2]) if line["step"] == 40 and "loss" in line]
+    assert 0 < last["spiked_steps"] < 20 and last["skipped_steps"] == 0
+    assert int(saved_run(places[2])[0]["spikes"]["total"]) == last["spiked_steps"]
+
+
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(places, tmp_path):
     step = random.Random(os.urandom(8)).randrange(8, 33)
     killed_run(places, tmp_path, at_step=step)

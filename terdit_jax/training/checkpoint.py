@@ -24,7 +24,11 @@ from terdit_jax.errors import UserError
 MANIFEST = "sha256.json"
 RUN = "run"
 # Items of a checkpoint: sampling reads one of the first two and leaves the rest on disk.
-_ITEMS = {"params": ("params",), "ema_params": ("ema_params",), "rest": ("step", "opt_state", "skipped", "window")}
+_ITEMS = {
+    "params": ("params",),
+    "ema_params": ("ema_params",),
+    "rest": ("step", "opt_state", "skipped", "spikes", "window"),
+}
 _CHUNK_BYTES = 64 << 20
 
 LeafReader = Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]

@@ -144,13 +144,16 @@ class _Run:
         self.pending = None
         figures = {name: float(value) for name, value in jax.device_get(figures).items()}
         consecutive, skipped = int(figures.pop("skipped_consecutive")), int(figures["skipped_steps"])
-        figures["learning_rate"] = float(self.learning_rate(step - 1 - skipped))
+        spiked = int(figures["spiked_steps"])
+        figures["learning_rate"] = float(self.learning_rate(step - 1 - skipped - spiked))
         timing = self._timing(step)
         if self.writer:
             self.writer.write(step, figures, timing)
             self._report(step, figures, timing)
         if skipped:
             logging.warning("%d non-finite updates have been skipped so far", skipped)
+        if spiked:
+            logging.warning("%d updates have been skipped as loss spikes so far", spiked)
         if consecutive >= self.setup.config.train.max_nonfinite_steps:
             raise UserError(
                 f"loss or gradient has been non-finite at every step from {step - consecutive + 1} to {step}: "
@@ -242,6 +245,7 @@ def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dic
     codes = packed_codes(model, state["params"])
     figures = means(window["sums"]) | code_statistics(window["codes"], codes)
     figures |= {"skipped_steps": state["skipped"]["total"], "skipped_consecutive": state["skipped"]["consecutive"]}
+    figures |= {"spiked_steps": state["spikes"]["total"]}
     few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
     examples = make_examples(
         jax.tree.map(lambda leaf: leaf[:few], batch),

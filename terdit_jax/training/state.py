@@ -13,6 +13,7 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, make_operands
 from terdit_jax.parallel.sharding import abstract_sharded, place
 from terdit_jax.ternary.linear import PackedLinear
+from terdit_jax.training.spikes import empty_spikes
 from terdit_jax.training.window import empty_sums
 
 State = dict
@@ -28,6 +29,7 @@ def init_state(
       params, ema_params: float32 trees of `init_params`; the EMA starts as a copy.
       opt_state: the optimizer's.
       skipped: {"total", "consecutive"} () int32 non-finite updates.
+      spikes: losses skipped as spikes, and the statistics they are judged by (see `spikes`).
       window: what has been seen since the last log (see `window`), so that a resumed run logs the same lines.
     """
     params = init_params(model, jax.random.key(seed)) if params is None else params
@@ -37,6 +39,7 @@ def init_state(
         "ema_params": jax.tree.map(jnp.copy, params),
         "opt_state": optimizer.init(params),
         "skipped": {"total": jnp.int32(0), "consecutive": jnp.int32(0)},
+        "spikes": empty_spikes(),
         "window": {"sums": empty_sums(), "codes": packed_codes(model, params)},
     }
 

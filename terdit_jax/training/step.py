@@ -20,6 +20,7 @@ from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay
+from terdit_jax.training.spikes import judge_loss
 from terdit_jax.training.state import State
 from terdit_jax.training.window import quartile_sums
 
@@ -100,20 +101,23 @@ def _accumulate(micro: Callable, place: Callable, examples: Examples, steps: int
 def apply_gradients(
     optimizer: optax.GradientTransformation, config: ConfigDict, state: State, sums: dict, grads: dict
 ) -> State:
-    """The next state; a non-finite loss or gradient leaves parameters, moments and EMA as they are, and is counted.
+    """The next state; a loss that is a spike, or a loss or gradient that is not finite, leaves parameters, moments and
+    EMA as they are, and is counted.
 
     optax.apply_if_finite branches with lax.cond, which keeps both branches' states in memory; selecting leaf by leaf
     costs nothing beside the update.
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+    spike, spikes = judge_loss(config, state["spikes"], jnp.where(finite, sums["loss"], jnp.nan))
+    learn = finite & ~spike
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     decay = ema_decay(config, state["step"])
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema_params"], params)
 
-    def keep(new: dict, old: dict) -> dict:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    def keep(new: dict, old: dict, take: Array = learn) -> dict:
+        return jax.tree.map(lambda n, o: jnp.where(take, n, o), new, old)
 
     seen = sums | {"grad_norm": grad_norm, "steps": jnp.float32(1)}
     window_sums = {name: total + seen[name] for name, total in state["window"]["sums"].items()}
@@ -126,7 +130,8 @@ def apply_gradients(
             "total": state["skipped"]["total"] + ~finite,
             "consecutive": jnp.where(finite, 0, state["skipped"]["consecutive"] + 1),
         },
-        "window": {"sums": keep(window_sums, state["window"]["sums"]), "codes": state["window"]["codes"]},
+        "spikes": spikes,
+        "window": {"sums": keep(window_sums, state["window"]["sums"], finite), "codes": state["window"]["codes"]},
     }
 
 
