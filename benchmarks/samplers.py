@@ -37,8 +37,9 @@ from terdit_jax.diffusion.schedule import Schedule, linear_schedule, respace
 from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import train_classifier
-from terdit_jax.evaluation.frechet import Statistics, frechet_distance, statistics
+from terdit_jax.evaluation.frechet import frechet_distance
 from terdit_jax.evaluation.proxy import sample_labels
+from terdit_jax.evaluation.statistics import Statistics, statistics
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.training.checkpoint import Checkpoints
 

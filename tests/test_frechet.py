@@ -1,10 +1,12 @@
-"""The Frechet distance against closed forms, and the moments behind it."""
+"""The Frechet distance against the ADM evaluator's and closed forms."""
 
+from golden_models import golden_arrays
 import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.frechet import Statistics, frechet_distance, statistics
+from terdit_jax.evaluation.frechet import frechet_distance
+from terdit_jax.evaluation.statistics import Statistics, statistics
 
 
 def _rotation(dim, seed):
@@ -15,13 +17,12 @@ def _gaussian(mean, eigenvalues, rotation):
     return Statistics(np.asarray(mean, float), rotation @ np.diag(eigenvalues) @ rotation.T, 100)
 
 
-def test_statistics_are_mean_and_unbiased_covariance():
-    features = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    found = statistics(features)
-    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    np.testing.assert_allclose(found.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, centred.T @ centred / 49, rtol=1e-12)
-    assert found.count == 50 and found.covariance.dtype == np.float64
+def test_golden_features_have_the_evaluators_distance():
+    golden = golden_arrays("adm_metrics")
+    expected = pytest.approx(float(golden["fid"]), rel=1e-6)
+    assert frechet_distance(statistics(golden["real"]), statistics(golden["fake"])) == expected
+    stored = (Statistics(golden[f"mu_{name}"], golden[f"sigma_{name}"], 0) for name in ("real", "fake"))
+    assert frechet_distance(*stored) == expected
 
 
 def test_commuting_covariances_match_closed_form():
@@ -51,6 +52,22 @@ def test_rank_deficient_covariances_match_closed_form():
         _gaussian(np.zeros(64), a_values, rotation), _gaussian(np.zeros(64), b_values, rotation)
     )
     assert distance == pytest.approx(4e4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dim", [32, 512])
+def test_ill_conditioned_covariances_match_closed_form(dim):
+    """Rotated alike, with eigenvalues from 1e-12 to 1, for the second in another order."""
+    rotation, rng = _rotation(dim, 5), np.random.default_rng(6)
+    values = np.logspace(-12, 0, dim)
+    other = rng.permutation(values)
+    mean = 1e-3 * rng.normal(size=dim)
+    expected = np.square(mean).sum() + np.square(np.sqrt(values) - np.sqrt(other)).sum()
+    a, b = _gaussian(np.zeros(dim), values, rotation), _gaussian(mean, other, rotation)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) < 1e-6
+    half = np.where(np.arange(dim) % 2, 0.0, values)  # and of half the rank
+    expected = np.square(mean).sum() + np.square(np.sqrt(half) - np.sqrt(other)).sum()
+    assert frechet_distance(_gaussian(np.zeros(dim), half, rotation), b) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [10, 500])

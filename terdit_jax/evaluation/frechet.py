@@ -1,36 +1,13 @@
-"""Gaussian summaries of feature sets and the Frechet distance between two of them, in float64 on the host.
+"""The Frechet distance between two Gaussians, in float64 on the host.
 
-Which network the features come from, and how many pictures make a fair comparison, is left to the caller.
+The moments are `statistics`'s; which network the features come from, and how many pictures make a fair comparison, is
+left to the caller.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 
 from terdit_jax.errors import UserError
-
-
-class Statistics(NamedTuple):
-    """The first two moments of a feature set."""
-
-    mean: np.ndarray  # (D,) float64
-    covariance: np.ndarray  # (D, D) float64, ddof 1
-    count: int
-
-
-def statistics(features: np.ndarray) -> Statistics:
-    """Mean and covariance (ddof 1, as in the ADM evaluator) of `features` (N, D), in float64.
-
-    Raises:
-        UserError: fewer than two rows, or values that are not finite.
-    """
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise UserError(f"features of shape {features.shape}: a covariance needs (N, D) with N of at least 2")
-    if not np.isfinite(features).all():
-        raise UserError(f"{(~np.isfinite(features)).sum()} of {features.size} feature values are not finite")
-    covariance = np.atleast_2d(np.cov(features, rowvar=False, ddof=1))
-    return Statistics(features.mean(axis=0), covariance, len(features))
+from terdit_jax.evaluation.statistics import Statistics
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

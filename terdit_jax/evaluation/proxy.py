@@ -10,7 +10,8 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.classifier import Classifier, train_classifier
-from terdit_jax.evaluation.frechet import frechet_distance, statistics
+from terdit_jax.evaluation.frechet import frechet_distance
+from terdit_jax.evaluation.statistics import statistics
 
 
 class Pictures(NamedTuple):
