@@ -6,7 +6,7 @@ Any field is overridden with --config.section.field=value; the same command resu
 from collections.abc import Sequence
 from functools import partial
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
@@ -78,7 +78,10 @@ def _grid_drawer(setup: Setup, draw: DrawPictures) -> DrawGrid:
         grid = make_grid(to_uint8(draw(params, labels)))
         path = setup.workdir / "samples" / f"step_{step:08d}.png"
         if jax.process_index() == 0:
-            save_png(path, grid)
+            try:
+                save_png(path, grid)
+            except UserError as error:  # a disk without room is no reason to stop training
+                logging.error("%s", error)
         return path, grid
 
     return draw_grid

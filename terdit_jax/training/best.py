@@ -54,7 +54,8 @@ class BestCheckpoint:
         if not loss < self._loss:
             return False
         self._checkpoints.save({"ema_params": ema_params}, run | {"loss": loss})
-        self._checkpoints.wait()  # so that no checkpoint to go on from is ever ahead of the best one
+        if not self._checkpoints.wait():  # waiting, so that no checkpoint to go on from is ever ahead of the best one
+            return False
         self._loss = loss
         return True
 

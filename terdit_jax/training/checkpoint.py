@@ -1,14 +1,17 @@
 """Checkpoints: asynchronous, verified by SHA-256, and never trusted blindly.
 
-A damaged checkpoint is set aside with a loud line and the step before it is used. What the state means is `state`'s.
+A damaged checkpoint is set aside with a loud line and the step before it is used; one that the disk has no room for is
+given up with a loud line and training goes on. What the state means is `state`'s.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
-import time
+import logging as python_logging
+import re
 from typing import Any
 
 from absl import logging
@@ -47,7 +50,15 @@ class Checkpoints:
         self._signer: concurrent.futures.Future | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._restored: int | None = None
-        self._read_only = read_only = checkpoint is None
+        self._unsaved: int | None = None
+        self._checkpoint = checkpoint
+        self._read_only = checkpoint is None
+        self._manager = self._open()
+        if not self._read_only:
+            logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+
+    def _open(self) -> ocp.CheckpointManager:
+        checkpoint, read_only = self._checkpoint, self._read_only
         handlers = {item: ocp.PyTreeCheckpointHandler() for item in _ITEMS}
         verbosity = logging.get_verbosity()
         if read_only:
@@ -60,7 +71,7 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
             )
-            self._manager = ocp.CheckpointManager(
+            return ocp.CheckpointManager(
                 self.directory, options=options, item_handlers=handlers | {RUN: ocp.JsonCheckpointHandler()}
             )
         except OSError as error:
@@ -75,7 +86,8 @@ class Checkpoints:
     def save(self, state: dict, run: dict[str, Any]) -> None:
         """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices.
 
-        A state may lack items: sampling needs no more than one set of weights. Its step is then `run`'s.
+        A state may lack items: sampling needs no more than one set of weights. Its step is then `run`'s. A save that
+        the disk refuses, now or while it goes on behind training, is reported by `wait`; the ones before it stay.
         """
         step = int(state["step"]) if "step" in state else run["step"]
         present = {item: names for item, names in _ITEMS.items() if set(names) <= set(state)}
@@ -84,7 +96,12 @@ class Checkpoints:
         self.wait()
         if step == self._restored:
             return  # it came from there; orbax would refuse to save the step again
-        self._manager.save(step, args=ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonSave(run)}), force=True)
+        arguments = ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonSave(run)})
+        try:
+            self._manager.save(step, args=arguments, force=True)
+        except (OSError, ValueError) as error:
+            self._give_up(step, error)
+            return
         self._signer = self._background.submit(self._sign_when_finished, step)
 
     def delete_beyond(self, step: int) -> None:
@@ -163,18 +180,48 @@ class Checkpoints:
         for path in paths:
             yield path, read(path)  # no name of ours may keep the leaf alive while the next one is read
 
-    def wait(self) -> None:
-        """Blocks until every save is on disk and signed."""
-        self._manager.wait_until_finished()
+    def wait(self) -> bool:
+        """Blocks until the save under way is on disk and signed, or given up; whether the latest one is on disk."""
         if self._signer:
             signer, self._signer = self._signer, None
-            signer.result()
+            step, error = signer.result()
+            if error:
+                self._give_up(step, error)
+            else:
+                self._unsaved = None
+        return self._unsaved is None
 
     def close(self) -> None:
-        """As `wait`, then releases the directory."""
-        self.wait()
+        """As `wait`, then releases the directory.
+
+        Raises:
+          UserError: if the latest save was given up: who ends here would lose what it held.
+        """
+        complete = self.wait()
         self._background.shutdown()
         self._manager.close()
+        logging.get_absl_logger().removeFilter(_is_no_traceback_of_orbax)
+        if not complete:
+            raise UserError(
+                f"checkpoint {self._unsaved} of {self.directory} could not be saved: make room, then go on from "
+                f"{max(self.steps(), default='the start')}"
+            )
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """One loud line for a save that the disk refused, and the room that its beginning took is free again.
+
+        Raises:
+          Exception: the error, if it is not the disk's.
+        """
+        if not _is_of_the_disk(error):
+            raise error
+        self._unsaved = step
+        logging.error("CHECKPOINT %d COULD NOT BE SAVED (%s): training goes on without it", step, _reason(error))
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = self._open()  # its list of steps would be wrong; opening also deletes what was half-written
+        if step in self.steps():  # there was room for all but its manifest
+            self._manager.delete(step)
 
     def _read(self, step: int, items: list[str], target: dict) -> tuple[dict, dict[str, Any]]:
         arguments = {}
@@ -225,12 +272,16 @@ class Checkpoints:
             place.mkdir(exist_ok=True)
             (self.directory / str(step)).rename(_free_name(place, str(step)))
 
-    def _sign_when_finished(self, step: int) -> None:
-        """Writes the manifest as soon as orbax has given the step its final name (it offers no call-back so late)."""
-        while self._manager.is_saving_in_progress():
-            time.sleep(0.05)
-        if jax.process_index() == 0 and (self.directory / str(step)).exists():
-            write_manifest(self.directory / str(step))
+    def _sign_when_finished(self, step: int) -> tuple[int, Exception | None]:
+        """Writes the manifest as soon as orbax has given the step its final name (it offers no call-back so late);
+        returns the step, and the error if the disk took it not."""
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.directory / str(step))
+        except (OSError, ValueError) as error:
+            return step, error
+        return step, None
 
 
 def save_arguments(tree: dict) -> ocp.args.PyTreeSave:
@@ -305,3 +356,26 @@ def _free_name(place: epath.Path, name: str) -> epath.Path:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]
+
+
+# TensorStore's own errors are ValueErrors that begin with a status; those of a file system name what failed.
+_OF_THE_DISK = re.compile(
+    r"(no space left|disk quota|input/output error|file too large|read-only file|resource_exhausted)[^[]*", re.I
+)
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) or bool(_OF_THE_DISK.search(str(error)))
+
+
+def _reason(error: Exception) -> str:
+    """What the disk said, without the path of the file among thousands that it said it of."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = [match.group().strip() for match in _OF_THE_DISK.finditer(str(error))]
+    return found[-1][:200] if found else _first_line(error)
+
+
+def _is_no_traceback_of_orbax(record: python_logging.LogRecord) -> bool:
+    """False for the tracebacks, ten a save, that orbax logs of errors which it also raises: our one line says it."""
+    return not (record.exc_info and "/orbax/" in record.pathname)

@@ -25,6 +25,7 @@ from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.interruption import Interruption
+from terdit_jax.training.lock import WorkdirLock
 from terdit_jax.training.metrics import MetricsWriter, Stopwatch, format_duration
 from terdit_jax.training.optimizer import learning_rate_schedule
 from terdit_jax.training.resume import check_resumable, describe_run
@@ -49,8 +50,14 @@ def train(
       judge: judges the averaged weights every `log.score_every` steps; never if left out.
 
     Raises:
-      UserError: a workdir of another run, or too many non-finite steps in a row.
+      UserError: a workdir of another run or in use by one, too many non-finite steps in a row, or a last state that
+        could not be saved.
     """
+    with WorkdirLock(setup.workdir):
+        _train(setup, draw_grid, load_start, judge)
+
+
+def _train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | None, judge: Judge | None) -> None:
     config = setup.config
     checkpoints = Checkpoints(setup.workdir, config.checkpoint)
     fingerprint = setup.dataset.metadata.fingerprint
@@ -79,12 +86,12 @@ def train(
         run = _Run(setup, start, draw_grid, checkpoints, judge)
         try:
             step = run.train(state, start, interruption)
-        finally:  # a save under way is finished, whatever ended the run
-            checkpoints.close()
+        finally:
             if run.best:
                 run.best.close()
             if run.writer:
                 run.writer.close()
+            checkpoints.close()  # a save under way is finished, whatever ended the run
     if step < config.train.num_steps:
         _say(f"stopped by {interruption.name} at step {step:,}, state saved: the same command goes on from there")
     else:

@@ -9,6 +9,7 @@ import json
 import math
 import time
 
+from absl import logging
 from etils import epath
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -17,7 +18,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote beyond it."""
+    """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote beyond it.
+
+    A disk without room does not end a run: lines are kept and written with the next one that it takes.
+    """
 
     def __init__(self, workdir: epath.PathLike, start_step: int, *, tensorboard: bool):
         self._path = epath.Path(workdir) / METRICS_FILE
@@ -26,27 +30,44 @@ class MetricsWriter:
         self._rewrite()
         # Object stores cannot append: there the whole file, a few megabytes at most, is written again.
         self._is_local = "://" not in str(self._path)
+        self._behind = False
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1) if tensorboard else None
 
     def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
-        """One line, on disk when this returns; `timing` stands apart because it is all that differs between reruns."""
+        """One line, on disk when this returns if there is room; `timing` stands apart because it is all that differs
+        between reruns."""
         line = {"step": step, **figures, **({"timing": timing} if timing else {})}
         self._lines.append(json.dumps(_finite(line)))
-        if self._is_local:
-            with self._path.open("a") as file:
-                file.write(self._lines[-1] + "\n")
-        else:
-            self._rewrite()
+        try:
+            if self._is_local and not self._behind:
+                with self._path.open("a") as file:
+                    file.write(self._lines[-1] + "\n")
+            else:
+                self._rewrite()
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                logging.error("%s cannot be written (%s): its lines wait for room", self._path, error.strerror or error)
+            self._behind = True
         if self._events:
             for name, value in {**figures, **(timing or {})}.items():
                 self._events.add_scalar(name, value, step)
-            self._events.flush()
+            self._flush_events()
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """(H, W, 3) uint8 to TensorBoard."""
         if self._events:
             self._events.add_image(name, picture, step, dataformats="HWC")
+            self._flush_events()
+
+    def _flush_events(self) -> None:
+        try:
             self._events.flush()
+        except OSError as error:  # the library's writer does not recover, and would block once its queue is full
+            logging.error(
+                "TensorBoard events cannot be written (%s): none until the next start", error.strerror or error
+            )
+            self._events = None
 
     def close(self) -> None:
         if self._events:
