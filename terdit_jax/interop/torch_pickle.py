@@ -11,7 +11,7 @@ import math
 import os
 import pickletools
 import struct
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 import zipfile
 
 import ml_dtypes
@@ -123,13 +123,13 @@ def _load(path: str | os.PathLike) -> tuple[Any, dict[str, zipfile.ZipInfo]]:
         reason = getattr(error, "strerror", None) or str(error)[:100]
         raise UserError(f"cannot read {path} as a file of torch.save: {reason}") from error
     try:
-        return _interpret(program), members
+        return interpret(program), members
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its pickle is refused: {str(error)[:150]}") from error
 
 
 def _map_tensor(tensor: Tensor, members: dict[str, zipfile.ZipInfo], data: np.ndarray, what: str) -> np.ndarray:
-    storage, shape = tensor.storage, tensor.shape
+    storage = tensor.storage
     member = members.get(f"data/{storage.key}")
     if member is None:
         raise UserError(f"{what} refers to a storage that is not in the file")
@@ -139,6 +139,16 @@ def _map_tensor(tensor: Tensor, members: dict[str, zipfile.ZipInfo], data: np.nd
     start = member.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     if member.file_size != storage.size * storage.dtype.itemsize or start + member.file_size > data.size:
         raise UserError(f"{what} has a storage of another size than the file")
+    return view_tensor(tensor, data, start, what)
+
+
+def view_tensor(tensor: Tensor, data: np.ndarray, start: int, what: str) -> np.ndarray:
+    """A view of the file's bytes `data`, in which the tensor's storage begins at `start` and is whole.
+
+    Raises:
+      UserError: a tensor that lies outside its storage, or is not row-major.
+    """
+    storage, shape = tensor.storage, tensor.shape
     count = math.prod(shape)
     if not 0 <= tensor.offset <= storage.size - count:
         raise UserError(f"{what} lies outside its storage")
@@ -149,8 +159,12 @@ def _map_tensor(tensor: Tensor, members: dict[str, zipfile.ZipInfo], data: np.nd
     return data[begin : begin + count * storage.dtype.itemsize].view(storage.dtype).reshape(shape)
 
 
-def _interpret(program: bytes) -> Any:
-    """Runs a pickle on a stack of inert values. Raises ValueError, IndexError, KeyError or TypeError for a bad one."""
+def interpret(program: bytes | BinaryIO) -> Any:
+    """Runs a pickle, the first one of a file, on a stack of inert values.
+
+    Raises:
+      ValueError, IndexError, KeyError, TypeError, AttributeError: a pickle that is damaged or asks for more.
+    """
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
@@ -221,7 +235,9 @@ def _interpret(program: bytes) -> Any:
 
 
 def _make_storage(identity: object) -> Storage:
-    kind, storage_type, key, _, size = _expect(identity, tuple)
+    kind, storage_type, key, _, size, *rest = _expect(identity, tuple)
+    if rest not in ([], [None]):  # the older format's views of other storages
+        raise ValueError("it holds views of storages")
     if kind != "storage" or not isinstance(storage_type, Global) or storage_type.name not in _STORAGES:
         raise ValueError("it holds something else than tensors")
     return Storage(np.dtype(_STORAGES[storage_type.name]), _expect(key, str), _expect(size, int))
