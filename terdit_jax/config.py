@@ -81,6 +81,7 @@ def base_config() -> ConfigDict:
             "accumulation_steps": 1,  # microbatches an optimizer step
             "max_nonfinite_steps": 10,  # skipped in a row before the run is aborted
             "init_from": "",  # weights to start from: a workdir, an artifact, a published checkpoint, safetensors
+            "compilation_cache": "",  # a folder or gs:// that compiled programs are kept in for restarts; none if empty
         }
     )
     config.checkpoint = ConfigDict({"every": 5000, "keep": 3, "keep_every": 0})  # keep_every 0: none for good

@@ -21,10 +21,17 @@ from terdit_jax.interop.weights import start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.mesh import initialize_processes
 from terdit_jax.training.loop import DrawGrid, train
+from terdit_jax.training.profile import parse_steps
 from terdit_jax.training.setup import Setup, set_up
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
+_HEARTBEAT = flags.DEFINE_string(
+    "heartbeat",
+    "",
+    "File that every process renews while it makes steps; WORKDIR/heartbeat.json, by the first, if empty.",
+)
+_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: steps to trace for xprof, into WORKDIR/profile.")
 
 _DRAWN_AT_ONCE = 256
 
@@ -37,13 +44,17 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--config and --workdir are both needed, e.g. --config=configs/digits.py --workdir=runs/digits")
     # On CPUs, steps dispatched asynchronously fight over the cores: five times slower on two of them.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    profile = parse_steps(_PROFILE.value)
+    if config.train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
     setup = set_up(config, _WORKDIR.value)
     start, draw = config.train.init_from, _drawer(setup)
     judge = None
     if config.log.score_every:
         judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)
-    train(setup, _grid_drawer(setup, draw), partial(start_params, start, setup.model) if start else None, judge)
+    load_start = partial(start_params, start, setup.model) if start else None
+    train(setup, _grid_drawer(setup, draw), load_start, judge, _HEARTBEAT.value or None, profile)
 
 
 def _load_config() -> ConfigDict | None:

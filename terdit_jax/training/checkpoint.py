@@ -56,6 +56,7 @@ class Checkpoints:
         self._manager = self._open()
         if not self._read_only:
             logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+            python_logging.getLogger("asyncio").addFilter(_is_not_of_the_disk)
 
     def _open(self) -> ocp.CheckpointManager:
         checkpoint, read_only = self._checkpoint, self._read_only
@@ -374,6 +375,11 @@ def _reason(error: Exception) -> str:
         return error.strerror
     found = [match.group().strip() for match in _OF_THE_DISK.finditer(str(error))]
     return found[-1][:200] if found else _first_line(error)
+
+
+def _is_not_of_the_disk(record: python_logging.LogRecord) -> bool:
+    """False for what asyncio logs of orbax's writes that failed beside the one whose error was raised."""
+    return not (record.exc_info and record.exc_info[1] and _is_of_the_disk(record.exc_info[1]))
 
 
 def _is_no_traceback_of_orbax(record: python_logging.LogRecord) -> bool:

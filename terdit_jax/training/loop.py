@@ -9,6 +9,7 @@ import json
 
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -27,7 +28,10 @@ from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.interruption import Interruption
 from terdit_jax.training.lock import WorkdirLock
 from terdit_jax.training.metrics import MetricsWriter, Stopwatch, format_duration
+from terdit_jax.training.observers import Observers
 from terdit_jax.training.optimizer import learning_rate_schedule
+from terdit_jax.training.profile import FOLDER as PROFILE_FOLDER
+from terdit_jax.training.profile import Steps
 from terdit_jax.training.resume import check_resumable, describe_run
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State, abstract_state, make_state, packed_codes
@@ -39,7 +43,12 @@ DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
 
 
 def train(
-    setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | None = None, judge: Judge | None = None
+    setup: Setup,
+    draw_grid: DrawGrid,
+    load_start: Callable[[], dict] | None = None,
+    judge: Judge | None = None,
+    heartbeat: epath.PathLike | None = None,
+    profile: Steps | None = None,
 ) -> None:
     """Runs, or continues, the training that `setup` describes.
 
@@ -48,24 +57,34 @@ def train(
       draw_grid: draws the sample grids.
       load_start: host parameters for a run that begins with those of another model; fresh ones if left out.
       judge: judges the averaged weights every `log.score_every` steps; never if left out.
+      heartbeat: the file that every process renews; WORKDIR/heartbeat.json, renewed by the first, if left out.
+      profile: the steps to trace; none if left out.
 
     Raises:
       UserError: a workdir of another run or in use by one, too many non-finite steps in a row, or a last state that
         could not be saved.
     """
     with WorkdirLock(setup.workdir):
-        _train(setup, draw_grid, load_start, judge)
+        _train(setup, draw_grid, load_start, judge, Observers(setup.workdir, heartbeat, profile))
 
 
-def _train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | None, judge: Judge | None) -> None:
-    config = setup.config
+def _train(
+    setup: Setup,
+    draw_grid: DrawGrid,
+    load_start: Callable[[], dict] | None,
+    judge: Judge | None,
+    observers: Observers,
+) -> None:
+    config, goodput = setup.config, observers.goodput
     checkpoints = Checkpoints(setup.workdir, config.checkpoint)
     fingerprint = setup.dataset.metadata.fingerprint
     if run := checkpoints.newest_run():
         for change in check_resumable(run, config, fingerprint, str(setup.workdir)):
             _say(f"continuing with a changed configuration: {change}")
     target = abstract_state(setup.model, setup.optimizer, setup.mesh)
-    restored = checkpoints.restore(target)
+    with goodput.spent("restore"):
+        restored = checkpoints.restore(target)
+        jax.block_until_ready(restored)
     if restored:
         state = restored[0]
     else:
@@ -80,18 +99,25 @@ def _train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | N
         checkpoints.close()
         _close(setup)
         return
+    goodput.resumed(start)
+    observers.beat(start, now=True)
     if _is_first():
         (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     with Interruption() as interruption:
-        run = _Run(setup, start, draw_grid, checkpoints, judge)
+        run = _Run(setup, start, draw_grid, checkpoints, judge, observers)
         try:
             step = run.train(state, start, interruption)
         finally:
+            observers.profiler.close()
             if run.best:
                 run.best.close()
             if run.writer:
                 run.writer.close()
-            checkpoints.close()  # a save under way is finished, whatever ended the run
+            with goodput.spent("save"):
+                checkpoints.close()  # a save under way is finished, whatever ended the run
+            if run.writer:
+                goodput.write(complete=run.complete)
+    _say(goodput.summary())
     if step < config.train.num_steps:
         _say(f"stopped by {interruption.name} at step {step:,}, state saved: the same command goes on from there")
     else:
@@ -101,9 +127,19 @@ def _train(setup: Setup, draw_grid: DrawGrid, load_start: Callable[[], dict] | N
 class _Run:
     """The compiled functions and open files of one run, and what happens at which step."""
 
-    def __init__(self, setup: Setup, start: int, draw_grid: DrawGrid, checkpoints: Checkpoints, judge: Judge | None):
+    def __init__(
+        self,
+        setup: Setup,
+        start: int,
+        draw_grid: DrawGrid,
+        checkpoints: Checkpoints,
+        judge: Judge | None,
+        observers: Observers,
+    ):
         config, metadata = setup.config, setup.dataset.metadata
         self.setup, self.draw_grid, self.checkpoints, self.judge = setup, draw_grid, checkpoints, judge
+        self.observers, self.goodput = observers, observers.goodput
+        self.complete, self.spiked = False, 0
         self.best = BestCheckpoint(setup.workdir, start) if judge else None
         common = (setup.schedule, setup.mesh, metadata.latent_scale)
         self.train_step = make_train_step(config, setup.model, common[0], setup.optimizer, *common[1:])
@@ -112,35 +148,53 @@ class _Run:
         self.learning_rate = learning_rate_schedule(config.optimizer)
         self.writer = MetricsWriter(setup.workdir, start, tensorboard=config.log.tensorboard) if _is_first() else None
         self.stopwatch = Stopwatch(start)
+        self.summaries = 0
         self.pending: tuple[int, dict[str, Array]] | None = None
 
     def train(self, state: State, start: int, interruption: Interruption) -> int:
         """Steps until the run is complete or interrupted, and saves; returns the step it has reached."""
         config, step = self.setup.config, start
-        for batch in device_batches(self.setup, start):
+        profiler = self.observers.profiler
+        batches = device_batches(self.setup, start)
+        while True:
+            with self.goodput.spent("input"):
+                batch = next(batches)
+            if step == start:
+                self.goodput.now("compile")
+            profiler.before(step + 1)
             with jax.transfer_guard("disallow"):
                 state = self.train_step(state, batch)
             step += 1
             if step == start + 1:
                 jax.block_until_ready(state)
                 self.stopwatch.restart(step)  # the first step compiles
+                self.goodput.now("train")
+            self.observers.beat(step)
+            if profiler.after(step, state):
+                _say(f"step {step:,}  trace in {self.setup.workdir / PROFILE_FOLDER}")
             self.flush()  # the log of the step before: this step is already running
             last = step == config.train.num_steps
             if step % config.log.every == 0 or last:
-                with self.stopwatch.paused():  # the first call compiles
+                first = self.summaries == 0
+                self.summaries += 1
+                with self.stopwatch.paused(), self.goodput.spent("compile" if first else "evaluate"):
                     figures, state = self.summarize(state, batch)
                 self.pending = step, figures
             if _due(step, config.log.heldout_every) or last and config.log.heldout_every:
-                self.evaluate(state, step)
+                with self.goodput.spent("evaluate"):
+                    self.evaluate(state, step)
             if _due(step, config.log.samples_every) or last and config.log.samples_every:
-                self.sample(state, step)
+                with self.goodput.spent("evaluate"):
+                    self.sample(state, step)
             if self.judge and (last or _due(step, config.log.score_every)):
-                self.score(state, step)
+                with self.goodput.spent("evaluate"):
+                    self.score(state, step)
             stop = last or interruption.reached(step)
             if stop or _due(step, config.checkpoint.every):
                 self.save(state, step)
             if stop:
                 break
+        self.complete = last
         return step
 
     def flush(self) -> None:
@@ -153,13 +207,15 @@ class _Run:
         consecutive, skipped = int(figures.pop("skipped_consecutive")), int(figures["skipped_steps"])
         spiked = int(figures["spiked_steps"])
         figures["learning_rate"] = float(self.learning_rate(step - 1 - skipped - spiked))
-        timing = self._timing(step)
+        timing = self._timing(step) | self.goodput.figures()
         if self.writer:
             self.writer.write(step, figures, timing)
+            self.goodput.write()
             self._report(step, figures, timing)
         if skipped:
             logging.warning("%d non-finite updates have been skipped so far", skipped)
-        if spiked:
+        if spiked > self.spiked:
+            self.spiked = spiked
             logging.warning("%d updates have been skipped as loss spikes so far", spiked)
         if consecutive >= self.setup.config.train.max_nonfinite_steps:
             raise UserError(
@@ -242,7 +298,9 @@ class _Run:
     def save(self, state: State, step: int) -> None:
         """Saves, behind everything that has been logged: a resumed run goes on where the metrics file ends."""
         self.flush()
-        self.checkpoints.save(state, describe_run(self.setup.config, step, self.setup.dataset.metadata))
+        with self.goodput.spent("save"):
+            self.checkpoints.save(state, describe_run(self.setup.config, step, self.setup.dataset.metadata))
+        self.goodput.saved(step)
         self.stopwatch.restart(step)
 
 

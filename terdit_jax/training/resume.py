@@ -23,6 +23,7 @@ _FREE = (
     "train.num_steps",
     "train.accumulation_steps",
     "train.max_nonfinite_steps",
+    "train.compilation_cache",
     "data.dir",
     "data.in_memory",
     "data.read_threads",

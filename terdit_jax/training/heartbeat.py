@@ -1,0 +1,35 @@
+"""A file that says that a run is alive: its step and the time, renewed while steps are made.
+
+Who watches it (launch/supervise.sh, a scheduler) decides what its silence means.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+
+from etils import epath
+
+HEARTBEAT_FILE = "heartbeat.json"
+_SECONDS = 5.0
+
+
+class Heartbeat:
+    """Replaces the file at once, so that a reader never sees half of it; at most every five seconds."""
+
+    def __init__(self, path: epath.PathLike):
+        self._path = epath.Path(path)
+        self._last = float("-inf")
+        self._host = socket.gethostname()
+
+    def beat(self, step: int, *, now: bool = False) -> None:
+        """Renews the file if that is due, or `now`; a disk without room is no reason to stop."""
+        if not now and time.monotonic() - self._last < _SECONDS:
+            return
+        self._last = time.monotonic()
+        content = {"step": step, "time": time.time(), "pid": os.getpid(), "host": self._host}
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(content) + "\n")
+            temporary.replace(self._path)
