@@ -4,12 +4,14 @@ Pure functions of text: nothing is compiled here. Dtypes are reported as the com
 bfloat16 collectives into float32 ones, so bytes of bfloat16 must be read from a program for an accelerator.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import math
 import re
 
 import numpy as np
+
+from terdit_jax.parallel.hlo import dtype_bits, search, split_computations, trip_counts
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -38,7 +40,7 @@ class Collective:
     @property
     def bytes(self) -> int:
         """Of the whole array, once."""
-        return math.ceil(math.prod(self.shape) * _bits(self.dtype) / 8)
+        return math.ceil(math.prod(self.shape) * dtype_bits(self.dtype) / 8)
 
     @property
     def group_size(self) -> int:
@@ -68,9 +70,9 @@ def read_collectives(hlo: str) -> list[Collective]:
     Raises:
       ValueError: text without an entry computation, a loop without a trip count, unknown dtypes or groups.
     """
-    computations, entry = _split(hlo)
-    num_devices = int(_search(r"num_partitions=(\d+)", hlo, "1"))
-    trips = _trips(computations, entry)
+    computations, entry = split_computations(hlo)
+    num_devices = int(search(r"num_partitions=(\d+)", hlo, "1"))
+    trips = trip_counts(computations, entry)
     found: dict[tuple, list[Collective]] = {}
     for computation, lines in computations.items():
         if not trips.get(computation):
@@ -80,7 +82,7 @@ def read_collectives(hlo: str) -> list[Collective]:
             if match is None:
                 continue
             arrays = _parse(match, line, num_devices, trips[computation])
-            channel = _search(r"channel_id=(\d+)", line, "") if _ASYNC_FUSION.search(line) else ""
+            channel = search(r"channel_id=(\d+)", line, "") if _ASYNC_FUSION.search(line) else ""
             key = (channel,) if channel else (computation, match["name"])
             # The part that starts a chain stands outside the inner loops that later parts may overlap with.
             if key not in found or arrays[0].trips < found[key][0].trips:
@@ -113,70 +115,6 @@ _COLLECTIVE = re.compile(
 )
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _ASYNC_FUSION = re.compile(r"async_collective_fusion_config|chain_id=")
-_CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLEES = re.compile(r"\b(?:calls|branch_computations|called_computations)=\{([^}]*)\}")
-
-
-def _search(pattern: str, text: str, default: str) -> str:
-    match = re.search(pattern, text)
-    return match[1] if match else default
-
-
-def _split(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions' lines by computation, and the entry computation's name."""
-    computations, entry, lines = {}, "", None
-    for line in hlo.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if header:
-            lines = computations[header[2]] = []
-            entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    if not entry:
-        raise ValueError("this is no HLO text of a whole program: it has no ENTRY computation")
-    return computations, entry
-
-
-def _trips(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs each time the entry does."""
-    calls = {name: list(_calls(computations, lines)) for name, lines in computations.items()}
-    trips = dict.fromkeys(computations, 0)
-
-    def run(name: str, times: int) -> None:
-        trips[name] += times
-        for callee, factor in calls.get(name, ()):
-            run(callee, times * factor)
-
-    run(entry, 1)
-    return trips
-
-
-def _calls(computations: dict[str, list[str]], lines: list[str]) -> Iterator[tuple[str, int]]:
-    for line in lines:
-        line = re.sub(r"metadata=\{[^}]*\}", "", line)  # names of the traced program, which may look like anything
-        if re.search(r" [\w\-]+-(?:done|update)\(", line):
-            continue  # its start has been counted
-        callees = [*_CALLEE.findall(line)]
-        for several in _CALLEES.findall(line):
-            callees += [name.strip().lstrip("%") for name in several.split(",")]
-        factor = _trip_count(computations, line) if " while(" in line else 1
-        yield from ((callee, factor) for callee in callees if callee in computations)
-
-
-def _trip_count(computations: dict[str, list[str]], line: str) -> int:
-    known = _search(r'"known_trip_count":\{"n":"(\d+)"\}', line, "")
-    if known:
-        return int(known)
-    condition = _search(r"condition=%?([\w.\-]+)", line, "")
-    lines = list(computations.get(condition, ()))
-    lines += [inner for callee, _ in _calls(computations, lines) for inner in computations[callee]]
-    text = "\n".join(lines)
-    bounds = re.findall(r"= [su]\d+\[\]\S* constant\((\d+)\)", text)
-    if len(bounds) != 1 or "direction=LT" not in text:
-        raise ValueError(f"no trip count in loop condition {condition}: its constants are {bounds}")
-    return int(bounds[0])
 
 
 def _parse(match: re.Match, line: str, num_devices: int, trips: int) -> list[Collective]:
@@ -186,19 +124,19 @@ def _parse(match: re.Match, line: str, num_devices: int, trips: int) -> list[Col
     operands = match["operands"].count("%") or match["operands"].count(",") + 1
     if match["start"] and len(arrays) >= 2 * operands:  # (what goes in, what comes out, bookkeeping)
         arrays = arrays[operands : 2 * operands]
-    source = _search(r'op_name="([^"]*)"', line, "")
+    source = search(r'op_name="([^"]*)"', line, "")
     collectives = []
     for dtype, dims in arrays:
         shape = tuple(int(size) for size in dims.split(",")) if dims else ()
         if kind == "reduce-scatter":  # its result is a device's part: which axis was cut is of no interest here
-            cut = int(_search(r"dimensions=\{(\d+)\}", line, "0"))
+            cut = int(search(r"dimensions=\{(\d+)\}", line, "0"))
             shape = (*shape[:cut], shape[cut] * len(groups[0]), *shape[cut + 1 :])
         collectives.append(Collective(kind, dtype, shape, groups, trips, match["name"], source))
     return collectives
 
 
 def _pairs(line: str) -> Groups:
-    pairs = _search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line, "")
+    pairs = search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line, "")
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs) if a != b) or ((0,),)
 
 
@@ -247,12 +185,3 @@ def _rows(places: np.ndarray) -> Groups:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    match = re.match(r"(?:bf|[sufc])(\d+)", dtype)  # s8, bf16, f8e4m3fn, c64, ...
-    if match is None:
-        raise ValueError(f"unknown HLO dtype {dtype!r}")
-    return int(match[1])

@@ -3,10 +3,12 @@
 How arrays lie on the mesh is `sharding`'s; this module only arranges the devices.
 """
 
+from collections.abc import Sequence
 import math
 import os
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
@@ -59,10 +61,12 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
     return tuple(sizes)
 
 
-def make_mesh(mesh: ConfigDict) -> Mesh:
-    """The mesh of all devices of all processes. Raises UserError as `mesh_shape` does."""
-    shape = mesh_shape(mesh, jax.device_count())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices of all processes, or of those given. Raises UserError as `mesh_shape` does."""
+    devices = jax.devices() if devices is None else devices
+    # A torus whose dimensions the axes do not follow is split: 256 by 8 chips lie on 8 x 16 x 16 only so.
+    grid = mesh_utils.create_device_mesh(mesh_shape(mesh, len(devices)), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def single_device_mesh() -> Mesh:

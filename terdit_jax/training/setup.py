@@ -40,13 +40,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     validate(config)
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
-    batch_size, accumulation = config.train.batch_size, config.train.accumulation_steps
-    if batch_size % (accumulation * batch_shards(mesh)):
-        raise UserError(
-            f"config.train.batch_size={batch_size} is not divisible by accumulation_steps={accumulation} times the "
-            f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
-        )
-    check_heads(model.num_kv_heads, mesh)
+    check_division(config, model, mesh)
     dataset = _open_data(config, model)
     workdir = epath.Path(workdir)
     try:
@@ -54,6 +48,17 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     except (OSError, ImportError) as error:
         raise UserError(f"cannot write --workdir={workdir}: {getattr(error, 'strerror', None) or error}") from error
     return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
+
+
+def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
+    """Raises UserError if batch or heads do not divide over the mesh."""
+    batch_size, accumulation = config.train.batch_size, config.train.accumulation_steps
+    if batch_size % (accumulation * batch_shards(mesh)):
+        raise UserError(
+            f"config.train.batch_size={batch_size} is not divisible by accumulation_steps={accumulation} times the "
+            f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
+        )
+    check_heads(model.num_kv_heads, mesh)
 
 
 def _open_data(config: ConfigDict, model: DiTConfig) -> AnyDataset:

@@ -4,6 +4,7 @@ Everything is one jitted function of (state, batch); what surrounds it, from rea
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 from jax import Array
@@ -162,8 +163,12 @@ def make_train_step(
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """The function called with the mesh in context, which sharding constraints need while it is traced."""
+    """The function called with the mesh in context, which sharding constraints need while it is traced.
 
+    `__wrapped__` is the function itself, for those who lower it.
+    """
+
+    @functools.wraps(function)
     def call(*args):
         with jax.set_mesh(mesh):
             return function(*args)

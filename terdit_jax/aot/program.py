@@ -1,0 +1,181 @@
+"""The programs that runs consist of, a training step or a drawing of pictures, lowered for devices that may be absent.
+
+Nothing is allocated: state, batch and weights are shapes with shardings. What comes out of compiling is `report`'s.
+"""
+
+import dataclasses
+from functools import partial
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from terdit_jax.aot.topology import Topology
+from terdit_jax.config import validate
+from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.errors import UserError
+from terdit_jax.inference.lean import bind_schedule, make_lean_operands
+from terdit_jax.inference.modes import choose_numerics
+from terdit_jax.inference.sampling import make_draw
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
+from terdit_jax.training.optimizer import make_optimizer
+from terdit_jax.training.setup import check_division
+from terdit_jax.training.state import abstract_state
+from terdit_jax.training.step import make_train_step, mean_loss
+
+# Scales of latents are constants of the program: any will do. This is the Stable Diffusion autoencoder's.
+_LATENT_SCALE = 0.18215
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program ready to be compiled. Attributes:
+
+    what: "train" or "sample".
+    config: the run's, as compiled for this machine.
+    model: the architecture.
+    mesh: the devices.
+    lowered: the program.
+    held: what its arguments hold, by kind, as trees of shapes with shardings.
+    images: pictures that one run of it learns from or draws.
+    steps: denoising steps of a drawing; 1 for a training step.
+    model_flops: of all chips, what the arithmetic asks for: without rematerialisation or work done twice.
+    """
+
+    what: str
+    config: ConfigDict
+    model: DiTConfig
+    mesh: Mesh
+    lowered: jax.stages.Lowered
+    held: dict
+    images: int
+    steps: int
+    model_flops: float
+
+
+def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> Program:
+    """The training step of a run on the machine.
+
+    Raises:
+      UserError: a configuration that is not sound, or that the machine does not divide.
+    """
+    model, mesh = _prepare(config, topology, devices)
+    check_division(config, model, mesh)
+    optimizer = make_optimizer(config.optimizer)
+    state = abstract_state(model, optimizer, mesh)
+    batch_size, sharding = config.train.batch_size, batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+        for name, shape, dtype in (
+            ("mean", model.sample_shape, jnp.float16),
+            ("std", model.sample_shape, jnp.float16),
+            ("label", (), jnp.int32),
+        )
+    }
+    step = make_train_step(config, model, linear_schedule(), optimizer, mesh, _LATENT_SCALE)
+    with jax.set_mesh(mesh):
+        lowered = step.__wrapped__.lower(state, batch)
+    # Large leaves of the optimizer's state are the moments; counters beside them are of no size.
+    held = {
+        "parameters": state["params"],
+        "moments": state["opt_state"],
+        "EMA": state["ema_params"],
+        "codes of the last log": state["window"],
+        "batch": batch,
+    }
+    flops = 3 * model.flops_per_image() * batch_size
+    return Program("train", config, model, mesh, lowered, held, batch_size, 1, flops)
+
+
+def lower_sample(
+    config: ConfigDict, topology: Topology, devices: list[jax.Device], mode: str, batch_size: int
+) -> Program:
+    """The drawing of a batch of pictures with the run's `config.sample`, every chip with the whole model.
+
+    Args:
+      config: the run's.
+      topology: the machine.
+      devices: of `open_devices`.
+      mode: of `inference.modes.MODES`.
+      batch_size: pictures a chip.
+
+    Raises:
+      UserError: a configuration that is not sound, or a mode that the model cannot have.
+    """
+    config.mesh.update(data=len(devices), fsdp=1, tensor=1)
+    model, mesh = _prepare(config, topology, devices)
+    model = dataclasses.replace(model, remat="none")
+    numerics = choose_numerics(mode, model, mesh)
+    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
+    if numerics:
+        operands = jax.eval_shape(partial(make_lean_operands, model, numerics), operands)
+    whole = NamedSharding(mesh, PartitionSpec())
+    operands = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), operands)
+    images = batch_size * len(devices)
+    labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
+    draw = make_draw(model, config.sample, 0, partial(bind_schedule, model, numerics) if numerics else None)
+    with jax.set_mesh(mesh):
+        lowered = draw.lower(operands, labels, labels)
+    held = {"weights": operands, "batch": [labels, labels]}
+    steps = config.sample.num_steps
+    passes = 1 if config.sample.cfg_scale == 1.0 else 2
+    flops = passes * steps * images * model.flops_per_image()
+    return Program("sample", config, model, mesh, lowered, held, images, steps, flops)
+
+
+def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> tuple[DiTConfig, Mesh]:
+    validate(config)
+    if config.compute.attention == "auto":
+        # cuDNN's attention can only be compiled where cuDNN and a GPU are.
+        config.compute.attention = "xla"
+    model = DiTConfig.from_config(config)
+    mesh = make_mesh(config.mesh, devices)
+    check_heads(model.num_kv_heads, mesh)
+    if topology.is_gpu and config.compute.attention == "cudnn":
+        raise UserError("config.compute.attention='cudnn' cannot be compiled without a GPU: give auto or xla")
+    return model, mesh
+
+
+def chip_bytes(tree) -> int:
+    """Bytes that one chip holds of a tree of shapes with shardings."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def saved_activations(program: Program) -> int:
+    """Bytes that one chip keeps of a microbatch's forward pass for its backward pass, by the remat policy.
+
+    They are counted in the traced program, of whole tokens: what the compiler recomputes, or `tensor` cuts, is less.
+    """
+    model = program.model
+    schedule = linear_schedule()
+    operands = jax.eval_shape(lambda params: make_operands(model, params), abstract_params(model))
+
+    def residual_bytes(batch_size: int) -> int:
+        latents = jax.ShapeDtypeStruct((batch_size, *model.sample_shape), jnp.float32)
+        numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        examples = {"x_0": latents, "noise": latents, "x_t": latents, "t": numbers, "y": numbers}
+
+        def backward(operands: dict, examples: dict):
+            leaves, structure = jax.tree.flatten(operands)
+            floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+            def loss(values: list) -> jax.Array:
+                merged = list(leaves)
+                for i, value in zip(floats, values, strict=True):
+                    merged[i] = value
+                return mean_loss(model, schedule, structure.unflatten(merged), examples)[0]
+
+            return jax.vjp(loss, [leaves[i] for i in floats])[1]
+
+        residuals = jax.tree.leaves(jax.eval_shape(backward, operands, examples))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
+
+    # What grows with the batch: codes and other operands are residuals too, but they are there anyway.
+    per_image = residual_bytes(2) - residual_bytes(1)
+    return per_image * program.images // (program.config.train.accumulation_steps * batch_shards(program.mesh))

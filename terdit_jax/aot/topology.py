@@ -1,0 +1,151 @@
+"""Machines by name, `v5p:8x8x4` or `h200:64`, and their devices, which a program can be compiled for without them.
+
+What chips can do is `parallel.chips`'s, how a mesh is laid over devices `parallel.mesh`'s.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import re
+
+import jax
+
+from terdit_jax.errors import UserError
+from terdit_jax.parallel.chips import CHIPS, Chip, switch_bandwidth, torus_bandwidth
+
+EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:8x8x4, v6e:16x16, h200:8 or cpu:8"
+
+# What the compiler must know of an H200: CUDA's device properties as XLA reads them. Versions are text there.
+_H200_TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 device_memory_size: 151397597184
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  driver_version: "13.0.0" runtime_version: "13.0.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+# libtpu would ask the network which TPU it runs on, say at length that there is none, and let one process at a time in.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine. Attributes:
+
+    name: as it was given.
+    chip: None for CPUs, which stand in for chips in tests.
+    grid: its shape: of the torus, or (nodes, chips a node) for GPUs, or (devices,) for CPUs.
+    """
+
+    name: str
+    chip: Chip | None
+    grid: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.chip is not None and self.chip.node_size > 0
+
+    def place(self, chip: int, device: jax.Device) -> tuple[int, ...]:
+        """Where a device lies in the grid; `chip` is its number in the order of `devices`."""
+        if self.chip and self.chip.torus_dims:
+            return tuple(device.coords[: len(self.grid)])
+        return tuple(int(i) for i in divmod(chip, self.grid[-1]))[-len(self.grid) :]
+
+    def bandwidth(self, places: list[tuple[int, ...]]) -> float:
+        """Bytes/s that a chip can send in a ring collective over the chips at these places; inf for CPUs."""
+        if self.chip is None:
+            return math.inf
+        by_dim = [sorted(set(along)) for along in zip(*places, strict=True)]
+        if not self.chip.torus_dims:
+            nodes = len(by_dim[0])
+            return switch_bandwidth(self.chip, max(1, len(places) // nodes), nodes)
+        return torus_bandwidth(
+            self.chip,
+            [
+                (len(along), min(b - a for a, b in itertools.pairwise(along)), size)
+                for along, size in zip(by_dim, self.grid, strict=True)
+                if len(along) > 1
+            ],
+        )
+
+
+def parse_topology(name: str) -> Topology:
+    """A machine from its name.
+
+    Raises:
+      UserError: a family or shape that is unknown.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if match is None:
+        raise UserError(f"--topology={name}: give a chip and a shape, as {EXAMPLES}")
+    family, shape = match[1], tuple(int(size) for size in match[2].split("x"))
+    chips = {chip.name: chip for chip in CHIPS if chip.torus_dims or chip.name == "h200"}
+    if family not in (*chips, "cpu"):
+        raise UserError(f"--topology={name}: no chip {family!r} is known: give one of {', '.join(chips)}")
+    chip = chips.get(family)
+    dims = chip.torus_dims if chip and chip.torus_dims else 1
+    if len(shape) != dims or not all(shape):
+        raise UserError(f"--topology={name}: {family} takes {dims} positive size{'s' * (dims > 1)}, as {EXAMPLES}")
+    if chip and chip.node_size:
+        per_node = min(shape[0], chip.node_size)
+        if shape[0] % per_node:
+            raise UserError(f"--topology={name}: beyond {per_node}, give a multiple of {per_node} (whole nodes)")
+        shape = (shape[0] // per_node, per_node)
+    return Topology(name, chip, shape)
+
+
+def open_devices(topology: Topology) -> list[jax.Device]:
+    """The machine's devices, for compiling only.
+
+    Raises:
+      UserError: the compiler for it is not installed, or knows no such shape.
+    """
+    if topology.chip is None:
+        if jax.device_count() < topology.num_chips:
+            raise UserError(f"--topology={topology.name}: JAX has {jax.device_count()} CPU devices here")
+        return jax.devices()[: topology.num_chips]
+    from jax.experimental import topologies
+
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    try:
+        if topology.is_gpu:
+            nodes, per_node = topology.grid
+            return list(
+                topologies.get_topology_desc(
+                    platform="cuda", target_config=_H200_TARGET, topology=f"1x{nodes}x{per_node}"
+                ).devices
+            )
+        options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+        if topology.num_chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices)
+    except Exception as error:  # both plugins raise what they like, RuntimeErrors mostly
+        reason = " ".join(str(error).split())
+        if _is_missing(reason):
+            raise UserError(
+                f"--topology={topology.name}: its compiler is not installed: pip install 'terdit-jax[aot]' ({reason})"
+            ) from error
+        raise UserError(f"--topology={topology.name}: the compiler knows no such machine: {reason}") from error
+
+
+def _is_missing(reason: str) -> bool:
+    return "not installed" in reason or "not implemented for cuda" in reason

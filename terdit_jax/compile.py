@@ -1,0 +1,89 @@
+"""Compiles a run for a machine that is not here: does it fit, what does it send, how fast could it be?
+
+python -m terdit_jax.compile --config=configs/terdit_4b.py --topology=v5p:8x8x4 --output=report.json
+python -m terdit_jax.compile --config=configs/terdit_4b.py --topology=v5e:1x1 --what=sample --mode=small
+
+It runs on a CPU, with the compilers of `pip install 'terdit-jax[aot]'`. docs/pods_compile.md says how to read it.
+"""
+
+from collections.abc import Sequence
+import json
+import os
+
+from absl import flags
+from etils import epath
+import jax
+from ml_collections import ConfigDict, config_flags
+
+from terdit_jax.aot.program import lower_sample, lower_train
+from terdit_jax.aot.report import describe, make_report
+from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.inference.modes import MODES
+from terdit_jax.parallel.mesh import AXES
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/terdit_4b.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"The machine: {EXAMPLES}.")
+_MESH = flags.DEFINE_list("mesh", [], "Mesh axes instead of the configuration's, as data=2,fsdp=128,tensor=1.")
+_WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or the drawing of pictures.")
+_MODE = flags.DEFINE_enum("mode", "exact", list(MODES), "Of inference, with --what=sample.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --what=sample.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report; local or gs://.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    config = _load_config()
+    if config is None or not _TOPOLOGY.value:
+        raise UserError(
+            "--config and --topology are both needed, e.g. --config=configs/terdit_4b.py --topology=v5e:16x16"
+        )
+    topology = parse_topology(_TOPOLOGY.value)
+    _be_on_cpu(topology)
+    _set_mesh(config)
+    devices = open_devices(topology)
+    if _WHAT.value == "train":
+        program = lower_train(config, topology, devices)
+    else:
+        program = lower_sample(config, topology, devices, _MODE.value, _BATCH_SIZE.value)
+    report = make_report(program, topology, devices)
+    print(describe(report))
+    if _OUTPUT.value:
+        _write(epath.Path(_OUTPUT.value), report)
+
+
+def _load_config() -> ConfigDict | None:
+    """The configuration; ml_collections reports a file that does not load only when it is first read."""
+    try:
+        return _CONFIG.value and _CONFIG.value.copy_and_resolve_references()
+    except OSError as error:
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
+
+
+def _be_on_cpu(topology: Topology) -> None:
+    """Compiling needs no accelerator, and must not take one that others use; `cpu:N` needs N devices."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    if topology.chip is None:
+        jax.config.update("jax_num_cpu_devices", topology.num_chips)
+
+
+def _set_mesh(config: ConfigDict) -> None:
+    for part in _MESH.value:
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.lstrip("-").isdigit():
+            raise UserError(f"--mesh={','.join(_MESH.value)}: give sizes of {', '.join(AXES)}, as data=2,fsdp=128")
+        config.mesh[axis] = int(size)
+
+
+def _write(path: epath.Path, report: dict) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write --output={path}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    run_command(main)

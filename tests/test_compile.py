@@ -1,0 +1,167 @@
+"""Programs compiled ahead of time: the report's sums on eight CPU devices, bad input, and the real targets (slow)."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+from runs import ROOT, SHRUNKEN, finish, start
+
+from terdit_jax.aot.program import chip_bytes, lower_sample, lower_train, saved_activations
+from terdit_jax.aot.report import describe, make_report
+from terdit_jax.aot.topology import open_devices, parse_topology
+from terdit_jax.errors import UserError
+
+
+def shrunken(**overrides):
+    spec = importlib.util.spec_from_file_location("digits", ROOT / "configs" / "digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(SHRUNKEN | {k.replace("__", "."): v for k, v in overrides.items()})
+    return config
+
+
+def lower(what="train", topology="cpu:8", **overrides):
+    machine = parse_topology(topology)
+    config = shrunken(**overrides)
+    if what == "train":
+        return lower_train(config, machine, open_devices(machine))
+    return lower_sample(config, machine, open_devices(machine), "small_exact", 4)
+
+
+@pytest.fixture(scope="module")
+def train_report():
+    program = lower(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    machine = parse_topology("cpu:8")
+    return program, make_report(program, machine, open_devices(machine))
+
+
+def test_what_a_chip_holds(train_report):
+    program, report = train_report
+    arguments, memory = report["memory"]["arguments"], report["memory"]
+    assert arguments["moments"] == pytest.approx(2 * arguments["parameters"], abs=16)  # and two counters
+    assert arguments["EMA"] == arguments["parameters"]
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.held["parameters"]))
+    assert whole / 4 <= arguments["parameters"] < whole / 2, "matrices are cut by fsdp and tensor, norms are not"
+    # Sixteen pictures over data and fsdp, two float16 latents of 8 x 8 and a label each.
+    assert arguments["batch"] == 16 // 4 * (2 * 2 * 64 + 4)
+    assert memory["total"] == sum(arguments.values()) + memory["temporaries"] + memory["outputs"] + memory["program"]
+    assert arguments["padding"] < 0.01 * memory["total"] and memory["outputs"] < 0.01 * memory["total"]
+
+
+def test_flops_are_those_of_the_model(train_report):
+    program, report = train_report
+    assert report["flops"]["model"] == 3 * 16 * program.model.flops_per_image() / 8
+    # Every chip computes the conditioning of its pictures, shared by `tensor`: a little more than an even share.
+    assert 1 <= report["flops"]["compiled"] / report["flops"]["model"] < 1.5
+
+
+def test_collectives_have_bytes_and_axes(train_report):
+    _, report = train_report
+    rows = report["collectives"]
+    assert {axis for row in rows for axis in row["axes"]} == {"data", "fsdp", "tensor"}
+    assert all(row["axes"] and row["bytes"] > 0 and row["runs"] > 0 for row in rows)
+    assert report["sent"] == pytest.approx(sum(row["sent"] for row in rows)) and report["roofline"] is None
+
+
+def test_a_report_is_json_and_reads_as_text(train_report):
+    _, report = train_report
+    assert json.loads(json.dumps(report)) == report
+    text = describe(report)
+    for part in ("parameters", "moments", "EMA", "temporaries", "mesh data 2, fsdp 2, tensor 2", "all-reduce"):
+        assert part in text
+
+
+def test_activations_saved_depend_on_the_remat_policy_and_the_microbatch(train_report):
+    program = train_report[0]
+
+    def saved(remat):
+        return saved_activations(dataclasses.replace(program, model=dataclasses.replace(program.model, remat=remat)))
+
+    assert saved("none") > saved("dots") > saved("block") > 0
+    halves = program.config.copy_and_resolve_references()
+    halves.train.accumulation_steps = 2
+    program = dataclasses.replace(program, config=halves)
+    assert saved("none") == train_report[1]["memory"]["saved_activations"] // 2
+
+
+def test_drawing_counts_every_denoising_step_and_both_halves_of_guidance():
+    program, machine = lower("sample", sample__cfg_scale=4.0, sample__num_steps=5), parse_topology("cpu:8")
+    assert (program.images, program.steps) == (32, 5)
+    report = make_report(program, machine, open_devices(machine))
+    assert report["flops"]["model"] == 2 * 5 * 4 * program.model.flops_per_image()
+    assert 0.9 < report["flops"]["compiled"] / report["flops"]["model"] < 1.5
+    packed = sum(leaf.size for leaf in jax.tree.leaves(program.held["weights"]) if leaf.dtype == "uint8")
+    assert 0 < packed < report["memory"]["arguments"]["weights"] == chip_bytes(program.held["weights"])
+
+
+class FullChip:
+    """A program whose compiler finds that it does not fit."""
+
+    def compile(self, options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded hbm by 4.75G.")
+
+
+def test_a_chip_that_is_too_small_is_one_line(train_report):
+    program = dataclasses.replace(train_report[0], lowered=FullChip())
+    message = r"digits does not fit v5e:2x4: 20.50 GiB a chip with mesh data=2,fsdp=2,tensor=2 and remat=none, of 15.75"
+    with pytest.raises(UserError, match=message):
+        make_report(program, parse_topology("v5e:2x4"), jax.devices())
+
+
+def test_running_out_of_memory_is_read_from_the_compiler_s_words():
+    from terdit_jax.aot.report import _needed_bytes
+
+    hbm = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (240.00G) exceeds available HBM (15.75G)."
+    assert _needed_bytes(hbm) == 240 * 2**30
+    assert _needed_bytes("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded hbm by 4.75G.") == 20.5 * 2**30
+    assert _needed_bytes("INTERNAL: something (2.00G) exceeds available patience") is None
+
+
+TERDIT = "--config=configs/terdit_4b.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([TERDIT], "--config and --topology are both needed"),
+        ([TERDIT, "--topology=v7:4x4"], "no chip 'v7' is known"),
+        ([TERDIT, "--topology=cpu:8", "--mesh=data=3"], "does not multiply out to the 8 devices"),
+        ([TERDIT, "--topology=cpu:8", "--mesh=pipeline=8"], "give sizes of data, fsdp, tensor"),
+        ([TERDIT, "--topology=cpu:8", "--config.train.batch_size=100"], "batch_size=100 is not divisible"),
+        ([TERDIT, "--topology=cpu:512"], "mesh axis fsdp=512 does not divide dimension"),
+        ([TERDIT, "--topology=cpu:1", "--what=sample", "--mode=tiny"], "mode"),
+        ([TERDIT, "--topology=cpu:1", "--output=x", "v5e"], "unexpected argument 'v5e'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
+    out, err = finish(start("compile", *arguments, cache=tmp_path / "cache"), status=2)
+    (line,) = [line for line in err.splitlines() if line.strip()]
+    assert line.startswith("error: ") and message in line and not out
+
+
+def test_the_command_writes_its_report(tmp_path):
+    fields = [f"--config.{name}={value}" for name, value in (SHRUNKEN | {"model.depth": 1}).items()]
+    output = tmp_path / "report.json"
+    arguments = ["--config=configs/digits.py", "--topology=cpu:2", f"--output={output}", "--mesh=data=1,fsdp=2"]
+    out, _ = finish(start("compile", *arguments, *fields, cache=tmp_path / "cache"))
+    report = json.loads(output.read_text())
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1} and report["chips"] == 2
+    assert out.splitlines()[0].startswith("digits, train, on cpu:2: 2 chips, mesh data 1, fsdp 2, tensor 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h200:8"])
+def test_real_targets(tmp_path, topology):
+    """At the widths of 4.2B, two layers of it."""
+    pytest.importorskip("jax_cuda13_plugin" if topology.startswith("h200") else "libtpu")
+    output = tmp_path / "report.json"
+    fields = ["--config.model.depth=2", "--config.train.batch_size=64"]
+    finish(start("compile", TERDIT, f"--topology={topology}", f"--output={output}", *fields, cache=tmp_path / "cache"))
+    report = json.loads(output.read_text())
+    again = 4 / 3  # remat="block": the forward pass runs twice
+    assert report["flops"]["compiled"] == pytest.approx(again * report["flops"]["model"], rel=0.06)
+    assert 0 < report["roofline"]["mfu_bound"] <= 0.78
+    assert report["memory"]["total"] < report["memory"]["limit"]

@@ -1,0 +1,50 @@
+"""The roofline's arithmetic, with figures small enough to check by hand."""
+
+import pytest
+
+from terdit_jax.aot.costs import Costs
+from terdit_jax.aot.roofline import Roofline, make_roofline
+from terdit_jax.aot.topology import parse_topology
+from terdit_jax.parallel.collectives import Collective
+
+GROUP = ((0, 1, 2, 3, 4, 5, 6, 7),)
+
+
+def gather(size, trips=1, groups=GROUP):
+    return Collective("all-gather", "u8", (size,), groups, trips, "g", "")
+
+
+def places(topology):
+    return [topology.place(i, None) for i in range(topology.num_chips)]
+
+
+def test_each_part_is_work_over_rate():
+    node = parse_topology("h200:8")
+    costs = Costs({"bf16": 989e12, "s8": 1979e12, "f8e4m3fn": 1979e12, "f32": 989e12 / 2}, 4800e9 * 2)
+    roofline = make_roofline(node, costs, [gather(450_000_000, trips=10)], places(node))
+    assert roofline.compute == pytest.approx(4) and roofline.memory == pytest.approx(2)
+    assert roofline.network == pytest.approx(10 * 0.45 * 7 / 8 / 450)
+
+
+def test_between_nodes_the_network_counts():
+    nodes = parse_topology("h200:16")
+    groups = (tuple(range(16)),)
+    roofline = make_roofline(nodes, Costs({}, 0), [gather(400_000_000, groups=groups)], places(nodes))
+    assert roofline.network == pytest.approx(0.4 * 15 / 16 / 400)
+
+
+def test_the_slowest_group_decides():
+    nodes = parse_topology("h200:16")
+    groups = ((0, 1), (2, 8))
+    roofline = make_roofline(nodes, Costs({}, 0), [gather(100_000_000, groups=groups)], places(nodes))
+    assert roofline.network == pytest.approx(0.1 / 2 / 50)
+
+
+def test_overlapped_and_in_turn():
+    roofline = Roofline(compute=3.0, memory=2.0, network=1.0)
+    assert (roofline.overlapped, roofline.in_turn, roofline.bound) == (3.0, 4.0, "compute")
+    assert Roofline(compute=1.0, memory=2.0, network=5.0).bound == "network"
+
+
+def test_cpus_have_no_roofline():
+    assert make_roofline(parse_topology("cpu:8"), Costs({}, 0), [], []) is None
