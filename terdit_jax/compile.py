@@ -2,6 +2,7 @@
 
 python -m terdit_jax.compile --config=configs/terdit_4b.py --topology=v5p:8x8x4 --output=report.json
 python -m terdit_jax.compile --config=configs/terdit_4b.py --topology=v5e:1x1 --what=sample --mode=small
+python -m terdit_jax.compile --table=docs/pods
 
 It runs on a CPU, with the compilers of `pip install 'terdit-jax[aot]'`. docs/pods_compile.md says how to read it.
 """
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from terdit_jax.aot.program import lower_sample, lower_train
 from terdit_jax.aot.report import describe, make_report
+from terdit_jax.aot.suggest import describe_suggestions, suggest
+from terdit_jax.aot.table import make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.modes import MODES
@@ -28,12 +31,18 @@ _MESH = flags.DEFINE_list("mesh", [], "Mesh axes instead of the configuration's,
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or the drawing of pictures.")
 _MODE = flags.DEFINE_enum("mode", "exact", list(MODES), "Of inference, with --what=sample.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --what=sample.", lower_bound=1)
+_SUGGEST = flags.DEFINE_bool("suggest", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
+_TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute or more each.", lower_bound=1)
+_TABLE = flags.DEFINE_string("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report; local or gs://.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
+    if _TABLE.value:
+        print(make_tables(epath.Path(_TABLE.value)))
+        return
     config = _load_config()
     if config is None or not _TOPOLOGY.value:
         raise UserError(
@@ -43,12 +52,22 @@ def main(argv: Sequence[str]) -> None:
     _be_on_cpu(topology)
     _set_mesh(config)
     devices = open_devices(topology)
-    if _WHAT.value == "train":
-        program = lower_train(config, topology, devices)
+
+    def compile_one(config: ConfigDict) -> dict:
+        if _WHAT.value == "train":
+            program = lower_train(config, topology, devices)
+        else:
+            program = lower_sample(config, topology, devices, _MODE.value, _BATCH_SIZE.value)
+        return make_report(program, topology, devices)
+
+    if _SUGGEST.value:
+        if _WHAT.value != "train":
+            raise UserError("--suggest is for --what=train: drawing has every chip hold the whole model")
+        report = suggest(config, topology, compile_one, _TRIES.value)
+        print(describe_suggestions(report))
     else:
-        program = lower_sample(config, topology, devices, _MODE.value, _BATCH_SIZE.value)
-    report = make_report(program, topology, devices)
-    print(describe(report))
+        report = compile_one(config)
+        print(describe(report))
     if _OUTPUT.value:
         _write(epath.Path(_OUTPUT.value), report)
 

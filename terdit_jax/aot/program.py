@@ -4,7 +4,7 @@ Nothing is allocated: state, batch and weights are shapes with shardings. What c
 """
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 import math
 
 import jax
@@ -45,6 +45,7 @@ class Program:
     images: pictures that one run of it learns from or draws.
     steps: denoising steps of a drawing; 1 for a training step.
     model_flops: of all chips, what the arithmetic asks for: without rematerialisation or work done twice.
+    mode: of inference, where it draws.
     """
 
     what: str
@@ -56,6 +57,7 @@ class Program:
     images: int
     steps: int
     model_flops: float
+    mode: str | None = None
 
 
 def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> Program:
@@ -125,7 +127,7 @@ def lower_sample(
     steps = config.sample.num_steps
     passes = 1 if config.sample.cfg_scale == 1.0 else 2
     flops = passes * steps * images * model.flops_per_image()
-    return Program("sample", config, model, mesh, lowered, held, images, steps, flops)
+    return Program("sample", config, model, mesh, lowered, held, images, steps, flops, mode)
 
 
 def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> tuple[DiTConfig, Mesh]:
@@ -148,11 +150,17 @@ def chip_bytes(tree) -> int:
 
 
 def saved_activations(program: Program) -> int:
-    """Bytes that one chip keeps of a microbatch's forward pass for its backward pass, by the remat policy.
+    """Bytes that one chip keeps of a microbatch's forward pass for its backward pass, as `activation_bytes` counts."""
+    images = program.images // (program.config.train.accumulation_steps * batch_shards(program.mesh))
+    return images * activation_bytes(program.model)
+
+
+@lru_cache
+def activation_bytes(model: DiTConfig) -> int:
+    """Bytes that the forward pass of one image keeps for its backward pass, by the remat policy.
 
     They are counted in the traced program, of whole tokens: what the compiler recomputes, or `tensor` cuts, is less.
     """
-    model = program.model
     schedule = linear_schedule()
     operands = jax.eval_shape(lambda params: make_operands(model, params), abstract_params(model))
 
@@ -177,5 +185,4 @@ def saved_activations(program: Program) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
 
     # What grows with the batch: codes and other operands are residuals too, but they are there anyway.
-    per_image = residual_bytes(2) - residual_bytes(1)
-    return per_image * program.images // (program.config.train.accumulation_steps * batch_shards(program.mesh))
+    return residual_bytes(2) - residual_bytes(1)

@@ -54,13 +54,7 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
         "topology": topology.name,
         "chips": topology.num_chips,
         "mesh": dict(program.mesh.shape),
-        "options": {
-            "remat": program.model.remat,
-            "accumulation_steps": config.train.accumulation_steps if program.what == "train" else 1,
-            "grad_dtype": config.compute.grad_dtype,
-            "attention": config.compute.attention,
-            **({"gather": config.mesh.gather} if "gather" in config.mesh else {}),
-        },
+        "options": _options(program),
         "images": program.images,
         "steps": program.steps,
         "memory": _memory(program, compiled, topology),
@@ -83,6 +77,19 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
     if report["memory"]["total"] > report["memory"]["limit"]:
         raise _does_not_fit(program, topology, report["memory"]["total"])
     return report
+
+
+def _options(program: Program) -> dict:
+    config = program.config
+    options = {"attention": config.compute.attention, "dtype": config.compute.dtype}
+    if program.what == "sample":
+        return options | {"mode": program.mode, "cfg_scale": config.sample.cfg_scale, "method": config.sample.method}
+    return options | {
+        "remat": program.model.remat,
+        "accumulation_steps": config.train.accumulation_steps,
+        "grad_dtype": config.compute.grad_dtype,
+        **({"gather": config.mesh.gather} if "gather" in config.mesh else {}),
+    }
 
 
 def _memory(program: Program, compiled: jax.stages.Compiled, topology: Topology) -> dict:
@@ -180,7 +187,7 @@ def _does_not_fit(program: Program, topology: Topology, needed: float) -> UserEr
     mesh = ",".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
     return UserError(
         f"{program.config.name} does not fit {topology.name}: {needed / GIB:.2f} GiB a chip with mesh {mesh} and "
-        f"remat={program.model.remat}, of {topology.chip.memory / GIB:.2f}: cut it further, or recompute more"
+        f"remat={program.model.remat}, of {topology.chip.memory / GIB:.2f}: try --suggest"
     )
 
 

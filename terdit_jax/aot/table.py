@@ -1,0 +1,82 @@
+"""Saved reports as Markdown tables, one of training steps and one of drawings."""
+
+from collections.abc import Iterable, Iterator
+import json
+
+from etils import epath
+
+from terdit_jax.errors import UserError
+from terdit_jax.parallel.chips import GIB
+
+_TRAIN = (
+    ("Machine", lambda r: f"`{r['topology']}`"),
+    ("Chips", lambda r: f"{r['chips']:,}"),
+    ("data x fsdp x tensor", lambda r: " x ".join(str(size) for size in r["mesh"].values())),
+    ("State, GiB a chip", lambda r: _gib(sum(r["memory"]["arguments"].values()))),
+    ("Temporaries", lambda r: _gib(r["memory"]["temporaries"])),
+    ("Total of memory", lambda r: f"{_gib(r['memory']['total'])} of {_gib(r['memory']['limit'])}"),
+    ("Sent, GiB a chip and step", lambda r: _gib(r["sent"])),
+    ("Compute / memory / network, ms", lambda r: _times(r["roofline"], 1)),
+    ("Step, ms: overlapped, in turn", lambda r: _step(r["roofline"], 1)),
+    ("MFU at best", lambda r: f"{r['roofline']['mfu_bound']:.0%}"),
+    ("Images/s", lambda r: f"{r['roofline']['images_per_second']:,.0f}"),
+    ("Hours", lambda r: f"{r['roofline']['hours']:,.0f}"),
+)
+_SAMPLE = (
+    ("Machine", lambda r: f"`{r['topology']}`"),
+    ("Mode", lambda r: r["options"]["mode"]),
+    ("Pictures at once", lambda r: str(r["images"])),
+    ("Weights, GiB a chip", lambda r: _gib(r["memory"]["arguments"]["weights"])),
+    ("Total of memory", lambda r: f"{_gib(r['memory']['total'])} of {_gib(r['memory']['limit'])}"),
+    ("TFLOPs a denoising step", lambda r: f"{r['flops']['compiled'] / r['steps'] / 1e12:.2f}"),
+    ("Compute / memory, ms a step", lambda r: _times(r["roofline"], r["steps"], ("compute", "memory"))),
+    ("Step, ms", lambda r: f"{r['roofline']['overlapped'] / r['steps'] * 1e3:.2f}"),
+    ("Bound", lambda r: r["roofline"]["bound"]),
+    ("Images/s", lambda r: f"{r['roofline']['images_per_second']:.2f}"),
+)
+
+
+def make_tables(folder: epath.Path) -> str:
+    """The tables of all reports in a folder that have a roofline, by number of chips within a family.
+
+    Raises:
+      UserError: no reports, or files that are none.
+    """
+    reports = sorted(_read(folder), key=lambda r: (r["topology"].partition(":")[0], r["chips"], r["images"]))
+    tables = [
+        _table(columns, [r for r in reports if r["what"] == what and r["roofline"]])
+        for what, columns in (("train", _TRAIN), ("sample", _SAMPLE))
+    ]
+    if not any(tables):
+        raise UserError(f"--table={folder}: holds no report (*.json) of a training step or a drawing")
+    return "\n\n".join(table for table in tables if table)
+
+
+def _read(folder: epath.Path) -> Iterator[dict]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            report = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"--table={folder}: {path.name} is no JSON ({error})") from error
+        if isinstance(report, dict) and "what" in report:  # suggestions and others lie beside them
+            yield report
+
+
+def _table(columns: tuple, reports: list[dict]) -> str:
+    if not reports:
+        return ""
+    rows = [[name for name, _ in columns], ["---"] * len(columns)]
+    rows += [[cell(report) for _, cell in columns] for report in reports]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _times(speed: dict, steps: int, parts: Iterable[str] = ("compute", "memory", "network")) -> str:
+    return " / ".join(f"{speed[part] / steps * 1e3:.1f}" for part in parts)
+
+
+def _step(speed: dict, steps: int) -> str:
+    return f"{speed['overlapped'] / steps * 1e3:.0f}, {speed['in_turn'] / steps * 1e3:.0f}"

@@ -1,0 +1,55 @@
+"""Saved reports become tables."""
+
+import json
+
+from etils import epath
+import pytest
+
+from terdit_jax.aot.table import make_tables
+from terdit_jax.errors import UserError
+
+GIB = 2**30
+SPEED = {
+    "compute": 0.5, "memory": 0.25, "network": 0.125, "overlapped": 0.5, "in_turn": 0.625, "bound": "compute",
+    "mfu_bound": 0.75, "images_per_second": 1024.0, "hours": 163.8,
+}  # fmt: skip
+
+
+def report(what, topology, chips):
+    return {
+        "what": what, "topology": topology, "chips": chips, "mesh": {"data": 1, "fsdp": chips, "tensor": 1},
+        "options": {"mode": "small"}, "images": 512, "steps": 250, "flops": {"compiled": 250e12}, "sent": 2 * GIB,
+        "memory": {
+            "arguments": {"weights": GIB}, "temporaries": 2 * GIB, "total": 3.5 * GIB, "limit": 16 * GIB,
+        },
+        "roofline": SPEED,
+    }  # fmt: skip
+
+
+def test_tables(tmp_path):
+    for name, content in {
+        "b": report("train", "v5e:16x16", 256),
+        "a": report("train", "v5e:4x4", 16),
+        "c": report("sample", "v6e:1x1", 1),
+        "d": {"tried": []},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    train, sample = make_tables(epath.Path(tmp_path)).split("\n\n")
+    assert [line.split(" | ")[:3] for line in train.splitlines()[2:]] == [
+        ["| `v5e:4x4`", "16", "1 x 16 x 1"],
+        ["| `v5e:16x16`", "256", "1 x 256 x 1"],
+    ]
+    assert train.splitlines()[2].endswith(
+        "| 1.00 | 2.00 | 3.50 of 16.00 | 2.00 | 500.0 / 250.0 / 125.0 | 500, 625 | 75% | 1,024 | 164 |"
+    )
+    assert sample.splitlines()[2] == (
+        "| `v6e:1x1` | small | 512 | 1.00 | 3.50 of 16.00 | 1.00 | 2.0 / 1.0 | 2.00 | compute | 1024.00 |"
+    )
+
+
+def test_a_folder_without_reports_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no report"):
+        make_tables(epath.Path(tmp_path))
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="x.json is no JSON"):
+        make_tables(epath.Path(tmp_path))
