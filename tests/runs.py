@@ -1,9 +1,11 @@
 """Small training runs for tests that need one: a shrunken digits configuration, and commands as a user starts them."""
 
 from collections.abc import Mapping
+import concurrent.futures
 import json
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 
@@ -68,6 +70,36 @@ def start(module: str, *arguments: str, cache: Path, environment: Mapping[str, s
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start_together(
+    module: str, arguments: list[str], *, processes: int, cache: Path, devices: int = 2
+) -> list[subprocess.Popen]:
+    """The same command in processes that jax.distributed joins on loopback, each with so many CPU devices.
+
+    One process is started alone, as a user starts one.
+    """
+    flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
+    if processes == 1:
+        return [start(module, *arguments, cache=cache, environment={"XLA_FLAGS": flags})]
+    address = f"localhost:{free_port()}"
+    common = {"XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        start(module, *arguments, cache=cache, environment=common | {"JAX_PROCESS_ID": str(process)})
+        for process in range(processes)
+    ]
+
+
+def finish_together(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """Waits for all, checks that each ended with status 0, and returns what each printed."""
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(finish, processes))
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Every kind of damage is found before a checkpoint is used, and nothing is lost on the way."""
 
+from faults.damages import DAMAGES, half_write
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.mesh import AXES
-from terdit_jax.training.checkpoint import MANIFEST, Checkpoints, find_damage
+from terdit_jax.training.checkpoint import Checkpoints, find_damage
 
 
 def state(step):
@@ -52,34 +53,8 @@ def restored_step(workdir):
     return run["step"]
 
 
-def truncate(step):
-    largest(step).write_bytes(largest(step).read_bytes()[:-1])
-
-
 def flip(step):
-    content = bytearray(largest(step).read_bytes())
-    content[-1] ^= 0x10
-    largest(step).write_bytes(content)
-
-
-def empty(step):
-    for path in sorted(step.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-DAMAGES = {
-    "truncated": truncate,
-    "flipped bit": flip,
-    "missing file": lambda step: largest(step).unlink(),
-    "missing manifest": lambda step: (step / MANIFEST).unlink(),
-    "torn manifest": lambda step: (step / MANIFEST).write_text("{"),
-    "empty manifest": lambda step: (step / MANIFEST).write_text("{}"),
-    "empty step": empty,
-}
-
-
-def largest(step):
-    return max((p for p in (step / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    DAMAGES["flipped"](step)
 
 
 def test_newest_state_comes_back(saved):
@@ -109,8 +84,9 @@ def test_without_a_sound_checkpoint_nothing_is_moved(saved):
 
 
 def test_a_half_written_step_is_ignored(saved):
-    (saved / "checkpoints" / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    assert restored_step(saved) == 3
+    half_write(saved / "checkpoints" / "3")
+    assert restored_step(saved) == 2
+    assert not (saved / "damaged_checkpoints").exists(), "it never was a checkpoint"
 
 
 def test_reading_sets_nothing_aside(saved):

@@ -10,7 +10,7 @@ from deployed import make_workdir
 import jax
 import numpy as np
 import pytest
-from runs import FAST_COMPILATION, finish, start
+from runs import FAST_COMPILATION, finish, free_port, start
 
 from terdit_jax.errors import UserError
 from terdit_jax.inference import picture_set
@@ -157,8 +157,6 @@ def test_devices_batches_and_processes_change_no_picture(run, tmp_path, method):
 
 @pytest.mark.slow
 def test_two_processes_share_the_shards(run, tmp_path):
-    from test_processes import free_port
-
     flags = ("--num_samples=2500", "--method=ddim", "--num_steps=4", "--batch_size=128")
     sample(run, tmp_path / "one.npz", *flags)
     joined = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}

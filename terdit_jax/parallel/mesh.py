@@ -19,6 +19,9 @@ AXES = ("data", "fsdp", "tensor")
 # Any of these says that a cluster has started several processes of this program; jax.distributed finds the rest.
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 
+# A process that dies must end the others in less than two minutes; by default they would wait for up to five.
+_PATIENCE = {"heartbeat_timeout_seconds": 45, "shutdown_timeout_seconds": 60}
+
 
 def initialize_processes() -> None:
     """Joins the processes of a multi-process run through `jax.distributed`; does nothing in a single process.
@@ -33,6 +36,7 @@ def initialize_processes() -> None:
             os.environ.get("JAX_COORDINATOR_ADDRESS"),
             int(os.environ["JAX_NUM_PROCESSES"]),
             int(os.environ["JAX_PROCESS_ID"]),
+            **_PATIENCE,
         )
     elif (
         any(name in os.environ for name in _CLUSTER_VARIABLES)
@@ -40,7 +44,7 @@ def initialize_processes() -> None:
         or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1  # set by srun only
         or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     ):
-        jax.distributed.initialize()
+        jax.distributed.initialize(**_PATIENCE)
 
 
 def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
