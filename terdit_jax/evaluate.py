@@ -1,11 +1,17 @@
-"""The command that scores a run by a classifier trained on its data set's pictures; flags and the report only.
+"""The command that scores pictures: against a reference by the ADM suite, or by a classifier trained on a run's data.
 
-python -m terdit_jax.evaluate --workdir=runs/digits
+python -m terdit_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --output=metrics.json
+python -m terdit_jax.evaluate --reference=data/cifar10 --save_reference=cifar10.npz
 python -m terdit_jax.evaluate --workdir=runs/digits --num_samples=2000 --cfg_scale=2 --output=guided.json
+
+The last one, without a reference, gives no FID (docs/evaluation.md). Flags and the report only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import importlib.metadata
 import json
+import time
+import zipfile
 
 from absl import flags
 from etils import epath
@@ -14,41 +20,146 @@ import numpy as np
 
 from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
+from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
+from terdit_jax.evaluation.judge import read_pictures
+from terdit_jax.evaluation.picture_source import PictureSource, open_pictures
 from terdit_jax.evaluation.proxy import Pictures, proxy_metrics, sample_labels
+from terdit_jax.evaluation.reference import save_reference, stored_indices
+from terdit_jax.evaluation.suite import (
+    INCEPTION,
+    PUBLISHED_COUNT,
+    Reference,
+    check_count,
+    inception_network,
+    open_reference,
+    suite_metrics,
+)
+from terdit_jax.inference.picture_set import make_labels
+from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.runtime import load_model
-from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.interop.vae_weights import load_vae
+from terdit_jax.parallel.mesh import initialize_processes, local_mesh, make_mesh
 from terdit_jax.training.checkpoint import Checkpoints
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
+_DRAWN_AT_ONCE = 256
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run that a classifier of its data judges.")
+_SAMPLES = flags.DEFINE_string(
+    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of pictures, or workdir of a run that draws them."
+)
+_REFERENCE = flags.DEFINE_string("reference", None, "npz of statistics or pictures, folder of pictures, or data set.")
+_SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "npz to write of the reference's statistics.")
+_INCEPTION = flags.DEFINE_string("inception", None, "Weights of Inception, .pth or .pb; fetched if not given.")
+_HALF_DISTANCES = flags.DEFINE_bool("half_distances", False, "Precision and recall in float16, as the ADM evaluator.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", lower_bound=2)
 _CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance; the run's own if not given.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", lower_bound=1)
-_METHOD = flags.DEFINE_enum("method", None, ["ddpm", "ddim"], "Sampler; the run's own if not given.")
+_METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
-_SAMPLES = flags.DEFINE_string(
-    "samples", None, "Judge these instead of drawing: npz with arr_0 uint8 (N, H, W, C) and labels (N,)."
-)
-_OUTPUT = flags.DEFINE_string("output", None, f"JSON file to write; WORKDIR/{DEFAULT_OUTPUT} if not given.")
+_VAE = flags.DEFINE_string("vae", None, "Folder of the autoencoder, for a run that draws latents.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; a new one.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws samples or reads them, judges them, prints the scores and writes them."""
+    """Runs the command."""
     del argv
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing: name the directory of a run, such as --workdir=runs/digits")
-    output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)
-    if _OUTPUT.value and output.exists():
-        raise UserError(f"--output={output}: exists already, name another file")
+    if _OUTPUT.value and epath.Path(_OUTPUT.value).exists():
+        raise UserError(f"--output={_OUTPUT.value}: exists already, name another file")
     # Many small steps: on CPUs, queueing them makes the threads of one step fight those of the next.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if _REFERENCE.value:
+        initialize_processes()
+        _judge_by_suite()
+    elif _WORKDIR.value:
+        _judge_by_classifier()
+    elif _SAMPLES.value or _SAVE_REFERENCE.value:
+        raise UserError("--reference is missing: name an npz of statistics, a folder of pictures, or a data set")
+    else:
+        raise UserError("--workdir is missing: name the directory of a run, such as --workdir=runs/digits")
 
+
+def _judge_by_suite() -> None:
+    samples_path = _SAMPLES.value or _WORKDIR.value
+    if bool(samples_path) != bool(_OUTPUT.value) or not (samples_path or _SAVE_REFERENCE.value):
+        raise UserError(
+            "--reference takes --samples and --output=metrics.json, or --save_reference=REFERENCE.npz, or all of them"
+        )
+    if _SAVE_REFERENCE.value and epath.Path(_SAVE_REFERENCE.value).exists():
+        raise UserError(f"--save_reference={_SAVE_REFERENCE.value}: exists already, name another file")
+    begin, mesh = time.perf_counter(), local_mesh()
+    samples = check_count(_open_samples(samples_path)) if samples_path else None
+    network = inception_network(_INCEPTION.value)
+    reference = open_reference(_REFERENCE.value, network, mesh, _BATCH_SIZE.value, _say)
+    if _SAVE_REFERENCE.value and jax.process_index() == 0:
+        _write_reference(reference)
+    if samples is None:
+        return
+    features = collect_features(network, samples, mesh, _BATCH_SIZE.value, _say)
+    metrics = suite_metrics(network, features, reference, _HALF_DISTANCES.value)
+    if jax.process_index():
+        return
+    for name, value in metrics.items():
+        print(f"{name:36} {value:9.4f}")
+    facts = {
+        "num_samples": samples.count, "num_reference_pictures": 0 if reference.pool is None else len(reference.pool),
+        "network": {"name": network.name, "file": network.source, "sha256": network.sha256},
+        "versions": {name: importlib.metadata.version(name) for name in ("terdit-jax", "jax", "numpy")},
+        "device": jax.devices()[0].device_kind, "seconds": round(time.perf_counter() - begin, 1),
+    }  # fmt: skip
+    flag_values = (_SAMPLES, _WORKDIR, _REFERENCE, _HALF_DISTANCES)
+    _write_json(
+        epath.Path(_OUTPUT.value), {**metrics, **facts, "flags": {flag.name: flag.value for flag in flag_values}}
+    )
+    if reference.pool is None:
+        print(f"{reference.name} holds no pictures, so there is no precision and no recall")
+    if samples.count != PUBLISHED_COUNT and network.name == INCEPTION:
+        print(f"of {samples.count:,} pictures: compare with figures of as many only, published ones are of 50,000")
+    print(f"written to {_OUTPUT.value}")
+
+
+def _open_samples(path: str) -> PictureSource:
+    if not (epath.Path(path) / "checkpoints").is_dir():
+        return open_pictures(path)
+    vae = load_vae(_VAE.value) if _VAE.value else None
+    model = load_model(path, mesh=local_mesh(), ema=_WEIGHTS.value == "ema")
+    pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
+    if not (pixels or vae):
+        raise UserError(f"--samples={path}: this run draws latents: give --vae")
+    labels = make_labels(range(model.config.num_classes), _NUM_SAMPLES.value, "balanced", _SEED.value)
+    options = {"seed": _SEED.value, "num_steps": _NUM_STEPS.value, "cfg_scale": _CFG_SCALE.value, "vae": vae}
+
+    def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        for start in range(first, stop, size):
+            of_portion = labels[start : min(start + size, stop)]
+            images = model.draw(
+                of_portion, first=start, method=_METHOD.value, batch_size=min(size, _DRAWN_AT_ONCE), **options
+            )
+            pictures = to_uint8(images)
+            yield pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
+
+    side = model.config.input_size * (vae[0].downsampling if vae else 1)
+    return PictureSource(path, len(labels), (side, side, 3), stream)
+
+
+def _write_reference(reference: Reference) -> None:
+    if reference.pool is None:
+        raise UserError(f"--save_reference needs pictures, and {reference.name} holds statistics alone")
+    source = open_pictures(_REFERENCE.value)
+    save_reference(_SAVE_REFERENCE.value, reference.statistics, source.take(stored_indices(source.count)))
+    print(f"reference of {source.count:,} pictures written to {_SAVE_REFERENCE.value}")
+
+
+def _judge_by_classifier() -> None:
+    """Draws samples or reads them, judges them, prints the scores and writes them."""
+    output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)
     model = load_model(_WORKDIR.value, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
     dataset = _open_pictures(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
-    train, heldout = (_read_pictures(dataset, split) for split in ("train", "heldout"))
+    train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
     if _SAMPLES.value:
         samples = _load_samples(_SAMPLES.value, dataset.metadata.shape[-1])
     else:
@@ -74,23 +185,22 @@ def _open_pictures(path: str) -> Dataset:
     return dataset
 
 
-def _read_pictures(dataset: Dataset, split: str) -> Pictures:
-    records = dataset.records(split, in_memory=True)
-    batch = records.read(np.arange(len(records)))
-    return Pictures(batch["mean"].astype(np.float32), batch["label"])
-
-
 def _load_samples(path: str, channels: int) -> Pictures:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"--samples={path}: not an npz with arr_0 and labels ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
     if channels == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
         images = images[..., :1]  # terdit_jax.sample writes grey pictures as evaluators want them, in three channels
     return Pictures(images.astype(np.float32) / 127.5 - 1, labels)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _write_json(path: epath.Path, content: dict) -> None:

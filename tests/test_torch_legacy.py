@@ -14,6 +14,8 @@ TENSORS = {
     "w": torch.arange(12, dtype=torch.float32).reshape(3, 4),
     "half": torch.tensor([1.5, -2], dtype=torch.float16),
     "count": torch.tensor(7),
+    "transposed": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4).permute(2, 0, 1),
+    "none": torch.zeros(0, 3),
     "part": torch.arange(10, dtype=torch.float32)[4:8],
 }
 
@@ -64,7 +66,7 @@ def test_anything_but_tensors_is_refused(refusal):
     assert "asks for" in refusal(saved(io.BytesIO))
     assert "does not map names to tensors" in refusal(saved([1, 2]))
     assert "does not map names to tensors" in refusal(saved({"a": 1}))
-    assert "row-major" in refusal(saved({"w": TENSORS["w"].T}))
+    assert "outside its storage" in refusal(saved({"w": torch.zeros(1).expand(1000)}))
     assert "cannot read" in refusal(b"")
     assert "older format" in refusal(b"\x80\x02K\x01.")
 
@@ -73,6 +75,14 @@ def test_a_file_that_is_cut_off_is_refused(refusal):
     whole = saved(TENSORS)
     for size in (len(whole) - 1, len(whole) - 60, 300, 30):
         assert "older format" in refusal(whole[:size])
+
+
+def test_strides_that_reach_outside_are_refused(refusal):
+    """3 x 4 with strides 4 and 1 in a storage of 12; with 5 and 1 the last number is the fifteenth."""
+    whole = saved({"w": TENSORS["w"]})
+    strides = b"K\x04K\x01\x86"
+    assert whole.count(strides) == 1
+    assert "outside its storage" in refusal(whole.replace(strides, b"K\x05K\x01\x86"))
 
 
 def test_a_storage_of_another_size_is_refused(refusal):

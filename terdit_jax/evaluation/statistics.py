@@ -32,6 +32,13 @@ class Moments:
         self.mean = np.zeros(width)
         self.scatter = np.zeros((width, width))  # sum of outer products around the mean
 
+    @classmethod
+    def of(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
+        """Those with these attributes."""
+        moments = cls(len(mean))
+        moments.count, moments.mean, moments.scatter = count, mean, scatter
+        return moments
+
     def add(self, features: np.ndarray) -> "Moments":
         """Takes (N, D) more rows. Raises UserError for another width or values that are not finite."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):

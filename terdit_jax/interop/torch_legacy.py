@@ -4,13 +4,14 @@ The pickles are interpreted by `torch_pickle`, which imports and calls nothing. 
 """
 
 import io
+import math
 import os
 from typing import Any
 
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop.torch_pickle import MAX_INDEX_BYTES, Tensor, interpret, view_tensor
+from terdit_jax.interop.torch_pickle import MAX_INDEX_BYTES, Tensor, interpret
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
@@ -29,11 +30,11 @@ def is_legacy(path: str | os.PathLike) -> bool:
 
 
 def load_legacy_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """name -> view of the mapped file, read when touched.
+    """name -> view of the mapped file, read when touched. Its tensors may be transposed: converted networks often are.
 
     Raises:
       UserError: not such a file, a pickle that asks for anything but tensors, a storage that is missing, cut off or of
-        another size, a tensor that lies outside its storage or is not row-major.
+        another size, a tensor that lies outside its storage or is larger than it.
     """
     try:
         data = np.asarray(np.memmap(path, np.uint8, "r"))
@@ -51,13 +52,25 @@ def load_legacy_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except _REFUSALS as error:
         raise UserError(f"{path}: not a state dict in PyTorch's older format: {str(error)[:150]}") from error
     arrays = {
-        name: view_tensor(tensor, data, starts[tensor.storage.key], f"{path}: {name[:60]!r}")
+        name: _view(tensor, data[starts[tensor.storage.key] :], f"{path}: {name[:60]!r}")
         for name, tensor in tensors.items()
     }
     # A thousand names for one storage would become a thousand copies of it.
     if sum(array.nbytes for array in arrays.values()) > data.size:
         raise UserError(f"{path}: its tensors share storages, and are together larger than the file")
     return arrays
+
+
+def _view(tensor: Tensor, data: np.ndarray, what: str) -> np.ndarray:
+    """`data` begins with the tensor's storage, which is whole."""
+    (dtype, _, size), shape, strides = tensor.storage, tensor.shape, tensor.strides
+    count = math.prod(shape)
+    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0
+    if min(tensor.offset, *strides, 0) < 0 or count > size or last >= max(size, 1):
+        raise UserError(f"{what} lies outside its storage")
+    numbers = data[: size * dtype.itemsize].view(dtype)[tensor.offset if count else 0 :]
+    steps = [stride * dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)
 
 
 def _expect_tensors(value: Any) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def _load(path: str | os.PathLike) -> tuple[Any, dict[str, zipfile.ZipInfo]]:
 
 
 def _map_tensor(tensor: Tensor, members: dict[str, zipfile.ZipInfo], data: np.ndarray, what: str) -> np.ndarray:
-    storage = tensor.storage
+    storage, shape = tensor.storage, tensor.shape
     member = members.get(f"data/{storage.key}")
     if member is None:
         raise UserError(f"{what} refers to a storage that is not in the file")
@@ -139,16 +139,6 @@ def _map_tensor(tensor: Tensor, members: dict[str, zipfile.ZipInfo], data: np.nd
     start = member.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     if member.file_size != storage.size * storage.dtype.itemsize or start + member.file_size > data.size:
         raise UserError(f"{what} has a storage of another size than the file")
-    return view_tensor(tensor, data, start, what)
-
-
-def view_tensor(tensor: Tensor, data: np.ndarray, start: int, what: str) -> np.ndarray:
-    """A view of the file's bytes `data`, in which the tensor's storage begins at `start` and is whole.
-
-    Raises:
-      UserError: a tensor that lies outside its storage, or is not row-major.
-    """
-    storage, shape = tensor.storage, tensor.shape
     count = math.prod(shape)
     if not 0 <= tensor.offset <= storage.size - count:
         raise UserError(f"{what} lies outside its storage")

@@ -1,0 +1,161 @@
+"""Pictures to be judged, as uint8 in portions and in order: from an npz, a folder of files, or a prepared data set.
+
+A set larger than memory passes through portion by portion. What is computed of them is left to others.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+import os
+from pathlib import Path
+from typing import IO
+import zipfile
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from terdit_jax.data.reader import open_dataset
+from terdit_jax.data.schema import METADATA_FILE
+from terdit_jax.errors import UserError
+from terdit_jax.inference.pictures import to_uint8
+
+ARRAY = "arr_0"
+SUFFIXES = (".png", ".jpg", ".jpeg")
+_READ_AT_ONCE = 256  # records of a data set, and what is skipped of an array
+_THREADS = 16  # that decode files
+# What reading a damaged npz may raise.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSource:
+    """A set of pictures in a fixed order. Attributes:
+
+    name: where it is, for messages.
+    count: pictures.
+    shape: (H, W, 3) of each.
+    stream: called with the first picture, one past the last and a size: yields (n, H, W, 3) uint8, n that size or, at
+      the end, less.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, int, int]
+    stream: Callable[[int, int, int], Iterator[np.ndarray]]
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The pictures at sorted `indices` (N,), in one pass over all."""
+        taken, first = [], 0
+        for portion in self.stream(0, self.count, _READ_AT_ONCE):
+            taken.append(portion[indices[(indices >= first) & (indices < first + len(portion))] - first])
+            first += len(portion)
+        return np.concatenate(taken)
+
+
+def open_pictures(path: str | os.PathLike) -> PictureSource:
+    """The pictures at a path: `arr_0` of an .npz, a prepared data set's training split, or a folder of PNG or JPEG.
+
+    Raises:
+      UserError: nothing there, values that are not uint8, another shape than (N, H, W, 3), pictures of several sizes, a
+        damaged file, or a data set of latents.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_dataset(path) if (path / METADATA_FILE).exists() else _open_folder(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give an .npz with {ARRAY}, a folder of pictures, or a data set")
+    return _open_npz(path)
+
+
+def _open_npz(path: Path) -> PictureSource:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
+            shape, column_major, dtype = _read_header(member)
+    except _DAMAGE as error:
+        raise UserError(f"{path}: not an npz with pictures in {ARRAY} ({_line(error)})") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or column_major or 0 in shape:
+        raise UserError(
+            f"{path}: {ARRAY} is {dtype} {shape}, expected uint8 (N, H, W, 3) with values from 0 to 255: pictures in"
+            " [-1, 1] become that as round((x + 1) * 127.5)"
+        )
+    row = int(np.prod(shape[1:]))
+
+    def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
+                _read_header(member)
+                for start in range(0, first, _READ_AT_ONCE):
+                    _read_exactly(member, row * min(_READ_AT_ONCE, first - start))
+                for start in range(first, stop, size):
+                    count = min(size, stop - start)
+                    pictures = np.frombuffer(_read_exactly(member, row * count), np.uint8).reshape(count, *shape[1:])
+                    yield _in_color(pictures)
+        except _DAMAGE as error:
+            raise UserError(f"{path}: {ARRAY} is damaged ({_line(error)})") from error
+
+    return PictureSource(str(path), shape[0], (*shape[1:3], 3), stream)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(member)
+    raise ValueError(f"array format {version}")
+
+
+def _read_exactly(member: IO[bytes], size: int) -> bytes:
+    content = member.read(size)
+    if len(content) != size:
+        raise EOFError("it ends too early")
+    return content
+
+
+def _open_folder(path: Path) -> PictureSource:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{path} holds no {', '.join(SUFFIXES)}, and is no prepared data set")
+    shape = _read_picture(files[0]).shape
+
+    def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for start in range(first, stop, size):
+                part = files[start : min(start + size, stop)]
+                pictures = list(pool.map(_read_picture, part))
+                for file, picture in zip(part, pictures, strict=True):
+                    if picture.shape != shape:
+                        raise UserError(f"{file} is {picture.shape[:2]} (height, width), others are {shape[:2]}")
+                yield np.stack(pictures)
+
+    return PictureSource(str(path), len(files), shape, stream)
+
+
+def _read_picture(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} is no picture that can be read ({_line(error)})") from error
+
+
+def _open_dataset(path: Path) -> PictureSource:
+    dataset = open_dataset(path)
+    if dataset.metadata.codec != "none":
+        raise UserError(f"{path} holds latents ({dataset.metadata.codec}): give pictures, which a reference is made of")
+    records, (height, width, _) = dataset.records("train"), dataset.metadata.shape
+
+    def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        for start in range(first, stop, size):
+            batch = records.read(np.arange(start, min(start + size, stop)))
+            yield _in_color(to_uint8(batch["mean"].astype(np.float32)))
+
+    return PictureSource(str(path), len(records), (height, width, 3), stream)
+
+
+def _in_color(pictures: np.ndarray) -> np.ndarray:
+    return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"

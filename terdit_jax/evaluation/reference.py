@@ -1,0 +1,91 @@
+"""Reference statistics in the ADM evaluator's npz: read, checked, and written.
+
+`mu` and `sigma` are of Inception's pool features, `mu_s` and `sigma_s` of its spatial ones, `arr_0` is pictures, of
+which precision and recall take the features.
+"""
+
+import os
+from pathlib import Path
+import zipfile
+
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
+from terdit_jax.evaluation.picture_source import ARRAY
+from terdit_jax.evaluation.statistics import Statistics
+
+KEYS = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
+STORED_PICTURES = 10_000  # that a reference keeps, as the published ones do
+_ASYMMETRY = 1e-6  # of a covariance, over its largest value: float32 files are off by rounding
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
+
+
+def stored_keys(path: str | os.PathLike) -> set[str]:
+    """The names of the arrays in an npz. Raises UserError if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _DAMAGE as error:
+        raise UserError(f"{path}: not an npz ({type(error).__name__}: {str(error)[:100]})") from error
+
+
+def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
+    """ "pool" and "spatial", each as far as the npz has it; counts are unknown, and 0.
+
+    Raises:
+      UserError: one array of a pair without the other, other shapes, values that are not finite, or a covariance that
+        is not symmetric with variances of at least 0.
+    """
+    keys, found = stored_keys(path), {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for feature, (mean_key, covariance_key, width) in KEYS.items():
+                given = [key for key in (mean_key, covariance_key) if key in keys]
+                if len(given) == 1:
+                    raise UserError(f"{path}: has {given[0]} but not its pair: {mean_key} and {covariance_key}")
+                if given:
+                    mean, covariance = arrays[mean_key], arrays[covariance_key]
+                    _check(f"{path}: {mean_key}", mean, (width,))
+                    _check(f"{path}: {covariance_key}", covariance, (width, width))
+                    _check_covariance(f"{path}: {covariance_key}", covariance)
+                    found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
+    except _DAMAGE as error:
+        raise UserError(f"{path}: not a reference ({type(error).__name__}: {str(error)[:100]})") from error
+    return found
+
+
+def save_reference(path: str | os.PathLike, statistics: dict[str, Statistics], pictures: np.ndarray) -> None:
+    """Writes the statistics and the pictures (N, H, W, 3) uint8; the file appears whole or not at all."""
+    path, arrays = Path(path), {ARRAY: pictures}
+    for feature, (mean_key, covariance_key, _) in KEYS.items():
+        arrays |= {mean_key: statistics[feature].mean, covariance_key: statistics[feature].covariance}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def stored_indices(count: int) -> np.ndarray:
+    """Which of `count` pictures a reference keeps: all, or `STORED_PICTURES` at equal distances."""
+    kept = min(count, STORED_PICTURES)
+    return np.arange(kept) * count // kept
+
+
+def _check(what: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape or array.dtype.kind != "f":
+        raise UserError(f"{what} is {array.dtype} {array.shape}, Inception's is floats {shape}: another network's?")
+    if not np.isfinite(array).all():
+        raise UserError(f"{what} holds values that are not finite")
+
+
+def _check_covariance(what: str, covariance: np.ndarray) -> None:
+    largest = np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > _ASYMMETRY * largest or np.diagonal(covariance).min() < 0:
+        raise UserError(f"{what} is no covariance: it is not symmetric, or has variances below 0")

@@ -1,0 +1,144 @@
+"""The ADM suite: FID, sFID, inception score, precision and recall of samples against a reference.
+
+Another network than Inception gives figures of other names, for they can be compared with nobody's FID.
+"""
+
+from collections.abc import Callable
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from terdit_jax.errors import UserError
+from terdit_jax.evaluation import inception
+from terdit_jax.evaluation.features import BATCH_SIZE, FeatureNetwork, PictureFeatures, collect_features
+from terdit_jax.evaluation.frechet import frechet_distance
+from terdit_jax.evaluation.inception_score import SPLIT, InceptionScore
+from terdit_jax.evaluation.inception_weights import load_inception
+from terdit_jax.evaluation.manifold import NEIGHBOURS, precision_recall
+from terdit_jax.evaluation.picture_source import ARRAY, PictureSource, open_pictures
+from terdit_jax.evaluation.reference import read_statistics, stored_keys
+from terdit_jax.evaluation.statistics import Statistics
+
+INCEPTION = "inception"
+MIN_PICTURES = NEIGHBOURS + 1
+PUBLISHED_COUNT = 50_000  # samples that published figures are of
+
+
+class Reference(NamedTuple):
+    """What samples are compared with."""
+
+    name: str
+    statistics: dict[str, Statistics]  # by feature
+    pool: np.ndarray | None  # (N, D) float32; None if there are no pictures
+
+
+def inception_network(path: str | os.PathLike | None = None) -> FeatureNetwork:
+    """The FID network with the weights at a path, or fetched. Raises UserError as `load_inception` does."""
+
+    def extract(params: dict, pictures: Array) -> dict[str, Array]:
+        features = inception.extract(params, pictures)
+        return {"pool": features.pool, "spatial": features.spatial}
+
+    loaded = load_inception(path)
+    return FeatureNetwork(INCEPTION, loaded.params, extract, loaded.source, loaded.sha256)
+
+
+def open_reference(
+    path: str | os.PathLike,
+    network: FeatureNetwork,
+    mesh: Mesh,
+    batch_size: int = BATCH_SIZE,
+    say: Callable[[str], None] = lambda line: None,
+) -> Reference:
+    """The reference at a path: an npz of statistics, pictures or both, a folder of pictures, or a prepared data set.
+
+    Statistics in a file are Inception's, and are taken as they are; those of pictures are computed.
+
+    Raises:
+      UserError: as `open_pictures` and `read_statistics`; too few pictures; statistics alone for another network.
+    """
+    statistics: dict[str, Statistics] = {}
+    has_pictures = True
+    if Path(path).is_file():
+        keys = stored_keys(path)
+        has_pictures = ARRAY in keys
+        if network.name == INCEPTION:
+            statistics = read_statistics(path)
+        if not has_pictures and not statistics:
+            raise UserError(
+                f"{path} holds neither pictures in {ARRAY} nor statistics of {network.name}, only {sorted(keys)[:8]}"
+            )
+    if not has_pictures:
+        return Reference(str(path), statistics, None)
+    features = collect_features(network, check_count(open_pictures(path)), mesh, batch_size, say)
+    return Reference(str(path), feature_statistics(features) | statistics, features.pool)
+
+
+def feature_statistics(features: PictureFeatures) -> dict[str, Statistics]:
+    """The statistics of every feature."""
+    return {name: moments.statistics() for name, moments in features.moments.items()}
+
+
+def check_count(source: PictureSource) -> PictureSource:
+    """The source itself. Raises UserError if it has too few pictures for any figure."""
+    if source.count < MIN_PICTURES:
+        raise UserError(
+            f"{source.name}: {source.count} pictures are too few, the least is {MIN_PICTURES} and published figures are"
+            f" of {PUBLISHED_COUNT:,}"
+        )
+    return source
+
+
+def suite_metrics(
+    network: FeatureNetwork, samples: PictureFeatures, reference: Reference, half_distances: bool = False
+) -> dict[str, float]:
+    """The figures of samples.
+
+    Args:
+      network: whose features these are.
+      samples: features of the samples, in order.
+      reference: of the same network.
+      half_distances: see `manifold.precision_recall`.
+
+    Returns:
+      `fid`, `sfid`, `inception_score`, `precision`, `recall`; of a reference without pictures not the last two. Of a
+      network other than Inception NAME_frechet, NAME_precision and NAME_recall.
+
+    Raises:
+      UserError: features of other widths, or too few.
+    """
+    statistics = feature_statistics(samples)
+    distances = {
+        name: frechet_distance(statistics[name], reference.statistics[name])
+        for name in statistics
+        if name in reference.statistics
+    }
+    if network.name == INCEPTION:
+        metrics = {{"pool": "fid", "spatial": "sfid"}[name]: value for name, value in distances.items()}
+        metrics["inception_score"] = _inception_score(network.params, samples.pool)
+        prefix = ""
+    else:
+        metrics, prefix = {f"{network.name}_frechet": distances["pool"]}, f"{network.name}_"
+    if reference.pool is not None:
+        found = precision_recall(reference.pool, samples.pool, half_distances)
+        metrics |= {f"{prefix}precision": found.precision, f"{prefix}recall": found.recall}
+    return metrics
+
+
+def _inception_score(params: dict, pool: np.ndarray) -> float:
+    """In portions of a split each, so that no more probabilities are in memory."""
+    score, weight = InceptionScore(), jnp.asarray(params["fc"]["weight"])
+    for start in range(0, len(pool), SPLIT):
+        score.add(np.asarray(_probabilities(weight, pool[start : start + SPLIT])))
+    return score.score()
+
+
+@jax.jit
+def _probabilities(weight: Array, pool: Array) -> Array:
+    return jax.nn.softmax(jnp.matmul(pool, weight.T, precision=jax.lax.Precision.HIGHEST))

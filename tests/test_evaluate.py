@@ -1,0 +1,92 @@
+"""The command: samples and a reference in, the suite's figures out; what cannot be judged ends in one line."""
+
+import json
+
+from inception_files import random_state_dict
+import numpy as np
+from PIL import Image
+import pytest
+from runs import finish, prepare_digits, start, train_arguments
+from torch_files import state_dict, torch_file
+
+from terdit_jax.evaluation.picture_source import open_pictures
+
+OPTIMISED = {"XLA_FLAGS": ""}  # which `runs.start` is not, and such a network's convolutions then take minutes
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(folder with 12 samples as samples.npz, 9 others as reference/, a cache of compiled programs)."""
+    folder, rng = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
+    np.savez(folder / "samples.npz", arr_0=rng.integers(0, 200, (12, 8, 8, 3), np.uint8))
+    np.savez(folder / "floats.npz", arr_0=rng.uniform(-1, 1, (12, 8, 8, 3)))
+    (folder / "reference").mkdir()
+    for i in range(9):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / "reference" / f"{i}.png")
+    return folder, tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--samples={}/samples.npz"], "--reference is missing"),
+        (["--samples={}/samples.npz", "--reference={}/reference"], "--output=metrics.json"),
+        (["--samples={}/samples.npz", "--reference={}/reference", "--output={}/samples.npz"], "exists already"),
+        (["--samples={}/floats.npz", "--reference={}/reference", "--output={}/a.json"], "expected uint8"),
+        (
+            ["--samples={}/samples.npz", "--reference={}/reference", "--output={}/a.json", "--inception={}/none.pth"],
+            "cannot read Inception weights",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(places, flags, message):
+    folder, cache = places
+    out, err = finish(start("evaluate", *(flag.format(folder) for flag in flags), cache=cache), status=2)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in err
+    assert not (folder / "a.json").exists()
+
+
+@pytest.mark.slow
+def test_the_suite_from_files_to_figures(places):
+    """With random weights; against a folder, and again against the reference file that was made of it."""
+    folder, cache = places
+    arrays = random_state_dict()
+    (folder / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
+    weights = f"--inception={folder / 'inception.pth'}"
+    samples = f"--samples={folder / 'samples.npz'}"
+    out, _ = finish(
+        start(
+            "evaluate", samples, weights, f"--reference={folder / 'reference'}", f"--output={folder / 'a.json'}",
+            f"--save_reference={folder / 'saved.npz'}", cache=cache, environment=OPTIMISED,
+        )
+    )  # fmt: skip
+    assert "published ones are of 50,000" in out and "reference of 9 pictures written" in out
+    finish(
+        start("evaluate", samples, weights, f"--reference={folder / 'saved.npz'}", f"--output={folder / 'b.json'}",
+              cache=cache, environment=OPTIMISED)
+    )  # fmt: skip
+    figures, again = (json.loads((folder / f"{name}.json").read_text()) for name in "ab")
+    names = ("fid", "sfid", "inception_score", "precision", "recall")
+    assert [figures[name] for name in names] == pytest.approx([again[name] for name in names], rel=1e-6)
+    assert figures["fid"] > 0 and figures["inception_score"] >= 1
+    assert (figures["num_samples"], figures["num_reference_pictures"]) == (12, 9)
+    assert len(figures["network"]["sha256"]) == 64
+    assert open_pictures(folder / "saved.npz").count == 9
+
+
+@pytest.mark.slow
+def test_a_run_draws_the_samples_that_are_judged(places, tmp_path):
+    folder, cache = places
+    data, workdir = prepare_digits(tmp_path / "digits"), tmp_path / "run"
+    finish(start("main", *train_arguments(data, workdir, train__num_steps=6), cache=cache))
+    arrays = random_state_dict()
+    (tmp_path / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
+    finish(
+        start(
+            "evaluate", f"--samples={workdir}", "--num_samples=10", f"--reference={folder / 'reference'}",
+            f"--inception={tmp_path / 'inception.pth'}", f"--output={tmp_path / 'a.json'}", cache=cache, environment=OPTIMISED,
+        )
+    )  # fmt: skip
+    assert json.loads((tmp_path / "a.json").read_text())["num_samples"] == 10

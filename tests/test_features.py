@@ -1,0 +1,98 @@
+"""Features of all pictures in order over a mesh, whatever the portions, with moments of each; over processes too."""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import ROOT
+from test_processes import free_port
+
+from terdit_jax.evaluation import features as features_module
+from terdit_jax.evaluation.features import FeatureNetwork, collect_features
+from terdit_jax.evaluation.picture_source import PictureSource
+from terdit_jax.evaluation.statistics import statistics
+from terdit_jax.parallel.mesh import local_mesh, single_device_mesh
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (53, 4, 3, 3), np.uint8)
+
+
+def source():
+    def stream(first, stop, size):
+        for start in range(first, stop, size):
+            yield PICTURES[start : min(start + size, stop)]
+
+    return PictureSource("set", len(PICTURES), (4, 3, 3), stream)
+
+
+def extract(params, pictures):
+    x = pictures.astype(jnp.float32).reshape(len(pictures), -1)
+    return {"pool": x[:, :5] * params["gain"], "spatial": jnp.sqrt(x[:, 5:12])}
+
+
+NETWORK = FeatureNetwork("small", {"gain": np.float32(0.5)}, extract, "nowhere", "0")
+
+
+def expected():
+    flat = PICTURES.reshape(53, -1).astype(np.float32)
+    return flat[:, :5] * 0.5, np.sqrt(flat[:, 5:12])
+
+
+def assert_features(found):
+    pool, spatial = expected()
+    np.testing.assert_array_equal(found.pool, pool)
+    for moments, rows in ((found.moments["pool"], pool), (found.moments["spatial"], spatial)):
+        wanted = statistics(rows)
+        assert moments.count == 53
+        np.testing.assert_allclose(moments.mean, wanted.mean, rtol=1e-6)
+        np.testing.assert_allclose(moments.statistics().covariance, wanted.covariance, rtol=0, atol=1e-6 * 1e4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_every_picture_is_taken_once_over_a_mesh(batch_size, monkeypatch):
+    """8 devices: portions of 8, 24 and 400, the last of which is filled up; and the fill counts nowhere."""
+    monkeypatch.setattr(features_module, "CHUNK", 20)
+    mesh = local_mesh()
+    assert mesh.size == 8
+    assert_features(collect_features(NETWORK, source(), mesh, batch_size))
+    assert_features(collect_features(NETWORK, source(), single_device_mesh(), batch_size))
+
+
+def test_progress_is_told():
+    lines = []
+    collect_features(NETWORK, source(), single_device_mesh(), 10, lines.append)
+    assert lines[-1].startswith("set: features of 53/53 pictures")
+
+
+def test_two_processes_have_the_features_of_one():
+    code = """
+import sys; sys.path.insert(0, "tests")
+from terdit_jax.parallel.mesh import initialize_processes, local_mesh
+initialize_processes()
+import jax, test_features
+assert jax.process_count() == 2
+found = test_features.collect_features(test_features.NETWORK, test_features.source(), local_mesh(), 4)
+test_features.assert_features(found)
+print("sound")
+"""
+    address = f"localhost:{free_port()}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={
+                **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+                "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    for process in both:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and "sound" in out, out

@@ -1,0 +1,122 @@
+"""Pictures come in order and whole from each kind of place, and what is no set of pictures is refused in one line."""
+
+import numpy as np
+from PIL import Image
+import pytest
+from runs import prepare_digits
+
+from terdit_jax.data.reader import open_dataset
+from terdit_jax.errors import UserError
+from terdit_jax.evaluation.picture_source import open_pictures
+
+
+def pictures(count=11, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (count, 6, 5, channels), np.uint8)
+
+
+def write_folder(path, images, suffix=".png"):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:06}{suffix}")
+    (path / "settings.json").write_text("{}")
+    return path
+
+
+def streamed(source, first, stop, size):
+    return np.concatenate(list(source.stream(first, stop, size)))
+
+
+@pytest.fixture(params=["npz", "compressed", "folder"])
+def place(request, tmp_path):
+    if request.param == "folder":
+        return write_folder(tmp_path / "samples", pictures())
+    save = np.savez if request.param == "npz" else np.savez_compressed
+    save(tmp_path / "samples.npz", labels=np.arange(11), arr_0=pictures())
+    return tmp_path / "samples.npz"
+
+
+@pytest.mark.parametrize("size", [1, 4, 11, 50])
+def test_pictures_come_in_order_in_portions(place, size):
+    source = open_pictures(place)
+    assert (source.count, source.shape) == (11, (6, 5, 3))
+    portions = list(source.stream(0, 11, size))
+    assert [len(portion) for portion in portions] == [min(size, 11 - first) for first in range(0, 11, size)]
+    np.testing.assert_array_equal(np.concatenate(portions), pictures())
+    assert all(portion.dtype == np.uint8 for portion in portions)
+
+
+def test_a_part_is_read_alone(place):
+    source = open_pictures(place)
+    np.testing.assert_array_equal(streamed(source, 4, 9, 2), pictures()[4:9])
+    np.testing.assert_array_equal(source.take(np.array([0, 3, 10])), pictures()[[0, 3, 10]])
+
+
+def test_grey_pictures_get_three_channels(tmp_path):
+    grey = pictures(channels=1)
+    np.savez(tmp_path / "a.npz", arr_0=grey)
+    source = open_pictures(tmp_path / "a.npz")
+    assert source.shape == (6, 5, 3)
+    np.testing.assert_array_equal(streamed(source, 0, 11, 4), grey.repeat(3, axis=-1))
+    source = open_pictures(write_folder(tmp_path / "grey", grey[..., 0]))
+    np.testing.assert_array_equal(streamed(source, 0, 11, 4), grey.repeat(3, axis=-1))
+
+
+def test_a_prepared_data_set_gives_its_training_pictures(tmp_path):
+    path = prepare_digits(tmp_path / "digits")
+    source, records = open_pictures(path), open_dataset(path).records("train")
+    assert source.count == len(records) and source.shape == (8, 8, 3)
+    expected = records.read(np.array([5, 6]))["mean"].astype(np.float64)
+    found = streamed(source, 5, 7, 2)
+    np.testing.assert_array_equal(found, np.round((expected + 1) * 127.5).astype(np.uint8).repeat(3, axis=-1))
+    assert found.max() > 200 and found.min() == 0
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((5, 4, 4, 3), np.float32), r"float32 \(5, 4, 4, 3\), expected uint8 .*0 to 255"),
+        (np.zeros((5, 4, 4, 3), np.int64), "int64"),
+        (np.zeros((5, 4, 4), np.uint8), r"\(5, 4, 4\)"),
+        (np.zeros((5, 4, 4, 4), np.uint8), r"\(5, 4, 4, 4\)"),
+        (np.zeros((0, 4, 4, 3), np.uint8), r"\(0, 4, 4, 3\)"),
+        (np.asfortranarray(np.zeros((5, 4, 4, 3), np.uint8)), "expected uint8"),
+        (np.array([{}, 1], object), "object"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, array, message):
+    np.savez(tmp_path / "a.npz", arr_0=array)
+    with pytest.raises(UserError, match=message):
+        open_pictures(tmp_path / "a.npz")
+
+
+def test_what_holds_no_pictures_is_refused(tmp_path):
+    np.savez(tmp_path / "labels.npz", labels=np.zeros(3))
+    (tmp_path / "text.npz").write_text("text")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "labels.npz": "not an npz with pictures in arr_0",
+        "text.npz": "not an npz with pictures in arr_0",
+        "empty": "holds no .png, .jpg, .jpeg",
+        "none": "does not exist",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            open_pictures(tmp_path / name)
+
+
+def test_a_damaged_npz_is_refused_when_it_is_read(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=pictures(3000))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[200_000] ^= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match="a.npz: arr_0 is damaged"):
+        streamed(open_pictures(tmp_path / "a.npz"), 0, 3000, 100)
+
+
+def test_files_of_several_sizes_and_damaged_ones_are_named(tmp_path):
+    folder = write_folder(tmp_path / "a", pictures())
+    Image.fromarray(pictures()[0, :4]).save(folder / "000007.png")
+    with pytest.raises(UserError, match=r"000007.png is \(4, 5\) .* others are \(6, 5\)"):
+        streamed(open_pictures(folder), 0, 11, 4)
+    (folder / "000007.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="000007.png is no picture"):
+        streamed(open_pictures(folder), 0, 11, 4)
