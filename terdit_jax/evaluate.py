@@ -22,6 +22,7 @@ from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.evaluation import efficientnet
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
 from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.picture_source import PictureSource, open_pictures
@@ -52,6 +53,7 @@ _SAMPLES = flags.DEFINE_string(
 )
 _REFERENCE = flags.DEFINE_string("reference", None, "npz of statistics or pictures, folder of pictures, or data set.")
 _SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "npz to write of the reference's statistics.")
+_FEATURES = flags.DEFINE_enum("features", INCEPTION, [INCEPTION, efficientnet.NAME], "Network; the second is a proxy.")
 _INCEPTION = flags.DEFINE_string("inception", None, "Weights of Inception, .pth or .pb; fetched if not given.")
 _HALF_DISTANCES = flags.DEFINE_bool("half_distances", False, "Precision and recall in float16, as the ADM evaluator.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", lower_bound=1)
@@ -89,11 +91,16 @@ def _judge_by_suite() -> None:
         raise UserError(
             "--reference takes --samples and --output=metrics.json, or --save_reference=REFERENCE.npz, or all of them"
         )
+    if _SAVE_REFERENCE.value and _FEATURES.value != INCEPTION:
+        raise UserError(f"--save_reference holds Inception's statistics, not those of --features={_FEATURES.value}")
     if _SAVE_REFERENCE.value and epath.Path(_SAVE_REFERENCE.value).exists():
         raise UserError(f"--save_reference={_SAVE_REFERENCE.value}: exists already, name another file")
     begin, mesh = time.perf_counter(), local_mesh()
     samples = check_count(_open_samples(samples_path)) if samples_path else None
-    network = inception_network(_INCEPTION.value)
+    if _FEATURES.value == INCEPTION:
+        network = inception_network(_INCEPTION.value)
+    else:
+        network = efficientnet.efficientnet_network()
     reference = open_reference(_REFERENCE.value, network, mesh, _BATCH_SIZE.value, _say)
     if _SAVE_REFERENCE.value and jax.process_index() == 0:
         _write_reference(reference)
@@ -119,7 +126,7 @@ def _judge_by_suite() -> None:
         print(f"{reference.name} holds no pictures, so there is no precision and no recall")
     if samples.count != PUBLISHED_COUNT and network.name == INCEPTION:
         print(f"of {samples.count:,} pictures: compare with figures of as many only, published ones are of 50,000")
-    print(f"written to {_OUTPUT.value}")
+    print(f"written to {_OUTPUT.value}" + ("" if network.name == INCEPTION else "; a proxy's figures, so no FID"))
 
 
 def _open_samples(path: str) -> PictureSource:

@@ -35,6 +35,10 @@ def places(tmp_path_factory):
         (["--samples={}/samples.npz", "--reference={}/reference", "--output={}/samples.npz"], "exists already"),
         (["--samples={}/floats.npz", "--reference={}/reference", "--output={}/a.json"], "expected uint8"),
         (
+            ["--reference={}/reference", "--save_reference={}/a.json", "--features=efficientnet_lite0"],
+            "--save_reference holds Inception's statistics",
+        ),
+        (
             ["--samples={}/samples.npz", "--reference={}/reference", "--output={}/a.json", "--inception={}/none.pth"],
             "cannot read Inception weights",
         ),
@@ -86,7 +90,8 @@ def test_a_run_draws_the_samples_that_are_judged(places, tmp_path):
     finish(
         start(
             "evaluate", f"--samples={workdir}", "--num_samples=10", f"--reference={folder / 'reference'}",
-            f"--inception={tmp_path / 'inception.pth'}", f"--output={tmp_path / 'a.json'}", cache=cache, environment=OPTIMISED,
+            f"--inception={tmp_path / 'inception.pth'}", f"--output={tmp_path / 'a.json'}",
+            cache=cache, environment=OPTIMISED,
         )
     )  # fmt: skip
     assert json.loads((tmp_path / "a.json").read_text())["num_samples"] == 10

@@ -16,15 +16,14 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.inception import BLOCKS, CLASSES, POOL_FEATURES, kernels
+from terdit_jax.evaluation.trained_weights import NORM, fold, read_tensor
 from terdit_jax.interop.graph_def import read_constants
-from terdit_jax.interop.published import FLOATS
 from terdit_jax.interop.torch_legacy import is_legacy, load_legacy_state_dict
 from terdit_jax.interop.torch_pickle import load_state_dict
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"  # which ends in the first digits of its SHA-256
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 CACHE_VARIABLE = "TERDIT_JAX_CACHE"
-EPSILON = 1e-3  # of every batch norm
 _TIMEOUT_SECONDS = 30
 
 # Ours and the port's -> the graph's scope. Blocks are numbered there, and branches are towers.
@@ -110,19 +109,18 @@ def fetch_inception(url: str = URL) -> Path:
 def params_from_torch(arrays: Mapping[str, np.ndarray], source: str) -> dict:
     """Parameters of the PyTorch port's state dict; raises UserError as `load_inception` does."""
     names = {f"{conv}.conv.weight" for conv in kernels()} | {"fc.weight", "fc.bias"}
-    norm = ("weight", "bias", "running_mean", "running_var")
-    names |= {f"{conv}.bn.{part}" for conv in kernels() for part in norm}
+    names |= {f"{conv}.bn.{part}" for conv in kernels() for part in NORM}
     counters = {f"{conv}.bn.num_batches_tracked" for conv in kernels()}  # newer PyTorch's, without effect
     for name in arrays:
         if name not in names and name not in counters:
             raise UserError(f"{source}: tensor {name[:60]!r} does not belong to the FID Inception network")
 
     def read(name: str, *shape: int) -> np.ndarray:
-        return _read(arrays, name, shape, source)
+        return read_tensor(arrays, name, shape, source)
 
     def convolution(name: str, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
         weight = read(f"{name}.conv.weight", *shape).transpose(0, 2, 3, 1)
-        return (weight, *(read(f"{name}.bn.{part}", shape[0]) for part in norm))
+        return (weight, *(read(f"{name}.bn.{part}", shape[0]) for part in NORM))
 
     read("fc.bias", CLASSES)
     return _assemble(convolution, read("fc.weight", CLASSES, POOL_FEATURES))
@@ -136,7 +134,7 @@ def params_from_graph(constants: Mapping[str, np.ndarray], source: str) -> dict:
             raise UserError(f"{source}: constant {name[:60]!r} does not belong to the FID Inception network")
 
     def read(name: str, *shape: int) -> np.ndarray:
-        return _read(constants, name, shape, source)
+        return read_tensor(constants, name, shape, source)
 
     def convolution(name: str, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
         scope, (out, before, height, width) = graph_scope(name), shape
@@ -173,27 +171,5 @@ def _assemble(convolution: Callable[[str, tuple[int, int, int, int]], tuple[np.n
         branch = params
         for part in name.split("."):
             branch = branch.setdefault(part, {})
-        branch |= _fold(*convolution(name, shape))
+        branch |= fold(*convolution(name, shape))
     return params
-
-
-def _fold(weight: np.ndarray, gain: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> dict:
-    """A convolution (out, height, width, in) and the batch norm behind it as one, in float64 until it is made."""
-    scale = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + EPSILON)
-    return {
-        "weight": (weight * scale[:, None, None, None]).astype(np.float32),
-        "bias": (bias - mean * scale).astype(np.float32),
-    }
-
-
-def _read(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
-    if name not in arrays:
-        raise UserError(f"{source}: lacks tensor {name!r} of the FID Inception network")
-    array = arrays[name]
-    if array.shape != shape or array.dtype not in FLOATS:
-        raise UserError(f"{source}: tensor {name!r} is {array.dtype} {array.shape}, expected floats {shape}")
-    if not np.isfinite(array).all():
-        raise UserError(f"{source}: tensor {name!r} holds values that are not finite")
-    if name.endswith(("running_var", "moving_variance")) and (array < 0).any():
-        raise UserError(f"{source}: tensor {name!r} holds negative variances")
-    return array
