@@ -46,7 +46,14 @@ def base_config() -> ConfigDict:
             "scan_layers": True,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: what the other axes leave
+    config.mesh = ConfigDict(
+        {
+            "data": -1,  # -1: what the other axes leave
+            "fsdp": 1,
+            "tensor": 1,
+            "gather": "codes",  # codes | bfloat16: what of a ternary matrix that fsdp cuts travels, 2 bits or 16
+        }
+    )
 
     config.data = ConfigDict(
         {

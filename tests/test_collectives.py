@@ -108,12 +108,19 @@ def test_a_loop_counts_its_trips_stated_or_not():
 
 
 def test_a_collective_spread_over_fusions_counts_once():
-    part = f'%g = u8[8]{{0}} {GATHER}, backend_config={{"async_collective_fusion_config":{{}}}}'
+    part = f'%g = u8[8]{{0}} {GATHER}, frontend_attributes={{chain_id="3"}}'
     fusions = "".join(f"%part{i} (p: u8[1]) -> u8[8] {{\n  {part}\n}}\n\n" for i in range(3))
     calls = [f"%f{i} = u8[8]{{0}} fusion(%p), kind=kCustom, calls=%part{i}" for i in range(3)]
     assert only(*calls[:2], other=fusions).trips == 1
     loop = '%w = (s32[], f32[8]) while(%t), condition=%condition, body=%body, x="known_trip_count":{"n":"4"}'
     assert only(*calls[:1], loop, body=calls[1:], condition=("%x = pred[] x()",), other=fusions).trips == 1
+
+
+def test_a_sum_that_is_sliced_at_once_is_a_reduce_scatter():
+    sum_and_slice = "%all-reduce-scatter.3 (p: f32[64]) -> f32[8] {\n  %a = f32[64]{0} all-reduce(%p), %s\n}\n"
+    other = sum_and_slice.replace("%s", "replica_groups=[1,8]<=[8], to_apply=%add")
+    found = only("%f = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3", other=other)
+    assert (found.kind, found.shape, found.sent) == ("reduce-scatter", (64,), 7 * 32)
 
 
 @pytest.mark.parametrize("text", ["", "HloModule x\n%a (p: f32[]) -> f32[] {\n}\n"])

@@ -20,8 +20,8 @@ def close(actual, expected):
 
 def test_golden_ternary_linear_and_its_gradients():
     def forward(x, weight, alpha, bias):
-        codes, sink = ternarize(weight)
-        return TernaryLinear(codes[None], alpha, sink[None])(x)[:, 0] + bias
+        codes, alpha, sink = ternarize(weight[None], alpha)
+        return TernaryLinear(codes, alpha, sink)(x)[:, 0] + bias
 
     np.testing.assert_array_equal(absmean_codes(GOLDEN["weight"]), np.round(GOLDEN["ternary"]))
     out, pullback = jax.vjp(forward, *(jnp.asarray(GOLDEN[k]) for k in ("x", "weight", "alpha", "bias")))
@@ -51,14 +51,14 @@ def test_gradients_of_a_group_match_autodiff_of_the_dense_map(group):
     codes, alpha, x = group
     cotangent = jax.random.normal(jax.random.key(1), (2, 5, 3, 8))
 
-    def dense(x, alpha, ternary):
-        return jnp.einsum("bti,noi->btno", x, alpha[:, None, None] * ternary)
+    def dense(x, weight):
+        return jnp.einsum("bti,noi->btno", x, weight)
 
-    def ours(x, alpha, sink):
+    def ours(x, sink):
         return TernaryLinear(codes, alpha, sink)(x)
 
-    expected = jax.vjp(dense, x, alpha, codes.astype(jnp.float32))[1](cotangent)
-    actual = jax.vjp(ours, x, alpha, jnp.zeros(codes.shape))[1](cotangent)
+    expected = jax.vjp(dense, x, alpha[:, None, None] * codes)[1](cotangent)
+    actual = jax.vjp(ours, x, jnp.zeros(codes.shape))[1](cotangent)
     for a, e in zip(actual, expected, strict=True):
         assert np.abs(e).max() > 0
         close(a, e)

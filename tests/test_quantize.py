@@ -25,14 +25,18 @@ def test_codes_of_stacked_layers_use_their_own_gamma():
 
 
 @pytest.mark.parametrize("grad_dtype", [jnp.float32, jnp.bfloat16])
-def test_gradient_reaches_the_weight_unchanged(grad_dtype):
-    weight = jax.random.normal(jax.random.key(1), (8, 16)) * 5  # far beyond the clip for many entries
-    cotangent = jax.random.normal(jax.random.key(2), (8, 16)).astype(grad_dtype)
-    (codes, sink), pullback = jax.vjp(lambda w: ternarize(w, grad_dtype), weight)
+def test_the_gradient_of_alpha_t_becomes_those_of_weight_and_alpha(grad_dtype):
+    weight = jax.random.normal(jax.random.key(1), (2, 8, 16)) * 5  # far beyond the clip for many entries
+    alpha = jnp.array([0.5, -3.0])
+    cotangent = jax.random.normal(jax.random.key(2), weight.shape).astype(grad_dtype)
+    (codes, same, sink), pullback = jax.vjp(lambda w, a: ternarize(w, a, grad_dtype), weight, alpha)
     assert sink.dtype == grad_dtype and not sink.any()
-    (grad,) = pullback((np.zeros(codes.shape, jax.dtypes.float0), cotangent))
-    assert grad.dtype == jnp.float32
-    np.testing.assert_array_equal(grad, cotangent.astype(jnp.float32))
+    np.testing.assert_array_equal(same, alpha)
+    to_weight, to_alpha = pullback((np.zeros(codes.shape, jax.dtypes.float0), jnp.ones(2), cotangent))
+    assert to_weight.dtype == to_alpha.dtype == jnp.float32
+    np.testing.assert_array_equal(to_weight, alpha[:, None, None] * cotangent.astype(jnp.float32))
+    dot = (np.asarray(cotangent, np.float64) * codes).sum((1, 2))
+    np.testing.assert_allclose(to_alpha, 1 + dot, rtol=1e-5)  # what reached alpha itself is kept
 
 
 def test_least_squares_alpha_minimises_the_error():

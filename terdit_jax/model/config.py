@@ -38,11 +38,13 @@ class DiTConfig:
     remat: str = "none"
     attention: str = "auto"
     scan_layers: bool = True
+    gather: str = "codes"
+    fsdp_rings: tuple[int, ...] = ()  # of the devices, not of the configuration: `parallel.mesh.fsdp_rings`
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DiTConfig":
         """From a run's configuration. Raises UserError for values that make no model."""
-        fields = {**config.model, **config.compute}
+        fields = {**config.model, **config.compute, "gather": config.mesh.gather}
         fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
         model = cls(**fields)
         model._check()
@@ -92,6 +94,7 @@ class DiTConfig:
             ("attention", ("auto", "xla", "cudnn")),
         ):
             _one_of(f"compute.{field}", getattr(self, field), choices)
+        _one_of("mesh.gather", self.gather, ("codes", "bfloat16"))
 
     @property
     def head_dim(self) -> int:

@@ -82,11 +82,17 @@ def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool 
     weights = [layer.weight[...] for layer in layers]
     if not config.ternary:
         return FullLinear(stack([w.astype(config.activation_dtype) for w in weights]))
-    alpha = jnp.stack([layer.alpha[...] for layer, n in zip(layers, parts, strict=True) for _ in range(n)], axis=1)
+    alphas = [layer.alpha[...] for layer in layers]
+
+    def spread(alphas: list[Array]) -> Array:
+        return jnp.stack([alpha for alpha, n in zip(alphas, parts, strict=True) for _ in range(n)], axis=1)
+
     if packed:
-        return PackedLinear(stack([w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]), alpha)
-    codes, sinks = zip(*(ternarize(w, config.grad_dtype) for w in weights), strict=True)
-    return TernaryLinear(stack(list(codes)), alpha, stack(list(sinks)))
+        codes = [w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]
+        return PackedLinear(stack(codes), spread(alphas))
+    made = [ternarize(w, alpha, config.grad_dtype) for w, alpha in zip(weights, alphas, strict=True)]
+    codes, alphas, sinks = (list(kind) for kind in zip(*made, strict=True))
+    return TernaryLinear(stack(codes), spread(alphas), stack(sinks))
 
 
 def _split_heads(weight: Array, parts: int, head_dim: int) -> Array:

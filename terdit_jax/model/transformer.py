@@ -26,6 +26,7 @@ from terdit_jax.model.embedders import (
     unpatchify,
 )
 from terdit_jax.model.layers import linear
+from terdit_jax.parallel.gather import gather_operands
 from terdit_jax.parallel.sharding import constrain, constrain_tree
 
 
@@ -92,11 +93,12 @@ def make_operands(config: DiTConfig, params: dict, *, packed: bool = False) -> d
 
     Returns:
       A nested dict whose leaves are arrays and `terdit_jax.ternary.linear` operands, constrained to their sharding
-      rules if a mesh is in context.
+      rules if a mesh is in context; where it cuts ternary maps over `fsdp`, `terdit_jax.parallel.gather`'s.
     """
     graphdef, state = nnx.split(abstract_model(config))
     nnx.replace_by_pure_dict(state, params)
-    return constrain_tree(nnx.merge(graphdef, state).operands(packed))
+    operands = constrain_tree(nnx.merge(graphdef, state).operands(packed))
+    return operands if packed else constrain_tree(gather_operands(operands, config.gather, config.fsdp_rings))
 
 
 def forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array) -> Array:

@@ -61,8 +61,8 @@ def read_collectives(hlo: str) -> list[Collective]:
 
     A collective of several arrays gives one entry each. Trip counts are the compiler's where it states them; otherwise
     a loop is taken to count from 0 in ones up to the constant that its condition compares with. Of branches, all are
-    counted. TPU programs repeat an asynchronous collective in every fusion that carries a part of it, under one
-    channel: it is counted once.
+    counted. TPU programs repeat an asynchronous collective in every fusion that carries a part of it, as one chain: it
+    is counted once.
 
     Args:
       hlo: `jax.stages.Compiled.as_text()` of a program compiled for one replica and any number of partitions.
@@ -81,9 +81,12 @@ def read_collectives(hlo: str) -> list[Collective]:
             match = _COLLECTIVE.match(line)
             if match is None:
                 continue
-            arrays = _parse(match, line, num_devices, trips[computation])
-            channel = search(r"channel_id=(\d+)", line, "") if _ASYNC_FUSION.search(line) else ""
-            key = (channel,) if channel else (computation, match["name"])
+            kind = match["kind"]
+            if computation.startswith("all-reduce-scatter"):  # the TPU compiler's reduce-scatter: a sum, then a slice
+                kind = "reduce-scatter" if kind == "all-reduce" else kind
+            arrays = _parse(kind, match, line, num_devices, trips[computation])
+            chain = search(r'chain_id="(\d+)"', line, "")
+            key = (chain,) if chain else (computation, match["name"])
             # The part that starts a chain stands outside the inner loops that later parts may overlap with.
             if key not in found or arrays[0].trips < found[key][0].trips:
                 found[key] = arrays
@@ -114,11 +117,9 @@ _COLLECTIVE = re.compile(
     rf"\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\S.*?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<operands>[^)]*)\)"
 )
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_ASYNC_FUSION = re.compile(r"async_collective_fusion_config|chain_id=")
 
 
-def _parse(match: re.Match, line: str, num_devices: int, trips: int) -> list[Collective]:
-    kind = match["kind"]
+def _parse(kind: str, match: re.Match, line: str, num_devices: int, trips: int) -> list[Collective]:
     groups = _pairs(line) if kind == "collective-permute" else _groups(line, num_devices)
     arrays = _ARRAY.findall(match["type"])
     operands = match["operands"].count("%") or match["operands"].count(",") + 1
@@ -128,7 +129,7 @@ def _parse(match: re.Match, line: str, num_devices: int, trips: int) -> list[Col
     collectives = []
     for dtype, dims in arrays:
         shape = tuple(int(size) for size in dims.split(",")) if dims else ()
-        if kind == "reduce-scatter":  # its result is a device's part: which axis was cut is of no interest here
+        if match["kind"] == "reduce-scatter":  # its result is a device's part
             cut = int(search(r"dimensions=\{(\d+)\}", line, "0"))
             shape = (*shape[:cut], shape[cut] * len(groups[0]), *shape[cut + 1 :])
         collectives.append(Collective(kind, dtype, shape, groups, trips, match["name"], source))

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
+import numpy as np
 
 from terdit_jax.errors import UserError
 
@@ -71,6 +72,29 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     # A torus whose dimensions the axes do not follow is split: 256 by 8 chips lie on 8 x 16 x 16 only so.
     grid = mesh_utils.create_device_mesh(mesh_shape(mesh, len(devices)), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fsdp_rings(mesh: Mesh) -> tuple[int, ...]:
+    """The sizes of the rings of a TPU's torus that the mesh's fsdp axis goes through, the outermost first.
+
+    A reduction that goes through them one by one sends half of what XLA makes of one over the whole axis. One ring
+    where devices have no coordinates (GPUs, CPUs), or do not lie in such an order.
+    """
+    devices = mesh.devices[0, :, 0]
+    if not all(hasattr(device, "coords") for device in devices):
+        return (len(devices),)
+    places = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    rings, done = [], 1
+    while done < len(devices):
+        moves = places[done] != places[0]
+        steps = places[::done]
+        others = (steps[:, ~moves] == steps[0, ~moves]).all(axis=1)
+        size = len(steps) if others.all() else int(np.argmin(others))
+        if moves.sum() != 1 or len(devices) % (done * size):
+            return (len(devices),)
+        rings.insert(0, size)
+        done *= size
+    return tuple(rings) or (1,)
 
 
 def single_device_mesh() -> Mesh:

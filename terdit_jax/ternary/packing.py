@@ -1,7 +1,8 @@
-"""Four ternary codes in a byte, in two layouts: the one we compute from and the one TerDiT's checkpoints use.
+"""Four ternary codes in a byte, in three layouts: of models in memory, of weights that travel, of TerDiT's checkpoints.
 
 In memory a byte holds four neighbours along the input axis, so that any slice of the packed array is the packed
-slice of the weight and sharding needs no care; the published planes are for exchange only.
+slice of the weight and sharding needs no care. Quarters are for arrays that are packed to be sent and unpacked at once;
+the published planes are for exchange only.
 """
 
 from jax import Array
@@ -28,6 +29,27 @@ def unpack(packed: Array) -> Array:
     shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)
     quads = packed[..., None] >> shifts & 3
     return (quads.astype(jnp.int8) - 1).reshape(*packed.shape[:-1], -1)
+
+
+def pack_quarters(codes: Array, axis: int) -> Array:
+    """Packs int8 codes in {-1, 0, 1} to uint8 with a quarter of the size along `axis`.
+
+    With n a quarter of the axis, byte k holds codes k, k + n, k + 2n and k + 3n, the first lowest, each plus one.
+    Unpacking puts four whole blocks side by side, where neighbours in a byte would be interleaved: an accelerator pads
+    or shuffles a trailing axis of four.
+
+    Raises:
+      ValueError: if the axis is not a multiple of 4.
+    """
+    if codes.shape[axis] % CODES_PER_BYTE:
+        raise ValueError(f"axis {axis} must be a multiple of {CODES_PER_BYTE} to be packed, got shape {codes.shape}")
+    a, b, c, d = jnp.split((codes + 1).astype(jnp.uint8), CODES_PER_BYTE, axis)
+    return a | b << 2 | c << 4 | d << 6
+
+
+def unpack_quarters(packed: Array, axis: int) -> Array:
+    """Unpacks uint8 to int8 codes, four times the size along `axis`; the inverse of `pack_quarters`."""
+    return jnp.concatenate([(packed >> shift & 3).astype(jnp.int8) - 1 for shift in (0, 2, 4, 6)], axis)
 
 
 def pack_planes(codes: np.ndarray) -> np.ndarray:

@@ -27,31 +27,38 @@ def absmean_codes(weight: Array) -> Array:
     return jnp.clip(jnp.round(weight / (gamma + ABSMEAN_EPS)), -1, 1).astype(jnp.int8)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def ternarize(weight: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
-    """Codes of a master weight and the sink through which its straight-through gradient returns.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array, Array]:
+    """Codes of a master weight, its scale, and the sink through which its straight-through gradient returns.
 
-    Codes are integers and carry no gradient, so the gradient of the loss with respect to T travels through `sink`,
-    an array of zeros that a matmul accepts beside the codes and never reads (XLA removes it). The backward pass
-    hands the sink's cotangent to the weight unchanged: no clipping mask, nothing through gamma.
+    Codes are integers and carry no gradient, so the gradient of the loss with respect to the weight in use,
+    w = alpha T, travels through `sink`, an array of zeros that a matmul accepts beside the codes and never reads (XLA
+    removes it). The backward pass makes of it dL/dW = alpha dL/dw, without a clipping mask and without a term through
+    gamma, and dL/dalpha = <dL/dw, T>: once a step, where matmuls run once a microbatch.
 
     Args:
       weight: (..., out, in) float32.
+      alpha: (...,) float32.
       grad_dtype: dtype in which the gradient is produced and crosses the mesh.
 
     Returns:
-      codes (..., out, in) int8 and sink (..., out, in) of `grad_dtype`.
+      codes (..., out, in) int8, alpha (...,) and sink (..., out, in) of `grad_dtype`.
     """
-    return absmean_codes(weight), jnp.zeros(weight.shape, grad_dtype)
+    return absmean_codes(weight), alpha, jnp.zeros(weight.shape, grad_dtype)
 
 
-def _ternarize_fwd(weight: Array, grad_dtype: DTypeLike) -> tuple[tuple[Array, Array], None]:
-    return ternarize(weight, grad_dtype), None
+def _ternarize_fwd(weight: Array, alpha: Array, grad_dtype: DTypeLike) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    made = ternarize(weight, alpha, grad_dtype)
+    return made, made[:2]
 
 
-def _ternarize_bwd(grad_dtype: DTypeLike, _: None, cotangents: tuple[Array, Array]) -> tuple[Array]:
-    _, sink = cotangents
-    return (sink.astype(jnp.float32),)  # masters are float32: Adam's moments need its range and precision
+def _ternarize_bwd(
+    grad_dtype: DTypeLike, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    codes, alpha = residuals
+    _, through_alpha, dw = cotangents
+    dw = dw.astype(jnp.float32)  # masters are float32: Adam's moments need its range; the sum has millions of terms
+    return alpha[..., None, None] * dw, through_alpha + jnp.sum(dw * codes, axis=(-2, -1))
 
 
 ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)

@@ -4,6 +4,7 @@ Everything is one jitted function of (state, batch); what surrounds it, from rea
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,7 @@ from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.parallel.mesh import fsdp_rings
 from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay
@@ -145,6 +147,7 @@ def make_train_step(
     latent_scale: float,
 ) -> Callable[[State, dict], State]:
     """The jitted step (state, global batch) -> state. The given state's memory is reused; do not read it again."""
+    model = dataclasses.replace(model, fsdp_rings=fsdp_rings(mesh))
 
     def train_step(state: State, batch: dict[str, Array]) -> State:
         indices = jnp.arange(config.train.batch_size)
