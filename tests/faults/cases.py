@@ -52,10 +52,13 @@ class Bench:
         arguments = train_arguments(self.data, workdir, **fields)
         return start_together("main", arguments, processes=self.processes, devices=devices, cache=self.cache)
 
-    def wait_for_progress(self, workdir: Path, processes: list[subprocess.Popen], beyond: int) -> bool:
-        """Until the run has logged a step beyond the one that it goes on from; False if it has ended."""
+    def wait_for_progress(self, workdir: Path, processes: list[subprocess.Popen], beyond: int, before: int) -> bool:
+        """Until the run has logged a step beyond the one that it goes on from; False if it has ended.
+
+        `before`: of `_written`, from before the start. A run that was killed may have logged beyond its checkpoint.
+        """
         deadline = time.monotonic() + 600
-        while _logged_step(workdir) <= beyond:
+        while _written(workdir) == before or _logged_step(workdir) <= beyond:
             if processes[0].poll() is not None:
                 return False
             assert time.monotonic() < deadline, "no progress in ten minutes"
@@ -87,7 +90,7 @@ def _kill(bench: Bench, rounds: int) -> Iterator[dict]:
     workdir = bench.root / "run_0"
     while True:
         expected = max(signed_steps(workdir), default=0)
-        begun = time.monotonic()
+        begun, before = time.monotonic(), _written(workdir)
         processes = bench.start(workdir)
         if done == rounds:
             finished = True  # the last run goes on to its end
@@ -95,7 +98,7 @@ def _kill(bench: Bench, rounds: int) -> Iterator[dict]:
             time.sleep(bench.random.uniform(0, startup))
             finished = False
         else:
-            finished = not bench.wait_for_progress(workdir, processes, expected)
+            finished = not bench.wait_for_progress(workdir, processes, expected, before)
             startup = time.monotonic() - begun
             time.sleep(bench.random.uniform(0, 3))
         result = {"resumed_at": expected}
@@ -157,8 +160,9 @@ def sigterm_2_processes(root: Path, rounds: int, seed: int | None = None) -> Ite
 def _sigterm(bench: Bench, rounds: int) -> Iterator[dict]:
     workdir, done = bench.root / "run", 0
     while done < rounds:
+        expected, before = max(signed_steps(workdir), default=0), _written(workdir)
         processes = bench.start(workdir)
-        if not bench.wait_for_progress(workdir, processes, max(signed_steps(workdir), default=0)):
+        if not bench.wait_for_progress(workdir, processes, expected, before):
             finish_together(processes)
             bench.check_whole(workdir)
             shutil.rmtree(workdir)
@@ -211,6 +215,12 @@ CASES: dict[str, Callable[..., Iterator[dict]]] = {
     "sigterm_2_processes": sigterm_2_processes,
     **{name: _damage(name) for name in (*DAMAGES, *HALF_WRITTEN)},
 }
+
+
+def _written(workdir: Path) -> int:
+    """When the metrics were last written."""
+    metrics = workdir / "metrics.jsonl"
+    return metrics.stat().st_mtime_ns if metrics.exists() else 0
 
 
 def _logged_step(workdir: Path) -> int:

@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# Sourced by the launch scripts: options written --name=value, and commands that --dry-run prints instead of running.
+
+# shellcheck disable=SC2034
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+DRY_RUN=""
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# run COMMAND...: prints it as it could be typed, then runs it unless this is a dry run.
+run() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "+ ${line% }"
+  [[ -n $DRY_RUN ]] || "$@"
+}
+
+# option ARGUMENT NAME...: sets the upper-case variable of the option that ARGUMENT gives a value to; 1 if it is none of them.
+option() {
+  local argument=$1 name
+  shift
+  for name in "$@"; do
+    if [[ $argument == "--$name="* ]]; then
+      printf -v "$(tr 'a-z-' 'A-Z_' <<<"$name")" '%s' "${argument#*=}"
+      return 0
+    fi
+  done
+  return 1
+}
+
+# needed NAME...: fails unless each option has a value.
+needed() {
+  local name variable
+  for name in "$@"; do
+    variable=$(tr 'a-z-' 'A-Z_' <<<"$name")
+    [[ -n ${!variable:-} ]] || fail "--$name is needed; the head of $0 says what it is"
+  done
+}
+
+# quoted WORDS...: one line that a shell reads back as these words.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
+}
+
+# What a bring-up run adds to a run's command line: random latents, a few steps, everything written once.
+# shellcheck disable=SC2034
+BRING_UP=(
+  --config.data.synthetic=True --config.train.num_steps=20 --config.log.every=5
+  --config.log.heldout_every=0 --config.log.samples_every=0 --config.checkpoint.every=10 --config.optimizer.drop_step=0
+)
