@@ -7,8 +7,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import ROOT
-from test_processes import free_port
+from runs import ROOT, free_port
 
 from terdit_jax.evaluation import features as features_module
 from terdit_jax.evaluation.features import FeatureNetwork, collect_features
@@ -58,6 +57,19 @@ def test_every_picture_is_taken_once_over_a_mesh(batch_size, monkeypatch):
     assert mesh.size == 8
     assert_features(collect_features(NETWORK, source(), mesh, batch_size))
     assert_features(collect_features(NETWORK, source(), single_device_mesh(), batch_size))
+
+
+def test_sets_of_one_size_share_a_program():
+    """Inception takes long to compile, and there are samples and a reference."""
+    traced = []
+
+    def counted(params, pictures):
+        traced.append(pictures.shape)
+        return extract(params, pictures)
+
+    for _ in range(2):
+        collect_features(NETWORK._replace(extract=counted), source(), single_device_mesh(), 10)
+    assert traced == [(10, 4, 3, 3)]
 
 
 def test_progress_is_told():

@@ -40,13 +40,14 @@ class Reference(NamedTuple):
 
 def inception_network(path: str | os.PathLike | None = None) -> FeatureNetwork:
     """The FID network with the weights at a path, or fetched. Raises UserError as `load_inception` does."""
-
-    def extract(params: dict, pictures: Array) -> dict[str, Array]:
-        features = inception.extract(params, pictures)
-        return {"pool": features.pool, "spatial": features.spatial}
-
     loaded = load_inception(path)
-    return FeatureNetwork(INCEPTION, loaded.params, extract, loaded.source, loaded.sha256)
+    return FeatureNetwork(INCEPTION, loaded.params, inception_extract, loaded.source, loaded.sha256)
+
+
+def inception_extract(params: dict, pictures: Array) -> dict[str, Array]:
+    """Of pictures (B, H, W, 3), what the suite keeps: `pool` and `spatial`. Classes follow from the first."""
+    features = inception.extract(params, pictures)
+    return {"pool": features.pool, "spatial": features.spatial}
 
 
 def open_reference(
