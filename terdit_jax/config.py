@@ -51,6 +51,7 @@ def base_config() -> ConfigDict:
             "data": -1,  # -1: what the other axes leave
             "fsdp": 1,
             "tensor": 1,
+            "slices": 1,  # TPU slices, or groups of GPU nodes, joined by a slower network; data spans them
             "gather": "codes",  # codes | bfloat16: what of a ternary matrix that fsdp cuts travels, 2 bits or 16
         }
     )

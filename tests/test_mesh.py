@@ -1,14 +1,17 @@
-"""The rings of a torus that an axis of the mesh goes through, from the devices' coordinates."""
+"""Meshes over several slices, and the rings of a torus that an axis of the mesh goes through."""
 
 import dataclasses
 import itertools
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from terdit_jax.parallel.mesh import AXES, fsdp_rings
+from terdit_jax.errors import UserError
+from terdit_jax.parallel import mesh as mesh_module
+from terdit_jax.parallel.mesh import AXES, fsdp_rings, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,10 @@ class Chip:
     id: int
     coords: tuple[int, ...]
     core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
 
 
 class Grid:
@@ -54,3 +61,54 @@ def test_rings_of_a_torus(devices, rings):
 
 def test_devices_without_coordinates_form_one_ring():
     assert fsdp_rings(Mesh(np.array(jax.devices()).reshape(2, 4, 1), AXES)) == (4,)
+
+
+def config_of(data, fsdp, tensor, slices):
+    return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices})
+
+
+def pod(slices, *shape):
+    """Chips of several slices, shuffled as no order is promised."""
+    chips = [
+        Chip(1000 * index + number, place, slice_index=index)
+        for index in range(slices)
+        for number, place in enumerate(itertools.product(*map(range, shape)))
+    ]
+    np.random.default_rng(0).shuffle(chips)
+    return chips
+
+
+@pytest.fixture
+def no_devices(monkeypatch):
+    """`jax.sharding.Mesh` wants real devices; what is tested is their order."""
+    monkeypatch.setattr(mesh_module, "Mesh", lambda grid, axes, axis_types: Grid(grid))
+
+
+def test_slices_lie_along_data_and_all_else_within_one(no_devices):
+    mesh = make_mesh(config_of(-1, 8, 2, 4), pod(4, 4, 4, 2))
+    assert mesh.devices.shape == (8, 8, 2)
+    slice_of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slice_of, np.repeat(np.arange(4), 2)[:, None, None] * np.ones((1, 8, 2)))
+    assert len({chip.id for chip in mesh.devices.flat}) == 128
+    assert fsdp_rings(mesh) != (8,)  # it goes through a slice's torus
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (config_of(-1, 16, 1, 1), pod(2, 4, 4, 1), "slices=1, but the TPUs here form 2"),
+        (config_of(-1, 16, 1, 2), pod(1, 4, 4, 2), "slices=2, but the TPUs here form 1"),
+        (config_of(2, 4, 1, 2), pod(2, 2, 2, 2)[:8], "devices: they must be equal"),
+        (config_of(1, 32, 1, 2), pod(2, 4, 4, 1), "slices=2 must divide mesh axis data=1"),
+        (config_of(-1, 16, 1, 0), pod(1, 4, 4, 2), "slices=0 must divide"),
+    ],
+)
+def test_slices_that_cannot_be_are_refused(no_devices, config, devices, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(config, devices)
+
+
+def test_other_devices_are_cut_in_order():
+    mesh = make_mesh(config_of(4, 2, 1, 2))
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert sorted(ids[:2].ravel()) == [0, 1, 2, 3] and sorted(ids[2:].ravel()) == [4, 5, 6, 7]

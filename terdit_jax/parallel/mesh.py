@@ -52,7 +52,8 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
     """The sizes of (data, fsdp, tensor), with one -1 replaced by what the others leave.
 
     Raises:
-      UserError: sizes that are not positive, more than one -1, or a product that is not the number of devices.
+      UserError: sizes that are not positive, more than one -1, a product that is not the number of devices, or slices
+        that do not divide `data`.
     """
     sizes = [mesh[axis] for axis in AXES]
     written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -63,15 +64,51 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
         sizes[sizes.index(-1)] = num_devices // known
     if math.prod(sizes) != num_devices:
         raise UserError(f"mesh ({written}) does not multiply out to the {num_devices} devices there are")
+    slices = mesh.get("slices", 1)
+    if slices < 1 or sizes[0] % slices:
+        raise UserError(f"config.mesh.slices={slices} must divide mesh axis data={sizes[0]}: slices share its batch")
     return tuple(sizes)
 
 
 def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices of all processes, or of those given. Raises UserError as `mesh_shape` does."""
+    """The mesh of all devices of all processes, or of those given.
+
+    Slices (`mesh.slices`) follow each other along `data`, outside, and every other axis lies within one: what crosses
+    the network between them is one sum of gradients, each device's part of them.
+
+    Raises:
+      UserError: as `mesh_shape` and `_slices` do.
+    """
     devices = jax.devices() if devices is None else devices
+    data, *within = mesh_shape(mesh, len(devices))
+    slices = _slices(devices, mesh.get("slices", 1))
     # A torus whose dimensions the axes do not follow is split: 256 by 8 chips lie on 8 x 16 x 16 only so.
-    grid = mesh_utils.create_device_mesh(mesh_shape(mesh, len(devices)), devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grids = [
+        mesh_utils.create_device_mesh((data // len(slices), *within), part, allow_split_physical_axes=True)
+        for part in slices
+    ]
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice: those that a TPU's own network joins; of others, as many parts in order of processes.
+
+    Raises:
+      UserError: TPUs that form another number of slices, or devices that do not divide evenly.
+    """
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if devices[0].platform == "tpu":
+        if len(by_slice) != count:
+            raise UserError(f"config.mesh.slices={count}, but the TPUs here form {len(by_slice)}: set it to that")
+        parts = [by_slice[index] for index in sorted(by_slice)]
+    else:
+        size = len(devices) // count
+        parts = [list(devices[i * size : (i + 1) * size]) for i in range(count)]
+    if len({len(part) for part in parts}) != 1:
+        raise UserError(f"the slices have {', '.join(str(len(part)) for part in parts)} devices: they must be equal")
+    return parts
 
 
 def fsdp_rings(mesh: Mesh) -> tuple[int, ...]:
