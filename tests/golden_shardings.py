@@ -28,7 +28,7 @@ def golden_file(machine: str) -> Path:
 
 
 def describe(machine: str) -> dict:
-    """{"mesh", "bytes_per_chip" of state and operands, "leaves": {path: "spec, bytes per chip"}} of the shipped config."""
+    """{"mesh", "bytes_per_chip" of state and operands, "leaves": {path: "type (spec) bytes"}} of the shipped config."""
     spec = importlib.util.spec_from_file_location("config", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
