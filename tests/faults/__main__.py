@@ -62,7 +62,7 @@ def _run(name: str, rounds: int, seed: int | None) -> dict:
                     summary |= result
                 print(f"{name}: {result}", file=sys.stderr, flush=True)
         except AssertionError as error:
-            wrong = str(error)[:2000] or "an assertion without a message"
+            wrong = str(error)[-4000:] or "an assertion without a message"
             print(f"{name}: WRONG in round {len(done) + 1}: {wrong}", file=sys.stderr, flush=True)
     return {
         "case": name,

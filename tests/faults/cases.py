@@ -42,7 +42,7 @@ class Bench:
         fields = {
             "train__num_steps": steps or self.steps,
             "optimizer__drop_step": self.steps // 2,
-            "checkpoint__every": 10,
+            "checkpoint__every": 10 if self.processes == 1 else 5,
             "log__every": 5,
             "log__heldout_every": 0,
         }
@@ -86,7 +86,7 @@ def kill_2_processes(root: Path, rounds: int, seed: int | None = None) -> Iterat
 
 
 def _kill(bench: Bench, rounds: int) -> Iterator[dict]:
-    done, whole, startup = 0, 0, None
+    done, whole, unplanned, startup = 0, 0, 0, None
     workdir = bench.root / "run_0"
     while True:
         expected = max(signed_steps(workdir), default=0)
@@ -100,7 +100,7 @@ def _kill(bench: Bench, rounds: int) -> Iterator[dict]:
         else:
             finished = not bench.wait_for_progress(workdir, processes, expected, before)
             startup = time.monotonic() - begun
-            time.sleep(bench.random.uniform(0, 3))
+            time.sleep(bench.random.uniform(0, 3 if len(processes) == 1 else 12))
         result = {"resumed_at": expected}
         if not finished and processes[0].poll() is None:
             victim = bench.random.randrange(len(processes))
@@ -110,15 +110,26 @@ def _kill(bench: Bench, rounds: int) -> Iterator[dict]:
             done += 1
             yield {"round": done, "saved": signed_steps(workdir)[-2:], **result}
             continue
-        outputs = finish_together(processes)
+        outputs = [process.communicate() for process in processes]
+        if len(processes) > 1 and any(_timed_out(error) for _, error in outputs):
+            unplanned += 1  # a machine with fewer cores than processes: what follows is a restart like any other
+            assert unplanned <= rounds, outputs[0][1][-2000:]
+            continue
+        for process, (out, error) in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, f"status {process.returncode}: {out[-1000:]}{error[-2000:]}"
         _check_resumed(outputs[0][0], expected)
         bench.check_whole(workdir)
         shutil.rmtree(workdir)
         whole += 1
         if done == rounds:
-            yield {"runs_compared_bit_for_bit": whole}
+            yield {"runs_compared_bit_for_bit": whole, "ended_by_a_timeout": unplanned}
             return
         workdir = bench.root / f"run_{whole}"
+
+
+def _timed_out(error: str) -> bool:
+    """Whether CPU collectives waited for a peer for longer than their fixed 30 seconds."""
+    return "Gloo" in error and re.search(r"[Tt]imed out|DEADLINE_EXCEEDED|Connection closed by peer", error) is not None
 
 
 def _end_of_survivors(processes: list[subprocess.Popen], victim: int) -> dict:
