@@ -29,9 +29,9 @@ def mesh_of(data, fsdp, tensor):
     return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
 
 
-def operands_of(codes, alphas, sinks):
+def operands_of(codes, alphas, sinks, operand="same"):
     """Operands as the model nests them: {"blocks": {"attention": {"qkv": ..., "out": ...}}}."""
-    maps = {name: TernaryLinear(codes[name], alphas[name], sinks[name]) for _, name in PATHS}
+    maps = {name: TernaryLinear(codes[name], alphas[name], sinks[name], operand) for _, name in PATHS}
     return {"blocks": {"attention": maps}}
 
 
@@ -92,6 +92,19 @@ def test_the_weight_gradient_is_reduced_in_the_sinks_dtype(case):
         assert sink.dtype == jnp.bfloat16
         error = np.abs(sink.astype(np.float32) - exact[name]).max() / np.abs(exact[name]).max()
         assert 1e-5 < error < 0.03, name
+
+
+def test_a_cut_map_multiplies_in_8_bits_as_the_whole_one_does(case):
+    codes, alphas, x, dy = case
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        operands = gather_operands(operands_of(codes, alphas, codes, "int8"), "codes")
+        assert all(leaf.operand == "int8" for leaf in operands["blocks"]["attention"].values())
+        first = jax.tree.map(lambda leaf: leaf[0], operands["blocks"]["attention"]["qkv"])
+        actual = jax.jit(lambda x: first(x))(x)
+    whole = TernaryLinear(codes["qkv"][0], alphas["qkv"][0], codes["qkv"][0], "int8")(jnp.asarray(x))
+    assert_close(actual, whole)
+    exact = TernaryLinear(codes["qkv"][0], alphas["qkv"][0], codes["qkv"][0])(jnp.asarray(x))
+    assert np.abs(whole - exact).max() > 1e-4
 
 
 def test_without_fsdp_nothing_is_packed(case):

@@ -59,10 +59,11 @@ def test_every_field_arrives_from_the_configuration():
         ternary=False, input_size=16, in_channels=3, patch_size=4, hidden_size=64, depth=2, num_heads=4,
         num_kv_heads=2, ffn_multiple_of=64, num_classes=7, class_dropout_prob=0.2, qk_norm=False,
         positions="rope_1d_sincos_2d", adaln_rms_norm=False, alpha_init="least_squares", dtype="float32",
-        grad_dtype="float32", remat="dots", attention="xla", scan_layers=False,
+        grad_dtype="float32", matmul_dtype="same", remat="dots", attention="xla", scan_layers=False,
         gather="bfloat16",
     )  # fmt: skip
     assert dataclasses.asdict(from_fields(**fields)) == fields | {"fsdp_rings": ()}
+    assert from_fields(matmul_dtype="int8").matmul_dtype == "int8"
 
 
 def test_a_model_is_one_hashable_value():
@@ -94,6 +95,11 @@ POSITIVE = (
         ({"alpha_init": "one"}, "model.alpha_init='one': choose one of normal, least_squares"),
         ({"dtype": "float16"}, "compute.dtype='float16': choose one of float32, bfloat16"),
         ({"grad_dtype": "int8"}, "compute.grad_dtype='int8': choose one of float32, bfloat16"),
+        ({"matmul_dtype": "fp8"}, "compute.matmul_dtype='fp8': choose one of same, float8_e4m3fn, int8"),
+        (
+            {"ternary": False, "matmul_dtype": "int8"},
+            "compute.matmul_dtype='int8': is of ternary models, not of full precision; give 'same'",
+        ),
         ({"remat": "all"}, "compute.remat='all': choose one of none, block, dots"),
         ({"attention": "flash"}, "compute.attention='flash': choose one of auto, xla, cudnn"),
     ],

@@ -108,15 +108,22 @@ def test_non_finite_update_is_skipped_and_counted():
     assert float(after["window"]["sums"]["steps"]) == 1
 
 
-def test_bfloat16_gradients_follow_float32():
+@pytest.fixture(scope="module")
+def in_float32():
     model = tiny_config(depth=2, hidden_size=32)
     params, examples = random_params(model), random_examples(model, 8)
-    low = dataclasses.replace(model, dtype="bfloat16", grad_dtype="bfloat16")
-    _, expected = jitted(model)(params, examples)
-    _, actual = jitted(low)(params, examples)
+    return model, params, examples, jitted(model)(params, examples)
+
+
+@pytest.mark.parametrize(("matmul_dtype", "bound"), [("same", 0.05), ("float8_e4m3fn", 0.25), ("int8", 0.1)])
+def test_gradients_in_fewer_bits_follow_float32(in_float32, matmul_dtype, bound):
+    model, params, examples, (expected_sums, expected) = in_float32
+    low = dataclasses.replace(model, dtype="bfloat16", grad_dtype="bfloat16", matmul_dtype=matmul_dtype)
+    sums, actual = jitted(low)(params, examples)
+    np.testing.assert_allclose(sums["loss"], expected_sums["loss"], rtol=0.02)
     flat = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(actual))
-    assert 0 < jnp.linalg.norm(flat(actual) - flat(expected)) < 0.05 * jnp.linalg.norm(flat(expected))
+    assert 0 < jnp.linalg.norm(flat(actual) - flat(expected)) < bound * jnp.linalg.norm(flat(expected))
 
 
 @pytest.mark.parametrize("alpha_init", ["normal", "least_squares"])

@@ -95,7 +95,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
 
 @partial(jax.jit, static_argnames=("dtype",))
 def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """As `rowwise.quantize`."""
+    """As `ternary.activations.quantize`, which is also `rowwise`'s."""
     rows = _rows_of_block(x.shape)
 
     def body(x_ref, h_out, scale_out):

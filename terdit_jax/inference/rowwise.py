@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.ternary.activations import quantize
+
 _EPS = 1e-5  # of both norms
-_TINY = 1e-12  # keeps the scale of a row of zeros from being zero
 
 
 def norm_modulate(x: Array, gain: Array, shift: Array) -> Array:
@@ -62,29 +63,6 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
     """
     a, b = jnp.split(_scaled(y, y_scale), 2, axis=-1)
     return quantize(jax.nn.silu(a * alphas[0]) * (b * alphas[1]), dtype)
-
-
-def quantize(h: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """Activations as matmul operands.
-
-    Args:
-      h: (B, T, in) float.
-      dtype: of the operand: float32 or bfloat16, which take no scale, float8_e4m3fn or int8.
-
-    Returns:
-      (B, T, in) in `dtype`, and (B, T) float32, what an operand of one stands for in each token: its largest magnitude
-      over the largest number of `dtype`; None without a scale.
-    """
-    dtype = jnp.dtype(dtype)
-    if dtype.itemsize > 1:
-        return h.astype(dtype), None
-    h = h.astype(jnp.float32)
-    largest = float(jnp.iinfo(dtype).max if dtype == jnp.int8 else jnp.finfo(dtype).max)
-    scale = jnp.maximum(jnp.max(jnp.abs(h), axis=-1), _TINY) * (1 / largest)
-    h = h * (1 / scale)[..., None]
-    # The largest may round up past what the dtype holds.
-    h = jnp.clip(jnp.round(h) if dtype == jnp.int8 else h, -largest, largest)
-    return h.astype(dtype), scale
 
 
 def queries_keys_values(

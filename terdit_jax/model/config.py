@@ -35,6 +35,7 @@ class DiTConfig:
     alpha_init: str
     dtype: str = "float32"
     grad_dtype: str = "float32"
+    matmul_dtype: str = "same"
     remat: str = "none"
     attention: str = "auto"
     scan_layers: bool = True
@@ -90,10 +91,15 @@ class DiTConfig:
         for field, choices in (
             ("dtype", ("float32", "bfloat16")),
             ("grad_dtype", ("float32", "bfloat16")),
+            ("matmul_dtype", ("same", "float8_e4m3fn", "int8")),
             ("remat", ("none", "block", "dots")),
             ("attention", ("auto", "xla", "cudnn")),
         ):
             _one_of(f"compute.{field}", getattr(self, field), choices)
+        _require(
+            self.ternary or self.matmul_dtype == "same",
+            f"compute.matmul_dtype={self.matmul_dtype!r}: is of ternary models, not of full precision; give 'same'",
+        )
         _one_of("mesh.gather", self.gather, ("codes", "bfloat16"))
 
     @property

@@ -57,7 +57,9 @@ class BlockLinear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features))
 
 
-def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool = False) -> Operand:
+def group_operand(
+    config: DiTConfig, layers: list[BlockLinear], *, packed: bool = False, matmul_dtype: str | None = None
+) -> Operand:
     """The stacked layers' maps of one input as one operand; each leaf has the depth in front.
 
     Maps of unequal width (queries beside grouped keys and values) are cut into parts of the narrowest: see
@@ -67,6 +69,7 @@ def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool 
       config: decides the make and the dtypes.
       layers: maps with weights (L, out, in), all with the same `in`; for inference (L, out, in / 4) uint8 will do.
       packed: 2-bit codes for inference instead of int8 codes with a gradient.
+      matmul_dtype: of the matmuls under training; the configuration's if left out.
 
     Returns:
       An operand whose maps, in order, are the layers' (a wider one spanning several).
@@ -92,7 +95,7 @@ def group_operand(config: DiTConfig, layers: list[BlockLinear], *, packed: bool 
         return PackedLinear(stack(codes), spread(alphas))
     made = [ternarize(w, alpha, config.grad_dtype) for w, alpha in zip(weights, alphas, strict=True)]
     codes, alphas, sinks = (list(kind) for kind in zip(*made, strict=True))
-    return TernaryLinear(stack(codes), spread(alphas), stack(sinks))
+    return TernaryLinear(stack(codes), spread(alphas), stack(sinks), matmul_dtype or config.matmul_dtype)
 
 
 def _split_heads(weight: Array, parts: int, head_dim: int) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, partition_spec, path_name
-from terdit_jax.ternary.linear import TernaryLinear, input_gradient, scaled_matmul, weight_gradient
+from terdit_jax.ternary.linear import SAME, TernaryLinear, input_gradient, scaled_matmul, weight_gradient
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack_quarters, unpack_quarters
 
 KINDS = ("codes", "bfloat16")
@@ -37,6 +37,7 @@ class GatheredLinear:
     sink: (n, out, in) zeros, cut as the weight, through which the gradient of alpha T leaves.
     spec: how (n, out, in) lie on the mesh.
     rings: sizes of the physical rings that `fsdp` is made of, the outermost first (`mesh.fsdp_rings`).
+    operand: dtype in which the matmuls with T are done.
     """
 
     codes: Array
@@ -44,10 +45,11 @@ class GatheredLinear:
     sink: Array
     spec: PartitionSpec = struct.field(pytree_node=False)
     rings: tuple[int, ...] = struct.field(pytree_node=False)
+    operand: str = struct.field(pytree_node=False, default=SAME)
 
     def __call__(self, x: Array) -> Array:
         """(B, ..., in) -> (B, ..., n, out) in x's dtype; B is cut over data and fsdp."""
-        return gathered_matmul(self.spec, self.rings, x, self.codes, self.alpha, self.sink)
+        return gathered_matmul(self.spec, self.rings, self.operand, x, self.codes, self.alpha, self.sink)
 
 
 def gather_operands(operands: dict, kind: str, rings: tuple[int, ...] = ()) -> dict:
@@ -83,31 +85,31 @@ def gather_operands(operands: dict, kind: str, rings: tuple[int, ...] = ()) -> d
             pack = partial(pack_quarters, axis=axis)
             codes = jax.shard_map(pack, in_specs=spec, out_specs=spec, check_vma=False)(leaf.codes)
         behind_layers = PartitionSpec(*spec[1:])
-        return GatheredLinear(codes, leaf.alpha, leaf.sink, behind_layers, rings or (mesh.shape[_CUT],))
+        return GatheredLinear(codes, leaf.alpha, leaf.sink, behind_layers, rings or (mesh.shape[_CUT],), leaf.operand)
 
     return jtu.tree_map_with_path(gathered, operands, is_leaf=lambda leaf: isinstance(leaf, TernaryLinear))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def gathered_matmul(
-    spec: PartitionSpec, rings: tuple[int, ...], x: Array, codes: Array, alpha: Array, sink: Array
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, alpha: Array, sink: Array
 ) -> Array:
     """As `ternary.linear.ternary_matmul`, with codes and sink as `GatheredLinear` has them."""
-    return scaled_matmul(x, _whole(spec, codes), alpha)
+    return scaled_matmul(x, _whole(spec, codes), alpha, operand)
 
 
 def _gathered_matmul_fwd(
-    spec: PartitionSpec, rings: tuple[int, ...], x: Array, codes: Array, alpha: Array, sink: Array
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, alpha: Array, sink: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     # What is kept for the backward pass is the part, not what was gathered.
-    return gathered_matmul(spec, rings, x, codes, alpha, sink), (x, codes, alpha, jnp.zeros((0,), sink.dtype))
+    return gathered_matmul(spec, rings, operand, x, codes, alpha, sink), (x, codes, alpha, jnp.zeros((0,), sink.dtype))
 
 
 def _gathered_matmul_bwd(
-    spec: PartitionSpec, rings: tuple[int, ...], residuals: tuple[Array, ...], dy: Array
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, residuals: tuple[Array, ...], dy: Array
 ) -> tuple[Array, np.ndarray, Array, Array]:
     x, codes, alpha, sink = residuals
-    dx = input_gradient(dy, _whole(spec, codes), alpha)
+    dx = input_gradient(dy, _whole(spec, codes), alpha, operand)
     dw = _scattered_weight_gradient(spec, rings, x, dy, sink.dtype)
     return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(alpha), dw
 

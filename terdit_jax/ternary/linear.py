@@ -4,6 +4,8 @@ Each make is a pytree that is called on activations and computes n maps of the s
 modules in `model/` own the parameters and say which maps share an input.
 """
 
+from functools import partial
+
 from flax import struct
 import jax
 from jax import Array, lax
@@ -11,7 +13,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.ternary.activations import quantize
 from terdit_jax.ternary.packing import unpack
+
+SAME = "same"  # a matmul's operands are of the activations' dtype
 
 
 @struct.dataclass
@@ -28,15 +33,17 @@ class FullLinear:
 @struct.dataclass
 class TernaryLinear:
     """y = alpha x T^T under quantisation-aware training. codes: (n, out, in) int8, alpha: (n,) float32,
-    sink: (n, out, in) zeros through which the gradient of alpha T leaves (see `quantize.ternarize`)."""
+    sink: (n, out, in) zeros through which the gradient of alpha T leaves (see `quantize.ternarize`), operand: dtype in
+    which the matmuls with T are done (see `scaled_matmul`)."""
 
     codes: Array
     alpha: Array
     sink: Array
+    operand: str = struct.field(pytree_node=False, default=SAME)
 
     def __call__(self, x: Array) -> Array:
         """(..., in) -> (..., n, out) in x's dtype."""
-        return ternary_matmul(x, self.codes, self.alpha, self.sink)
+        return ternary_matmul(self.operand, x, self.codes, self.alpha, self.sink)
 
 
 @struct.dataclass
@@ -59,18 +66,43 @@ def _matmul(x: Array, weight: Array) -> Array:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (2,)), ((), ())), preferred_element_type=x.dtype)
 
 
-def scaled_matmul(x: Array, codes: Array, alpha: Array) -> Array:
-    """alpha * (x T^T): (..., in), (n, out, in) of any dtype, (n,) float32 -> (..., n, out) in x's dtype."""
-    # Codes are exact in every float dtype; alpha is applied in float32 behind the sum, so only activations round.
-    y = _matmul(x, codes.astype(x.dtype))
-    return (y.astype(jnp.float32) * alpha[:, None]).astype(x.dtype)
+def scaled_matmul(x: Array, codes: Array, alpha: Array, operand: str = SAME) -> Array:
+    """alpha * (x T^T).
+
+    Args:
+      x: (..., in) activations.
+      codes: (n, out, in) of any dtype.
+      alpha: (n,) float32.
+      operand: dtype in which they are multiplied: x's, or one of 8 bits, in which codes are exact and each token of x
+        is rounded on a scale of its own (`activations.quantize`).
+
+    Returns:
+      (..., n, out) in x's dtype.
+    """
+    if operand == SAME:
+        # Codes are exact in every float dtype; alpha is applied in float32 behind the sum, so only activations round.
+        y = _matmul(x, codes.astype(x.dtype))
+        return (y.astype(jnp.float32) * alpha[:, None]).astype(x.dtype)
+    rows, scale = quantize(x, operand)
+    y = _in_8_bits(rows, codes, (((x.ndim - 1,), (2,)), ((), ())), x.dtype)
+    return (y.astype(jnp.float32) * (scale[..., None, None] * alpha[:, None])).astype(x.dtype)
 
 
-def input_gradient(dy: Array, codes: Array, alpha: Array) -> Array:
+def input_gradient(dy: Array, codes: Array, alpha: Array, operand: str = SAME) -> Array:
     """dL/dx of `scaled_matmul`: (..., n, out), (n, out, in), (n,) -> (..., in) in dy's dtype."""
-    scaled = (dy.astype(jnp.float32) * alpha[:, None]).astype(dy.dtype)
+    scaled = dy.astype(jnp.float32) * alpha[:, None]
     maps = (((dy.ndim - 2, dy.ndim - 1), (0, 1)), ((), ()))
-    return lax.dot_general(scaled, codes.astype(dy.dtype), maps, preferred_element_type=dy.dtype)
+    if operand == SAME:
+        return lax.dot_general(scaled.astype(dy.dtype), codes.astype(dy.dtype), maps, preferred_element_type=dy.dtype)
+    rows, scale = quantize(scaled, operand, num_axes=2)
+    dx = _in_8_bits(rows, codes, maps, dy.dtype)
+    return (dx.astype(jnp.float32) * scale[..., None]).astype(dy.dtype)
+
+
+def _in_8_bits(rows: Array, codes: Array, dimension_numbers: tuple, dtype: DTypeLike) -> Array:
+    """The product of rows and codes in the rows' dtype; sums of whole numbers stay whole, others come in `dtype`."""
+    kept = jnp.int32 if rows.dtype == jnp.int8 else dtype
+    return lax.dot_general(rows, codes.astype(rows.dtype), dimension_numbers, preferred_element_type=kept)
 
 
 def weight_gradient(x: Array, dy: Array, dtype: DTypeLike) -> Array:
@@ -79,12 +111,13 @@ def weight_gradient(x: Array, dy: Array, dtype: DTypeLike) -> Array:
     return lax.dot_general(dy, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
 
 
-@jax.custom_vjp
-def ternary_matmul(x: Array, codes: Array, alpha: Array, sink: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ternary_matmul(operand: str, x: Array, codes: Array, alpha: Array, sink: Array) -> Array:
     """y = alpha * (x T^T), with dL/dsink = dL/dw for the weight in use, w = alpha T, and no gradient to alpha itself:
     `quantize.ternarize` makes those of W and alpha of it, once a step.
 
     Args:
+      operand: dtype of the products y and dL/dx (`scaled_matmul`); dL/dw is formed of x as it is.
       x: (..., in) activations.
       codes: (n, out, in) int8.
       alpha: (n,) float32.
@@ -93,17 +126,22 @@ def ternary_matmul(x: Array, codes: Array, alpha: Array, sink: Array) -> Array:
     Returns:
       (..., n, out) in x's dtype.
     """
-    return scaled_matmul(x, codes, alpha)
+    return scaled_matmul(x, codes, alpha, operand)
 
 
-def _ternary_matmul_fwd(x: Array, codes: Array, alpha: Array, sink: Array) -> tuple[Array, tuple[Array, ...]]:
-    return scaled_matmul(x, codes, alpha), (x, codes, alpha, jnp.zeros((0,), sink.dtype))
+def _ternary_matmul_fwd(
+    operand: str, x: Array, codes: Array, alpha: Array, sink: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return scaled_matmul(x, codes, alpha, operand), (x, codes, alpha, jnp.zeros((0,), sink.dtype))
 
 
-def _ternary_matmul_bwd(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, np.ndarray, Array, Array]:
+def _ternary_matmul_bwd(
+    operand: str, residuals: tuple[Array, ...], dy: Array
+) -> tuple[Array, np.ndarray, Array, Array]:
     x, codes, alpha, sink = residuals
     dw = weight_gradient(x, dy, sink.dtype)
-    return input_gradient(dy, codes, alpha), np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(alpha), dw
+    dx = input_gradient(dy, codes, alpha, operand)
+    return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(alpha), dw
 
 
 ternary_matmul.defvjp(_ternary_matmul_fwd, _ternary_matmul_bwd)

@@ -1,0 +1,35 @@
+"""Activations as operands of matmuls in 8 bits: each token on a scale of its own.
+
+Codes -1, 0 and 1 are exact in 8 bits, so these are the only numbers that a ternary matmul in 8 bits rounds.
+"""
+
+from jax import Array
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+_TINY = 1e-12  # keeps the scale of a row of zeros from being zero
+
+
+def quantize(h: Array, dtype: DTypeLike, num_axes: int = 1) -> tuple[Array, Array | None]:
+    """Activations as matmul operands.
+
+    Args:
+      h: (..., in) float.
+      dtype: of the operand: float32 or bfloat16, which take no scale, float8_e4m3fn or int8.
+      num_axes: how many of the last axes share a scale.
+
+    Returns:
+      (..., in) in `dtype`, and (...) float32 without those axes, what an operand of one stands for there: the largest
+      magnitude over the largest number of `dtype`; None without a scale.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype.itemsize > 1:
+        return h.astype(dtype), None
+    axes = tuple(range(-num_axes, 0))
+    h = h.astype(jnp.float32)
+    largest = float(jnp.iinfo(dtype).max if dtype == jnp.int8 else jnp.finfo(dtype).max)
+    scale = jnp.maximum(jnp.max(jnp.abs(h), axis=axes), _TINY) * (1 / largest)
+    h = h * jnp.expand_dims(1 / scale, axes)
+    # The largest may round up past what the dtype holds.
+    h = jnp.clip(jnp.round(h) if dtype == jnp.int8 else h, -largest, largest)
+    return h.astype(dtype), scale
