@@ -1,9 +1,11 @@
 """Times the real training step on synthetic latents, against the device's own matmul rate measured in the same run.
 
 python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots,configs/terdit_4b.py:16:block --output=training.json
+python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots --peers=ternary,full     # beside PyTorch
 
 Each run is config:batch[:remat]. Prints a table: images/s, MFU (vendor's dense bf16 peak), share of the measured matmul
-rate, and peak memory. Every run starts in a process of its own, so that peak memory is its own.
+rate, and peak memory; with peers (`benchmarks.torch_training`), each at the runs' configurations and batches, also how
+many times as fast as each. Every run starts in a process of its own, so that peak memory is its own.
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step
 
 _RUNS = flags.DEFINE_list("runs", None, "config:batch[:remat] each.")
+_PEERS = flags.DEFINE_list("peers", "", "PyTorch's, of benchmarks.torch_training.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, behind warm-up.", lower_bound=1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "training.json", "JSON file.")
@@ -40,8 +43,14 @@ def main(argv: Sequence[str]) -> None:
         return
     if not _RUNS.value:
         raise UserError("--runs is missing, e.g. --runs=configs/terdit_600m.py:64:dots")
-    rows = [_in_own_process(run) for run in _RUNS.value]
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps({**_provenance(), "rows": rows}, indent=1))
+    rows = []
+    measured = [("benchmarks.training", run) for run in _RUNS.value]
+    shapes = dict.fromkeys(":".join(run.split(":")[:2]) for run in _RUNS.value)
+    measured += [("benchmarks.torch_training", f"{shape}:{peer}") for shape in shapes for peer in _PEERS.value]
+    for module, run in measured:
+        rows.append(_in_own_process(module, run))
+        print(json.dumps(rows[-1]), flush=True)
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps({**_provenance(), "rows": rows}, indent=1))
     print(_table(rows))
 
 
@@ -88,8 +97,8 @@ def measure_run(run: str) -> dict:
     }
 
 
-def _in_own_process(run: str) -> dict:
-    command = [sys.executable, "-m", "benchmarks.training", f"--one={run}"]
+def _in_own_process(module: str, run: str) -> dict:
+    command = [sys.executable, "-m", module, f"--one={run}"]
     command += [f"--steps={_STEPS.value}", f"--warm_up={_WARM_UP.value}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -98,7 +107,7 @@ def _in_own_process(run: str) -> dict:
 
 
 def _provenance() -> dict:
-    packages = ("jax", "jaxlib", "flax", "optax")
+    packages = ("jax", "jaxlib", "flax", "optax", "torch")
     return {
         "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -108,17 +117,23 @@ def _provenance() -> dict:
 
 
 def _table(rows: list[dict]) -> str:
+    rates = {(row["config"], row["batch_size"], row["peer"]): row["images_per_second"] for row in rows if "peer" in row}
+    peers = sorted({peer for _, _, peer in rates})
     columns = ("config", "batch", "remat", "images/s", "MFU", "of measured matmul rate", "peak GB")
+    columns += tuple(f"times torch, {peer}" for peer in peers)
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         if "failed" in row:
             lines.append(f"| {row['run']} | failed: {row['failed']} |")
             continue
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "?"
-        lines.append(
-            f"| {row['config']} | {row['batch_size']} | {row['remat']} | {row['images_per_second']:.1f} | {mfu} "
-            f"| {row['share_of_matmul_rate']:.1%} | {row['peak_gb']:.1f} |"
-        )
+        key = row["config"], row["batch_size"]
+        cells = [row["config"], str(row["batch_size"]), row.get("remat") or f"torch, {row['peer']}"]
+        cells += [f"{row['images_per_second']:.1f}", f"{row['mfu']:.1%}" if row.get("mfu") else ""]
+        cells += [f"{row['share_of_matmul_rate']:.1%}" if "share_of_matmul_rate" in row else ""]
+        cells += [f"{row['peak_gb']:.1f}" if row["peak_gb"] is not None else ""]
+        for peer in peers if "peer" not in row else ():
+            cells.append(f"{row['images_per_second'] / rates[*key, peer]:.2f}" if (*key, peer) in rates else "")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
