@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
 
     config.compute.dtype = "bfloat16"
     config.compute.grad_dtype = "bfloat16"
-    config.compute.remat = "block"
+    config.compute.remat = "dots"
 
     config.mesh.data = 1
     config.mesh.fsdp = -1

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from terdit_jax.aot.program import lower_sample, lower_train
 from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.suggest import describe_suggestions, suggest
-from terdit_jax.aot.table import make_tables
+from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.modes import MODES
@@ -34,6 +34,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --wha
 _SUGGEST = flags.DEFINE_bool("suggest", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
 _TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute or more each.", lower_bound=1)
 _TABLE = flags.DEFINE_string("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
+_MEASURED = flags.DEFINE_string("measured", None, "With --table: JSON of benchmarks/training.py to compare with.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report; local or gs://.")
 
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     if _TABLE.value:
-        print(make_tables(epath.Path(_TABLE.value)))
+        folder = epath.Path(_TABLE.value)
+        print(compare(folder, epath.Path(_MEASURED.value)) if _MEASURED.value else make_tables(folder))
         return
     config = _load_config()
     if config is None or not _TOPOLOGY.value:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from terdit_jax.aot.program import activation_bytes
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.model.transformer import abstract_params, count_params, make_operands
@@ -174,3 +175,11 @@ def test_operands_are_cut_as_their_weights():
     assert out.codes.dtype == jnp.uint8 and out.codes.shape == (3, 1, 32, 8)
     expected = NamedSharding(mesh_of(2, 2, 2), PartitionSpec(None, None, "fsdp", "tensor"))
     assert out.codes.sharding.is_equivalent_to(expected, 4) and out.sink.sharding.is_equivalent_to(expected, 4)
+
+
+@pytest.mark.parametrize("kind", ["codes", "bfloat16"])
+def test_policies_of_rematerialisation_see_gathered_matmuls(kind):
+    """As many bytes an image are kept as without a mesh, under every policy."""
+    for remat in ("none", "dots", "block"):
+        model = dataclasses.replace(tiny_config(), remat=remat, gather=kind)
+        assert activation_bytes(model, mesh_of(4, 2, 1)) == activation_bytes(model)

@@ -112,3 +112,11 @@ def test_other_devices_are_cut_in_order():
     mesh = make_mesh(config_of(4, 2, 1, 2))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     assert sorted(ids[:2].ravel()) == [0, 1, 2, 3] and sorted(ids[2:].ravel()) == [4, 5, 6, 7]
+
+
+def test_gpus_that_have_coordinates_but_no_torus_form_one_ring():
+    @dataclasses.dataclass(frozen=True)
+    class Gpu:
+        coords: tuple[int, ...]
+
+    assert fsdp_rings(Grid(np.array([Gpu((0, 0, i)) for i in range(8)]).reshape(1, 8, 1))) == (8,)

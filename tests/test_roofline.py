@@ -42,7 +42,7 @@ def test_the_slowest_group_decides():
 
 def test_overlapped_and_in_turn():
     roofline = Roofline(compute=3.0, memory=2.0, network=1.0)
-    assert (roofline.overlapped, roofline.in_turn, roofline.bound) == (3.0, 4.0, "compute")
+    assert (roofline.overlapped, roofline.in_turn, roofline.bound) == (3.0, 6.0, "compute")
     assert Roofline(compute=1.0, memory=2.0, network=5.0).bound == "network"
 
 

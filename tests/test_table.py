@@ -5,7 +5,7 @@ import json
 from etils import epath
 import pytest
 
-from terdit_jax.aot.table import make_tables
+from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.errors import UserError
 
 GIB = 2**30
@@ -53,3 +53,24 @@ def test_a_folder_without_reports_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="x.json is no JSON"):
         make_tables(epath.Path(tmp_path))
+
+
+def test_reports_beside_measured_steps(tmp_path):
+    one = report("train", "h200:1", 1) | {"config": "terdit_4b", "images": 32, "options": {"remat": "dots"}}
+    folder = epath.Path(tmp_path / "reports")
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(one))
+    run = {
+        "config": "terdit_4b", "batch_size": 32, "remat": "dots", "devices": 1, "images_per_second": 40.0,
+        "peak_gb": 4.04,
+    }  # fmt: skip
+    measured = epath.Path(tmp_path / "measured.json")
+    measured.write_text(json.dumps({"rows": [run | {"remat": "block", "images_per_second": 1.0}, run]}))
+    (row,) = compare(folder, measured).splitlines()[2:]
+    assert row == "| `terdit_4b` | 32 | dots | 3.8 | 4.0 | 500, 625 | 800 | 1.28 |"
+    measured.write_text(json.dumps({"rows": [run | {"devices": 2}]}))
+    with pytest.raises(UserError, match="holds no run on one device"):
+        compare(folder, measured)
+    measured.write_text("[]")
+    with pytest.raises(UserError, match="is no result of benchmarks/training.py"):
+        compare(folder, measured)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from terdit_jax.aot.topology import Topology
 from terdit_jax.config import validate
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.inference.lean import bind_schedule, make_lean_operands
 from terdit_jax.inference.modes import choose_numerics
@@ -152,16 +152,24 @@ def chip_bytes(tree) -> int:
 def saved_activations(program: Program) -> int:
     """Bytes that one chip keeps of a microbatch's forward pass for its backward pass, as `activation_bytes` counts."""
     images = program.images // (program.config.train.accumulation_steps * batch_shards(program.mesh))
-    return images * activation_bytes(program.model)
+    return images * activation_bytes(program.model, program.mesh)
 
 
 @lru_cache
-def activation_bytes(model: DiTConfig) -> int:
+def activation_bytes(model: DiTConfig, mesh: Mesh | None = None) -> int:
     """Bytes that the forward pass of one image keeps for its backward pass, by the remat policy.
 
-    They are counted in the traced program, of whole tokens: what the compiler recomputes, or `tensor` cuts, is less.
+    They are counted in the program traced on the mesh (on one device if left out), of whole tokens: what the compiler
+    recomputes, or `tensor` cuts, is less.
     """
     schedule = linear_schedule()
+    if mesh is None:
+        return _activation_bytes(model, schedule, 1)
+    with jax.set_mesh(mesh):
+        return _activation_bytes(model, schedule, batch_shards(mesh))
+
+
+def _activation_bytes(model: DiTConfig, schedule: Schedule, batch_size: int) -> int:
     operands = jax.eval_shape(lambda params: make_operands(model, params), abstract_params(model))
 
     def residual_bytes(batch_size: int) -> int:
@@ -185,4 +193,4 @@ def activation_bytes(model: DiTConfig) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
 
     # What grows with the batch: codes and other operands are residuals too, but they are there anyway.
-    return residual_bytes(2) - residual_bytes(1)
+    return (residual_bytes(2 * batch_size) - residual_bytes(batch_size)) // batch_size

@@ -16,7 +16,8 @@ ASSUMPTIONS = (
     "compiler keeps in a TPU's vector memory does not",
     "collectives are rings over all torus dimensions, or NVLink and network adapters, that their groups extend along, "
     "at full bandwidth one after the other, without latency",
-    "'overlapped': the slowest of the three hides the others; 'in turn': communication hides nothing",
+    "'overlapped': the slowest of arithmetic, memory and communication hides the others; 'in turn': nothing hides "
+    "anything",
 )
 
 
@@ -35,8 +36,8 @@ class Roofline:
 
     @property
     def in_turn(self) -> float:
-        """Communication hides nothing."""
-        return max(self.compute, self.memory) + self.network
+        """Nothing hides anything."""
+        return self.compute + self.memory + self.network
 
     @property
     def bound(self) -> str:

@@ -32,7 +32,7 @@ _STATE_COPIES = 4  # parameters, two moments, EMA
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to run, with estimates: bytes of one chip, seconds of a step if communication hides nothing."""
+    """A way to run, with estimates: bytes of one chip, seconds of arithmetic and communication."""
 
     mesh: tuple[int, int, int]
     remat: str
@@ -191,7 +191,7 @@ def describe_suggestions(result: dict) -> str:
     lines = [
         f"{result['config']} on {result['topology']}, {result['images']} images: {result['candidates']} ways divide, "
         f"{result['fitting']} should fit, {len(result['tried'])} compiled; the fastest first, ranked by the roofline "
-        "if communication hides nothing"
+        "if nothing overlaps"
     ]
     for row in result["tried"]:
         mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())

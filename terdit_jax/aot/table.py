@@ -1,4 +1,4 @@
-"""Saved reports as Markdown tables, one of training steps and one of drawings."""
+"""Saved reports as Markdown tables: one of training steps, one of drawings, one beside what has been measured."""
 
 from collections.abc import Iterable, Iterator
 import json
@@ -50,6 +50,41 @@ def make_tables(folder: epath.Path) -> str:
     if not any(tables):
         raise UserError(f"--table={folder}: holds no report (*.json) of a training step or a drawing")
     return "\n\n".join(table for table in tables if table)
+
+
+def compare(folder: epath.Path, measured: epath.Path) -> str:
+    """Reports of training steps on one chip beside steps measured there.
+
+    Args:
+      folder: of reports.
+      measured: JSON of benchmarks/training.py, whose runs are found by configuration, batch size and remat policy.
+
+    Raises:
+      UserError: files that cannot be read, or no run that a report is of.
+    """
+    try:
+        runs = json.loads(measured.read_text())["rows"]
+        of = {(run["config"], run["batch_size"], run["remat"]): run for run in runs if run["devices"] == 1}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--measured={measured}: is no result of benchmarks/training.py ({error})") from error
+    rows = []
+    for report in _read(folder):
+        run = of.get((report["config"], report["images"], report["options"].get("remat")))
+        if report["chips"] == 1 and run:
+            speed, memory = report["roofline"], report["memory"]["total"]
+            took = run["batch_size"] / run["images_per_second"]
+            rows.append(
+                f"| `{report['config']}` | {report['images']} | {run['remat']} "
+                f"| {memory / 1e9:.1f} | {run['peak_gb']:.1f} "
+                f"| {_step(speed, 1)} | {took * 1e3:.0f} | {took / speed['in_turn']:.2f} |"
+            )
+    if not rows:
+        raise UserError(f"--measured={measured}: holds no run on one device that a report in {folder} is of")
+    head = (
+        "| Configuration | Images | Remat | Memory compiled, GB | Peak measured, GB "
+        "| Step compiled, ms: overlapped, in turn | Step measured, ms | Measured / in turn |"
+    )
+    return "\n".join([head, "| --- " * 8 + "|", *rows])
 
 
 def _read(folder: epath.Path) -> Iterator[dict]:

@@ -101,8 +101,10 @@ def gathered_matmul(
 def _gathered_matmul_fwd(
     spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, alpha: Array, sink: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    # What is kept for the backward pass is the part, not what was gathered.
-    return gathered_matmul(spec, rings, operand, x, codes, alpha, sink), (x, codes, alpha, jnp.zeros((0,), sink.dtype))
+    # Kept for the backward pass is the part, not what was gathered. The matmul stands here itself: inside a call of
+    # `gathered_matmul`, policies of rematerialisation would not see it.
+    whole = scaled_matmul(x, _whole(spec, codes), alpha, operand)
+    return whole, (x, codes, alpha, jnp.zeros((0,), sink.dtype))
 
 
 def _gathered_matmul_bwd(

@@ -118,7 +118,7 @@ def fsdp_rings(mesh: Mesh) -> tuple[int, ...]:
     where devices have no coordinates (GPUs, CPUs), or do not lie in such an order.
     """
     devices = mesh.devices[0, :, 0]
-    if not all(hasattr(device, "coords") for device in devices):
+    if not all(hasattr(device, "core_on_chip") for device in devices):  # GPUs may have coordinates too
         return (len(devices),)
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     rings, done = [], 1
