@@ -52,25 +52,22 @@ def test_bad_input_is_one_line_and_status_2(places, flags, message):
     assert not (folder / "a.json").exists()
 
 
+def evaluate(cache, *flags):
+    out, _ = finish(start("evaluate", *flags, cache=cache, environment=OPTIMISED))
+    return out
+
+
 @pytest.mark.slow
 def test_the_suite_from_files_to_figures(places):
     """With random weights; against a folder, and again against the reference file that was made of it."""
     folder, cache = places
     arrays = random_state_dict()
     (folder / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
-    weights = f"--inception={folder / 'inception.pth'}"
-    samples = f"--samples={folder / 'samples.npz'}"
-    out, _ = finish(
-        start(
-            "evaluate", samples, weights, f"--reference={folder / 'reference'}", f"--output={folder / 'a.json'}",
-            f"--save_reference={folder / 'saved.npz'}", cache=cache, environment=OPTIMISED,
-        )
-    )  # fmt: skip
+    flags = (f"--inception={folder}/inception.pth", f"--samples={folder}/samples.npz", "--batch_size=3")
+    saved = f"--save_reference={folder}/saved.npz"
+    out = evaluate(cache, *flags, f"--reference={folder}/reference", f"--output={folder}/a.json", saved)
     assert "published ones are of 50,000" in out and "reference of 9 pictures written" in out
-    finish(
-        start("evaluate", samples, weights, f"--reference={folder / 'saved.npz'}", f"--output={folder / 'b.json'}",
-              cache=cache, environment=OPTIMISED)
-    )  # fmt: skip
+    evaluate(cache, *flags, f"--reference={folder}/saved.npz", f"--output={folder}/b.json")
     figures, again = (json.loads((folder / f"{name}.json").read_text()) for name in "ab")
     names = ("fid", "sfid", "inception_score", "precision", "recall")
     assert [figures[name] for name in names] == pytest.approx([again[name] for name in names], rel=1e-6)
@@ -87,11 +84,6 @@ def test_a_run_draws_the_samples_that_are_judged(places, tmp_path):
     finish(start("main", *train_arguments(data, workdir, train__num_steps=6), cache=cache))
     arrays = random_state_dict()
     (tmp_path / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
-    finish(
-        start(
-            "evaluate", f"--samples={workdir}", "--num_samples=10", f"--reference={folder / 'reference'}",
-            f"--inception={tmp_path / 'inception.pth'}", f"--output={tmp_path / 'a.json'}",
-            cache=cache, environment=OPTIMISED,
-        )
-    )  # fmt: skip
-    assert json.loads((tmp_path / "a.json").read_text())["num_samples"] == 10
+    flags = (f"--samples={workdir}", "--num_samples=9", f"--inception={tmp_path}/inception.pth")
+    evaluate(cache, *flags, f"--reference={folder}/reference", f"--output={tmp_path}/a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["num_samples"] == 9

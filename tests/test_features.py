@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from runs import ROOT, free_port
 
+from terdit_jax.errors import UserError
 from terdit_jax.evaluation import features as features_module
 from terdit_jax.evaluation.features import FeatureNetwork, collect_features
 from terdit_jax.evaluation.picture_source import PictureSource
@@ -76,6 +77,18 @@ def test_progress_is_told():
     lines = []
     collect_features(NETWORK, source(), single_device_mesh(), 10, lines.append)
     assert lines[-1].startswith("set: features of 53/53 pictures")
+
+
+def test_fewer_pictures_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(features_module.jax, "process_count", lambda: 54)
+    with pytest.raises(UserError, match="set: 53 pictures for 54 processes"):
+        collect_features(NETWORK, source(), single_device_mesh())
+
+
+def test_features_that_are_not_finite_are_refused():
+    broken = NETWORK._replace(params={"gain": np.float32(np.nan)})
+    with pytest.raises(UserError, match="265 of 265 feature values are not finite"):
+        collect_features(broken, source(), single_device_mesh())
 
 
 def test_two_processes_have_the_features_of_one():

@@ -72,7 +72,7 @@ def network(params: dict, x: Array) -> Array:
     x = jax.nn.relu6(_conv(params["stem"], x, 2))
     for block, layers in zip(blocks(), params["blocks"], strict=True):
         y = jax.nn.relu6(_conv(layers["expand"], x)) if block.expansion > 1 else x
-        y = jax.nn.relu6(_conv(layers["depthwise"], y, block.stride, groups=y.shape[-1]))
+        y = jax.nn.relu6(_depthwise_conv(layers["depthwise"], y, block.stride))
         y = _conv(layers["project"], y)
         x = x + y if block.stride == 1 and block.before == block.width else y
     return jax.nn.relu6(_conv(params["head"], x)).mean(axis=(1, 2))
@@ -131,7 +131,7 @@ def _find_weights() -> Path:
     return Path(spec.submodule_search_locations[0]) / "models" / FILE_NAME
 
 
-def _conv(params: dict, x: Array, stride: int = 1, groups: int = 1) -> Array:
+def _conv(params: dict, x: Array, stride: int = 1) -> Array:
     """Convolution and batch norm, float32 throughout; padding as TensorFlow's SAME."""
     y = jax.lax.conv_general_dilated(
         x,
@@ -139,7 +139,26 @@ def _conv(params: dict, x: Array, stride: int = 1, groups: int = 1) -> Array:
         (stride, stride),
         "SAME",
         dimension_numbers=("NHWC", "OHWI", "NHWC"),
-        feature_group_count=groups,
         precision=jax.lax.Precision.HIGHEST,
     )
     return y + params["bias"]
+
+
+def _depthwise_conv(params: dict, x: Array, stride: int) -> Array:
+    """The same with one kernel a channel, as a sum of shifted pictures: XLA's own is slow on CPUs."""
+    weight = params["weight"][..., 0].transpose(1, 2, 0)  # height, width, channels
+    size = weight.shape[0]
+    before, places = zip(*(_padding(n, size, stride) for n in x.shape[1:3]), strict=True)
+    padded = jnp.pad(x, [(0, 0), *((first, size) for first in before), (0, 0)])
+    y = params["bias"]
+    for i in range(size):
+        for j in range(size):
+            rows = slice(i, i + stride * places[0], stride)
+            y = y + padded[:, rows, j : j + stride * places[1] : stride] * weight[i, j]
+    return y
+
+
+def _padding(length: int, size: int, stride: int) -> tuple[int, int]:
+    """Zeros in front of a row, and places of the kernel on it."""
+    places = -(-length // stride)
+    return max((places - 1) * stride + size - length, 0) // 2, places

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from terdit_jax.errors import UserError
 from terdit_jax.evaluation.picture_source import PictureSource
 from terdit_jax.evaluation.statistics import CHUNK, Moments
 from terdit_jax.parallel.mesh import AXES
@@ -56,14 +57,19 @@ def collect_features(
       mesh: of this process's devices, as `parallel.mesh.local_mesh` makes it.
       batch_size: pictures a device at once.
       say: takes lines about progress.
+
+    Raises:
+      UserError: fewer pictures than processes, or features that are not finite.
     """
     index, processes = jax.process_index(), jax.process_count()
+    if source.count < processes:
+        raise UserError(f"{source.name}: {source.count} pictures for {processes} processes: use fewer processes")
     first, stop = (source.count * i // processes for i in (index, index + 1))
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
     extract = jax.jit(network.extract, out_shardings=sharding)
     rows = _Rows(source.name, stop - first, say)
-    size, in_flight = batch_size * mesh.size, None
+    size, in_flight = min(batch_size, -(-source.count // mesh.size)) * mesh.size, None
     for pictures in source.stream(first, stop, size):
         count = len(pictures)
         if count < size:  # the last ones are filled up, so that one shape is compiled

@@ -27,8 +27,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F (D, D) with F F^T = covariance; eigenvalues at or below rounding count as 0."""
+    """F (D, rank) with F F^T = covariance; eigenvalues at or below rounding count as 0."""
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     rounding = eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
-    # A root would blow rounding of 1e-16 up to 1e-8.
-    return eigenvectors * np.sqrt(np.where(eigenvalues > rounding, eigenvalues, 0.0))
+    kept = eigenvalues > rounding  # a root would blow rounding of 1e-16 up to 1e-8
+    return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])
