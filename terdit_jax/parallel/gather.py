@@ -2,7 +2,10 @@
 
 A layer's matmuls gather its packed codes and unpack them, the backward pass gathers them again, and its weight gradient
 is reduced and scattered at once. The collectives are written out under `shard_map`: left to itself, XLA gathers int8 or
-floats. How arrays lie is `sharding`'s, the arithmetic is `ternary.linear`'s.
+floats. They go through a torus ring by ring, each device's part one block of rows: over several rings at once, or in
+other shapes, the TPU compiler makes all-reduces of whole arrays of them, twice the bytes.
+
+How arrays lie is `sharding`'s, the arithmetic is `ternary.linear`'s.
 """
 
 from functools import partial
@@ -95,7 +98,7 @@ def gathered_matmul(
     spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, alpha: Array, sink: Array
 ) -> Array:
     """As `ternary.linear.ternary_matmul`, with codes and sink as `GatheredLinear` has them."""
-    return scaled_matmul(x, _whole(spec, codes), alpha, operand)
+    return scaled_matmul(x, _whole(spec, rings, codes), alpha, operand)
 
 
 def _gathered_matmul_fwd(
@@ -111,7 +114,7 @@ def _gathered_matmul_bwd(
     spec: PartitionSpec, rings: tuple[int, ...], operand: str, residuals: tuple[Array, ...], dy: Array
 ) -> tuple[Array, np.ndarray, Array, Array]:
     x, codes, alpha, sink = residuals
-    dx = input_gradient(dy, _whole(spec, codes), alpha, operand)
+    dx = input_gradient(dy, _whole(spec, rings, codes), alpha, operand)
     dw = _scattered_weight_gradient(spec, rings, x, dy, sink.dtype)
     return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(alpha), dw
 
@@ -128,14 +131,21 @@ def _uncut(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(None if axis == _CUT else axis for axis in spec))
 
 
-def _whole(spec: PartitionSpec, codes: Array) -> Array:
+def _whole(spec: PartitionSpec, rings: tuple[int, ...], codes: Array) -> Array:
     """Codes (n, out, in), int8 or bfloat16, gathered over `fsdp` and still cut over `tensor`."""
+    cut = tuple(spec).index(_CUT)
 
     def gather(part: Array) -> Array:
-        gathered = lax.all_gather(part, _CUT, axis=tuple(spec).index(_CUT), tiled=True)
+        part = jnp.moveaxis(part, cut, 0)
+        blocks = part.reshape(1, -1, part.shape[-1])
+        for groups in reversed(_ring_groups(rings)):
+            blocks = lax.all_gather(blocks, _CUT, axis=0, axis_index_groups=groups, tiled=True)
+        gathered = blocks.reshape(-1, *part.shape[1:])
         if gathered.dtype == jnp.uint16:
-            return lax.bitcast_convert_type(gathered, jnp.bfloat16)
-        return unpack_quarters(gathered, _packed_axis(spec))
+            gathered = lax.bitcast_convert_type(gathered, jnp.bfloat16)
+        else:
+            gathered = unpack_quarters(gathered, axis=2)  # of the two that remain, the one that is not the group
+        return jnp.moveaxis(gathered, 0, cut)
 
     return jax.shard_map(gather, in_specs=spec, out_specs=_uncut(spec), check_vma=False)(codes)
 
@@ -150,8 +160,6 @@ def _scattered_weight_gradient(
 
     def form(x: Array, dy: Array) -> Array:
         dw = jnp.moveaxis(weight_gradient(x, dy, dtype), cut, 0)
-        # Each device's part as one block of rows: in any other shape XLA makes all-reduces of some of these on TPUs,
-        # as it does of a sum over several rings at once.
         part = dw.reshape(math.prod(rings), -1, dw.shape[-1])
         for groups in _ring_groups(rings):
             part = lax.psum_scatter(part, _CUT, scatter_dimension=0, axis_index_groups=groups, tiled=True)
