@@ -7,6 +7,7 @@ and keeps its traceback.
 from collections.abc import Callable, Sequence
 import os
 import sys
+import traceback
 
 from absl import app, flags, logging
 
@@ -25,6 +26,9 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except UserError as error:
             exit_with(str(error))
+        except Exception:
+            end_if_one_of_several()
+            raise
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -35,6 +39,20 @@ def exit_with(message: str) -> None:
     sys.stdout.flush()
     # Background threads (asynchronous saves, prefetch) must not turn a clear answer into a hang.
     os._exit(2)
+
+
+def end_if_one_of_several() -> None:
+    """Within an exception's handler: prints its traceback and ends this process with status 1, if it is one of several.
+
+    What follows an exception otherwise, the barriers of saves under way and of taking leave, would wait for processes
+    that may be dead: each waits for up to a minute, and the sum is more than the others should take to notice.
+    """
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        traceback.print_exc()
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -7,12 +7,23 @@ a matter of rounding: one record in another place would move every logged loss b
 from pathlib import Path
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from runs import finish, finish_together, metrics_without_timing, prepare_digits, saved_run, start_together
+from runs import (
+    ROOT,
+    finish,
+    finish_together,
+    free_port,
+    metrics_without_timing,
+    prepare_digits,
+    saved_run,
+    start_together,
+)
 from runs import train_arguments as all_train_arguments
 
 ENDS_WITHIN = 120  # seconds for the others when one process is killed
@@ -21,7 +32,8 @@ STEPS = 16
 
 
 def train_arguments(data: Path, workdir: Path, num_steps: int = STEPS, **overrides) -> list[str]:
-    fields = {"checkpoint__every": 4, "mesh__fsdp": 2, "train__num_steps": num_steps, "log__heldout_every": 0}
+    fields = {"model__depth": 1, "mesh__fsdp": 2, "train__num_steps": num_steps}  # compiled by every process: small
+    fields |= {"checkpoint__every": 4, "log__heldout_every": 0}
     return all_train_arguments(data, workdir, **fields | overrides)
 
 
@@ -69,12 +81,30 @@ def killed_or_asked(places, workdir: Path, number: signal.Signals, to: int, proc
     return started, time.monotonic()
 
 
-def test_two_processes_equal_one_and_one_goes_on_where_two_were(places, tmp_path):
-    out = train(places, tmp_path, processes=2, num_steps=8)
-    assert "4 x cpu, 2 process(es)" in out
+def test_two_processes_equal_one(places, tmp_path):
+    assert "4 x cpu, 2 process(es)" in train(places, tmp_path, processes=2)
+    assert_same_within_rounding(tmp_path, places[2])
+
+
+@pytest.mark.slow
+def test_one_goes_on_where_two_were(places, tmp_path):
+    train(places, tmp_path, processes=2, num_steps=8)
     out = train(places, tmp_path, processes=1, devices=4)
     assert "4 x cpu, 1 process(es)" in out and "resuming at step 8" in out
     assert_same_within_rounding(tmp_path, places[2])
+
+
+def test_an_error_in_one_of_several_ends_it_without_taking_leave():
+    """Taking leave is a barrier, which would wait for the dead."""
+    code = (
+        "import atexit, jax, sys; from terdit_jax.errors import run_command\n"
+        f"jax.distributed.initialize('localhost:{free_port()}', 1, 0)\n"
+        "atexit.register(print, 'took leave')\n"
+        "def main(argv): raise ValueError('a peer is gone')\n"
+        "run_command(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "ValueError: a peer is gone" in done.stderr and "took leave" not in done.stdout
 
 
 @pytest.mark.slow

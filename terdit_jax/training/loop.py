@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from terdit_jax.data.reader import heldout_batches, make_batches
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, end_if_one_of_several
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, local_block
@@ -107,6 +107,11 @@ def _train(
         run = _Run(setup, start, draw_grid, checkpoints, judge, observers)
         try:
             step = run.train(state, start, interruption)
+        except UserError:
+            raise
+        except Exception:
+            end_if_one_of_several()
+            raise
         finally:
             observers.profiler.close()
             if run.best:

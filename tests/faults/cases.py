@@ -82,7 +82,7 @@ def kill(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
 
 def kill_2_processes(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
     """As `kill`, of one of two processes: the other must end by itself, with a status that is not 0."""
-    yield from _kill(Bench(root, steps=100, processes=2, seed=seed), rounds)
+    yield from _kill(Bench(root, steps=60, processes=2, seed=seed), rounds)
 
 
 def _kill(bench: Bench, rounds: int) -> Iterator[dict]:
@@ -140,7 +140,8 @@ def _end_of_survivors(processes: list[subprocess.Popen], victim: int) -> dict:
             process.wait(timeout=GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(f"a survivor still ran {GRACE_SECONDS} s after the kill") from None
+            end = process.communicate()[1][-3000:]
+            raise AssertionError(f"a survivor still ran {GRACE_SECONDS} s after the kill: {end}") from None
         assert process.returncode != 0, "a survivor of a killed run ended with status 0"
     processes[victim].wait()
     return {"survivors_ended_after_seconds": round(time.monotonic() - killed, 1)} if survivors else {}
