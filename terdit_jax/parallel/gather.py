@@ -106,8 +106,8 @@ def _gathered_matmul_fwd(
 ) -> tuple[Array, tuple[Array, ...]]:
     # Kept for the backward pass is the part, not what was gathered. The matmul stands here itself: inside a call of
     # `gathered_matmul`, policies of rematerialisation would not see it.
-    whole = scaled_matmul(x, _whole(spec, codes), alpha, operand)
-    return whole, (x, codes, alpha, jnp.zeros((0,), sink.dtype))
+    y = scaled_matmul(x, _whole(spec, rings, codes), alpha, operand)
+    return y, (x, codes, alpha, jnp.zeros((0,), sink.dtype))
 
 
 def _gathered_matmul_bwd(
