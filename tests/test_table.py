@@ -4,6 +4,7 @@ import json
 
 from etils import epath
 import pytest
+from runs import ROOT
 
 from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.errors import UserError
@@ -40,10 +41,10 @@ def test_tables(tmp_path):
         ["| `v5e:16x16`", "256", "1 x 256 x 1"],
     ]
     assert train.splitlines()[2].endswith(
-        "| 1.00 | 2.00 | 3.50 of 16.00 | 2.00 | 500.0 / 250.0 / 125.0 | 500, 625 | 75% | 1,024 | 164 |"
+        "| 1.00 | 2.00 | 3.50 of 16.00 | 2.00 | 500.0 / 250.0 / 125.0 | 500.0, 625.0 | 75% | 1,024 | 164 |"
     )
     assert sample.splitlines()[2] == (
-        "| `v6e:1x1` | small | 512 | 1.00 | 3.50 of 16.00 | 1.00 | 2.0 / 1.0 | 2.00 | compute | 1024.00 |"
+        "| `v6e:1x1` | small | 512 | 1.00 | 3.50 of 16.00 | 1.00 | 2.0 / 1.0 | 2.0, 2.5 | compute | 1024.00 |"
     )
 
 
@@ -67,10 +68,18 @@ def test_reports_beside_measured_steps(tmp_path):
     measured = epath.Path(tmp_path / "measured.json")
     measured.write_text(json.dumps({"rows": [run | {"remat": "block", "images_per_second": 1.0}, run]}))
     (row,) = compare(folder, measured).splitlines()[2:]
-    assert row == "| `terdit_4b` | 32 | dots | 3.8 | 4.0 | 500, 625 | 800 | 1.28 |"
+    assert row == "| `terdit_4b` | 32 | dots | 3.8 | 4.0 | 500.0, 625.0 | 800 | 1.28 |"
     measured.write_text(json.dumps({"rows": [run | {"devices": 2}]}))
     with pytest.raises(UserError, match="holds no run on one device"):
         compare(folder, measured)
     measured.write_text("[]")
     with pytest.raises(UserError, match="is no result of benchmarks/training.py"):
         compare(folder, measured)
+
+
+def test_the_documentation_shows_what_the_reports_beside_it_say():
+    text = (ROOT / "docs" / "pods_compile.md").read_text()
+    pods = epath.Path(ROOT / "docs" / "pods")
+    for table in (make_tables(pods), compare(pods / "one_h200", pods.parent / "benchmarks" / "training_h200.json")):
+        lines = [line for line in table.splitlines() if line]
+        assert len(lines) > 2 and all(line in text for line in lines)

@@ -19,8 +19,8 @@ _TRAIN = (
     ("Compute / memory / network, ms", lambda r: _times(r["roofline"], 1)),
     ("Step, ms: overlapped, in turn", lambda r: _step(r["roofline"], 1)),
     ("MFU at best", lambda r: f"{r['roofline']['mfu_bound']:.0%}"),
-    ("Images/s", lambda r: f"{r['roofline']['images_per_second']:,.0f}"),
-    ("Hours", lambda r: f"{r['roofline']['hours']:,.0f}"),
+    ("Images/s at best", lambda r: f"{r['roofline']['images_per_second']:,.0f}"),
+    ("Hours at best", lambda r: f"{r['roofline']['hours']:,.0f}"),
 )
 _SAMPLE = (
     ("Machine", lambda r: f"`{r['topology']}`"),
@@ -30,9 +30,9 @@ _SAMPLE = (
     ("Total of memory", lambda r: f"{_gib(r['memory']['total'])} of {_gib(r['memory']['limit'])}"),
     ("TFLOPs a denoising step", lambda r: f"{r['flops']['compiled'] / r['steps'] / 1e12:.2f}"),
     ("Compute / memory, ms a step", lambda r: _times(r["roofline"], r["steps"], ("compute", "memory"))),
-    ("Step, ms", lambda r: f"{r['roofline']['overlapped'] / r['steps'] * 1e3:.2f}"),
+    ("Step, ms: overlapped, in turn", lambda r: _step(r["roofline"], r["steps"])),
     ("Bound", lambda r: r["roofline"]["bound"]),
-    ("Images/s", lambda r: f"{r['roofline']['images_per_second']:.2f}"),
+    ("Images/s at best", lambda r: f"{r['roofline']['images_per_second']:.2f}"),
 )
 
 
@@ -114,4 +114,4 @@ def _times(speed: dict, steps: int, parts: Iterable[str] = ("compute", "memory",
 
 
 def _step(speed: dict, steps: int) -> str:
-    return f"{speed['overlapped'] / steps * 1e3:.0f}, {speed['in_turn'] / steps * 1e3:.0f}"
+    return ", ".join(f"{speed[name] / steps * 1e3:.1f}" for name in ("overlapped", "in_turn"))
