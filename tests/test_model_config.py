@@ -102,6 +102,7 @@ POSITIVE = (
         ),
         ({"remat": "all"}, "compute.remat='all': choose one of none, block, dots"),
         ({"attention": "flash"}, "compute.attention='flash': choose one of auto, xla, cudnn"),
+        ({"gather": "weights"}, "mesh.gather='weights': choose one of codes, bfloat16"),
     ],
 )
 def test_what_makes_no_model_is_refused(fields, message):

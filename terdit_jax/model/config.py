@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from terdit_jax.errors import UserError
+from terdit_jax.parallel.gather import GATHERS
 
 MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this
 
@@ -100,7 +101,7 @@ class DiTConfig:
             self.ternary or self.matmul_dtype == "same",
             f"compute.matmul_dtype={self.matmul_dtype!r}: is of ternary models, not of full precision; give 'same'",
         )
-        _one_of("mesh.gather", self.gather, ("codes", "bfloat16"))
+        _one_of("mesh.gather", self.gather, GATHERS)
 
     @property
     def head_dim(self) -> int:

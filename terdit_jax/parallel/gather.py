@@ -24,7 +24,7 @@ from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, partition_spec, path_n
 from terdit_jax.ternary.linear import SAME, TernaryLinear, input_gradient, scaled_matmul, weight_gradient
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack_quarters, unpack_quarters
 
-KINDS = ("codes", "bfloat16")
+GATHERS = ("codes", "bfloat16")  # values of config.mesh.gather
 
 _CUT = "fsdp"  # the axis that weights are gathered over
 _BATCH = LOGICAL_TO_MESH["batch"]
