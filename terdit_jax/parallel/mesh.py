@@ -20,8 +20,9 @@ AXES = ("data", "fsdp", "tensor")
 # Any of these says that a cluster has started several processes of this program; jax.distributed finds the rest.
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 
-# A process that dies must end the others in less than two minutes; by default they would wait for up to five.
-_PATIENCE = {"heartbeat_timeout_seconds": 45, "shutdown_timeout_seconds": 60}
+# A process that dies must end the others in less than two minutes; by default they would wait for up to five, those
+# that are still joining the others included.
+_PATIENCE = {"initialization_timeout": 90, "heartbeat_timeout_seconds": 45, "shutdown_timeout_seconds": 60}
 
 
 def initialize_processes() -> None:
