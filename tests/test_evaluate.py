@@ -1,12 +1,15 @@
 """The command: samples and a reference in, the suite's figures out; what cannot be judged ends in one line."""
 
 import json
+import os
+import subprocess
+import sys
 
 from inception_files import random_state_dict
 import numpy as np
 from PIL import Image
 import pytest
-from runs import finish, prepare_digits, start, train_arguments
+from runs import ROOT, finish, prepare_digits, start, train_arguments
 from torch_files import state_dict, torch_file
 
 from terdit_jax.evaluation.picture_source import open_pictures
@@ -26,30 +29,52 @@ def places(tmp_path_factory):
     return folder, tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "--workdir is missing"),
-        (["--samples={}/samples.npz"], "--reference is missing"),
-        (["--samples={}/samples.npz", "--reference={}/reference"], "--output=metrics.json"),
-        (["--samples={}/samples.npz", "--reference={}/reference", "--output={}/samples.npz"], "exists already"),
-        (["--samples={}/floats.npz", "--reference={}/reference", "--output={}/a.json"], "expected uint8"),
-        (
-            ["--reference={}/reference", "--save_reference={}/a.json", "--features=efficientnet_lite0"],
-            "--save_reference holds Inception's statistics",
-        ),
-        (
-            ["--samples={}/samples.npz", "--reference={}/reference", "--output={}/a.json", "--inception={}/none.pth"],
-            "cannot read Inception weights",
-        ),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(places, flags, message):
-    folder, cache = places
-    out, err = finish(start("evaluate", *(flag.format(folder) for flag in flags), cache=cache), status=2)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0] and "Traceback" not in err
+SUITE = ["--samples={}/samples.npz", "--reference={}/reference"]
+BAD_INPUT = {
+    "--workdir is missing": [],
+    "--reference is missing": SUITE[:1],
+    "--output=metrics.json": SUITE,
+    "exists already": [*SUITE, "--output={}/samples.npz"],
+    "expected uint8": ["--samples={}/floats.npz", *SUITE[1:], "--output={}/a.json"],
+    "--save_reference holds Inception's": [*SUITE[1:], "--save_reference={}/a.json", "--features=efficientnet_lite0"],
+    "cannot read Inception weights": [*SUITE, "--output={}/a.json", "--inception={}/none.pth"],
+}
+ONE_AFTER_ANOTHER = """
+import json, sys
+from absl import flags
+from terdit_jax import evaluate
+from terdit_jax.errors import UserError
+for arguments in json.loads(sys.argv[1]):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["evaluate", *arguments])
+    try:
+        evaluate.main([])
+        print("accepted")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_bad_input_is_one_line(places):
+    folder, _ = places
+    cases = [[flag.format(folder) for flag in flags] for flags in BAD_INPUT.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(cases)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(BAD_INPUT), done.stdout
+    for line, message in zip(lines, BAD_INPUT, strict=True):
+        assert message in line
     assert not (folder / "a.json").exists()
+
+
+def test_bad_input_ends_with_status_2(places):
+    folder, cache = places
+    _, err = finish(start("evaluate", f"--samples={folder}/samples.npz", cache=cache), status=2)
+    assert "error: --reference is missing" in err and "Traceback" not in err
 
 
 def evaluate(cache, *flags):
