@@ -1,12 +1,15 @@
 """The suite's benchmark runs, with a network that takes no time in Inception's place."""
 
+from commands import no_flags
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.evaluation import Size, measure, random_params
 from terdit_jax.evaluation.features import FeatureNetwork
 from terdit_jax.evaluation.inception import kernels
 from terdit_jax.parallel.mesh import local_mesh
+
+with no_flags():
+    from benchmarks.evaluation import Size, measure, random_params
 
 
 def extract(params, pictures):

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from commands import no_flags
 import pytest
 
-from benchmarks.scaling import compare, measure, plan, table
 from terdit_jax.errors import UserError
+
+with no_flags():
+    from benchmarks.scaling import compare, measure, plan, table
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
 
