@@ -21,6 +21,7 @@ from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.suggest import describe_suggestions, suggest
 from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
+from terdit_jax.config import read_flag
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.modes import MODES
 from terdit_jax.parallel.mesh import AXES
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         folder = epath.Path(_TABLE.value)
         print(compare(folder, epath.Path(_MEASURED.value)) if _MEASURED.value else make_tables(folder))
         return
-    config = _load_config()
+    config = read_flag(_CONFIG)
     if config is None or not _TOPOLOGY.value:
         raise UserError(
             "--config and --topology are both needed, e.g. --config=configs/terdit_4b.py --topology=v5e:16x16"
@@ -72,15 +73,6 @@ def main(argv: Sequence[str]) -> None:
         print(describe(report))
     if _OUTPUT.value:
         _write(epath.Path(_OUTPUT.value), report)
-
-
-def _load_config() -> ConfigDict | None:
-    """The configuration; ml_collections reports a file that does not load only when it is first read."""
-    try:
-        return _CONFIG.value and _CONFIG.value.copy_and_resolve_references()
-    except OSError as error:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def _be_on_cpu(topology: Topology) -> None:

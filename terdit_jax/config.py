@@ -7,7 +7,8 @@ fields and wrong types, `validate` refuses values that cannot work before anythi
 from collections.abc import Callable
 import math
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from terdit_jax.errors import UserError
 
@@ -120,6 +121,23 @@ def base_config() -> ConfigDict:
         }
     )
     return config.lock()
+
+
+def read_flag(flag: flags.FlagHolder) -> ConfigDict | None:
+    """The configuration of a command's --config; None without it. ml_collections reports a file that does not load only
+    when it is first read.
+
+    Args:
+      flag: of `config_flags.DEFINE_config_file`.
+
+    Raises:
+      UserError: a file that cannot be loaded.
+    """
+    try:
+        return flag.value and flag.value.copy_and_resolve_references()
+    except OSError as error:
+        path = config_flags.get_config_filename(flags.FLAGS[flag.name])
+        raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 _POSITIVE = (

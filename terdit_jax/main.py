@@ -9,9 +9,10 @@ from functools import partial
 from absl import flags, logging
 from etils import epath
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 import numpy as np
 
+from terdit_jax.config import read_flag
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
 from terdit_jax.inference.decoding import to_pictures
@@ -39,7 +40,7 @@ _DRAWN_AT_ONCE = 256
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    config = _load_config()
+    config = read_flag(_CONFIG)
     if config is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are both needed, e.g. --config=configs/digits.py --workdir=runs/digits")
     # On CPUs, steps dispatched asynchronously fight over the cores: five times slower on two of them.
@@ -55,15 +56,6 @@ def main(argv: Sequence[str]) -> None:
         judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)
     load_start = partial(start_params, start, setup.model) if start else None
     train(setup, _grid_drawer(setup, draw), load_start, judge, _HEARTBEAT.value or None, profile)
-
-
-def _load_config() -> ConfigDict | None:
-    """The configuration; ml_collections reports a file that does not load only when it is first read."""
-    try:
-        return _CONFIG.value and _CONFIG.value.copy_and_resolve_references()
-    except OSError as error:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def _drawer(setup: Setup) -> DrawPictures:
