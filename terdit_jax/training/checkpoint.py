@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging as python_logging
 import re
+import time
 from typing import Any
 
 from absl import logging
@@ -32,6 +33,8 @@ _ITEMS = {
     "ema_params": ("ema_params",),
     "rest": ("step", "opt_state", "skipped", "spikes", "window"),
 }
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names that orbax gives to what is not finished
+_CLEAR_SECONDS = 5
 _CHUNK_BYTES = 64 << 20
 
 LeafReader = Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]
@@ -220,9 +223,23 @@ class Checkpoints:
         logging.error("CHECKPOINT %d COULD NOT BE SAVED (%s): training goes on without it", step, _reason(error))
         with contextlib.suppress(Exception):
             self._manager.close()
-        self._manager = self._open()  # its list of steps would be wrong; opening also deletes what was half-written
+        self._clear_half_written()
+        self._manager = self._open()  # its list of steps would be wrong
         if step in self.steps():  # there was room for all but its manifest
             self._manager.delete(step)
+
+    def _clear_half_written(self) -> None:
+        """Deletes what a save left behind, to which its writers may still add: orbax, which deletes once and behind the
+        next manager's back, would lose the next save to that."""
+        deadline = time.monotonic() + _CLEAR_SECONDS
+        while jax.process_index() == 0 and time.monotonic() < deadline:
+            left = [path for path in self.directory.iterdir() if _HALF_WRITTEN in path.name]
+            if not left:
+                return
+            for path in left:
+                with contextlib.suppress(OSError):
+                    path.rmtree()
+            time.sleep(0.05)
 
     def _read(self, step: int, items: list[str], target: dict) -> tuple[dict, dict[str, Any]]:
         arguments = {}
