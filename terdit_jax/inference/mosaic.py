@@ -15,9 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from terdit_jax.ternary.activations import TINY
+
 _LANES = 128  # threads of a warpgroup
 _EPS = 1e-5  # of both norms
-_TINY = 1e-12  # keeps the scale of a row of zeros from being zero
 _ENOUGH_BLOCKS = 1024  # a Hopper GPU has 132 cores, each of which runs several
 _PAD = 128  # float32 values before and behind a row in shared memory, more than half a head
 
@@ -222,7 +223,7 @@ def _store_operand(pieces: list[Array], h_out, scale_out, image: Array, token: A
         peak = jnp.max(jnp.abs(pieces[0]))
         for piece in pieces[1:]:
             peak = jnp.maximum(peak, jnp.max(jnp.abs(piece)))
-        scale = jnp.maximum(peak, _TINY) * (1 / float(jnp.finfo(h_out.dtype).max))
+        scale = jnp.maximum(peak, TINY) * (1 / float(jnp.finfo(h_out.dtype).max))
         scale_out[image, token] = scale
         pieces = [piece * (1 / scale) for piece in pieces]
     (size,) = pieces[0].shape

@@ -10,16 +10,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.model.layers import layer_norm, rms_norm
 from terdit_jax.ternary.activations import quantize
-
-_EPS = 1e-5  # of both norms
 
 
 def norm_modulate(x: Array, gain: Array, shift: Array) -> Array:
     """RMS norm and modulation: x (B, T, D), gain and shift (B, D) float32 -> (B, T, D) float32."""
-    x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPS)
-    return x * inverse * gain[:, None] + shift[:, None]
+    return rms_norm(x.astype(jnp.float32), gain[:, None]) + shift[:, None]
 
 
 def add_gated(x: Array, y: Array, y_scale: Array | None, gate: Array) -> Array:
@@ -90,7 +87,7 @@ def queries_keys_values(
     q, k, v = (part * alpha for part, alpha in zip(parts, alphas, strict=True))
     if norms is not None:
         # Rounded as a whole row, or the compiler keeps rows in float32 between the norm and the rotation.
-        q, k = (_layer_norm(a, **norm).astype(dtype) for a, norm in zip((q, k), norms, strict=True))
+        q, k = (layer_norm(a, **norm).astype(dtype) for a, norm in zip((q, k), norms, strict=True))
     q, k = (_rotate(a, rope).astype(dtype) for a in (q, k))
     return q, k, v.astype(dtype).reshape(*v.shape[:2], -1, 2 * half)
 
@@ -107,12 +104,6 @@ def _rotate(x: Array, rope: Array) -> Array:
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2 * half)
     even, odd = x[..., :half], x[..., half:]
     return jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-
-
-def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + _EPS)
-    return centred * inverse * scale + bias
 
 
 def _scaled(y: Array, y_scale: Array | None) -> Array:

@@ -7,7 +7,7 @@ from jax import Array
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-_TINY = 1e-12  # keeps the scale of a row of zeros from being zero
+TINY = 1e-12  # keeps the scale of a row of zeros from being zero
 
 
 def quantize(h: Array, dtype: DTypeLike, num_axes: int = 1) -> tuple[Array, Array | None]:
@@ -28,7 +28,7 @@ def quantize(h: Array, dtype: DTypeLike, num_axes: int = 1) -> tuple[Array, Arra
     axes = tuple(range(-num_axes, 0))
     h = h.astype(jnp.float32)
     largest = float(jnp.iinfo(dtype).max if dtype == jnp.int8 else jnp.finfo(dtype).max)
-    scale = jnp.maximum(jnp.max(jnp.abs(h), axis=axes), _TINY) * (1 / largest)
+    scale = jnp.maximum(jnp.max(jnp.abs(h), axis=axes), TINY) * (1 / largest)
     h = h * jnp.expand_dims(1 / scale, axes)
     # The largest may round up past what the dtype holds.
     h = jnp.clip(jnp.round(h) if dtype == jnp.int8 else h, -largest, largest)
