@@ -87,7 +87,8 @@ def _flops(instruction: Instruction, known: dict[str, Instruction]) -> tuple[str
     if opcode == "dot":
         contracted = _ints(attributes, "lhs_contracting_dims")
     elif opcode == "custom-call" and "__cublas$" in attributes:
-        numbers = json.loads(_braces(attributes, '"dot_dimension_numbers":'))
+        field = '"dot_dimension_numbers":'
+        numbers, _ = json.JSONDecoder().raw_decode(attributes, attributes.index(field) + len(field))
         contracted = [int(i) for i in numbers["lhs_contracting_dimensions"]]
     elif opcode == "convolution":
         return _convolution(instruction, known)
@@ -226,14 +227,3 @@ def _operand(instruction: Instruction, place: int, known: dict[str, Instruction]
 
 def _ints(attributes: str, field: str) -> list[int]:
     return [int(i) for i in re.findall(r"\d+", search(field + r"=\{([\d,]*)\}", attributes, ""))]
-
-
-def _braces(text: str, field: str) -> str:
-    """The JSON object behind a field."""
-    begin = text.index(field) + len(field)
-    depth = 0
-    for place in range(begin, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
-        if depth == 0:
-            return text[begin : place + 1]
-    raise ValueError(f"unclosed {field} in {text[:200]}")

@@ -20,7 +20,7 @@ from terdit_jax.aot.roofline import ASSUMPTIONS, Roofline, make_roofline, slowes
 from terdit_jax.aot.topology import Topology
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.chips import GIB
-from terdit_jax.parallel.collectives import Collective, mesh_axes, read_collectives
+from terdit_jax.parallel.collectives import Collective, mesh_axes, read_collectives, sent_bytes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -66,13 +66,12 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
         },
         "memory_traffic": costs.memory_bytes,
         "collectives": list(_group(collectives, program, topology, places)),
-        "sent": sum(collective.sent for collective in collectives),
+        "sent": sent_bytes(collectives),
         "roofline": _speed(program, topology, roofline) if roofline else None,
         "assumptions": list(ASSUMPTIONS),
         "compile_seconds": round(seconds, 1),
-        "compile_processor_seconds": round(
-            processor_seconds, 1
-        ),  # of all threads: what others on the machine leave out
+        # Of all threads: what others on the machine leave out.
+        "compile_processor_seconds": round(processor_seconds, 1),
         "compiled_on": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": _versions(topology),
         "date": datetime.date.today().isoformat(),
@@ -91,7 +90,7 @@ def _options(program: Program) -> dict:
         "remat": program.model.remat,
         "accumulation_steps": config.train.accumulation_steps,
         "grad_dtype": config.compute.grad_dtype,
-        **({"gather": config.mesh.gather} if "gather" in config.mesh else {}),
+        "gather": config.mesh.gather,
     }
 
 
@@ -133,15 +132,14 @@ def _group(collectives: list[Collective], program: Program, topology: Topology, 
     groups = defaultdict(list)
     for collective in collectives:
         groups[collective.kind, collective.dtype, mesh_axes(collective, program.mesh.shape)].append(collective)
-    for (kind, dtype, axes), members in sorted(groups.items(), key=lambda item: -sum(c.sent for c in item[1])):
-        sent = sum(c.sent for c in members)
+    for (kind, dtype, axes), members in sorted(groups.items(), key=lambda item: -sent_bytes(item[1])):
         yield {
             "kind": kind,
             "dtype": dtype,
             "axes": list(axes),
             "runs": sum(c.trips for c in members),
             "bytes": sum(c.trips * c.bytes for c in members),
-            "sent": sent,
+            "sent": sent_bytes(members),
             "seconds": sum(c.sent / slowest_bandwidth(topology, c, places) for c in members),
         }
 

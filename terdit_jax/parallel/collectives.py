@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from terdit_jax.parallel.hlo import dtype_bits, search, split_computations, trip_counts
+from terdit_jax.parallel.hlo import Array, read_arrays, search, split_computations, trip_counts
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -40,7 +40,7 @@ class Collective:
     @property
     def bytes(self) -> int:
         """Of the whole array, once."""
-        return math.ceil(math.prod(self.shape) * dtype_bits(self.dtype) / 8)
+        return Array(self.dtype, self.shape).bytes
 
     @property
     def group_size(self) -> int:
@@ -116,23 +116,22 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|coll
 _COLLECTIVE = re.compile(
     rf"\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\S.*?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<operands>[^)]*)\)"
 )
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
 def _parse(kind: str, match: re.Match, line: str, num_devices: int, trips: int) -> list[Collective]:
     groups = _pairs(line) if kind == "collective-permute" else _groups(line, num_devices)
-    arrays = _ARRAY.findall(match["type"])
+    arrays = read_arrays(match["type"])
     operands = match["operands"].count("%") or match["operands"].count(",") + 1
     if match["start"] and len(arrays) >= 2 * operands:  # (what goes in, what comes out, bookkeeping)
         arrays = arrays[operands : 2 * operands]
     source = search(r'op_name="([^"]*)"', line, "")
     collectives = []
-    for dtype, dims in arrays:
-        shape = tuple(int(size) for size in dims.split(",")) if dims else ()
+    for array in arrays:
+        shape = array.shape
         if match["kind"] == "reduce-scatter":  # its result is a device's part
             cut = int(search(r"dimensions=\{(\d+)\}", line, "0"))
             shape = (*shape[:cut], shape[cut] * len(groups[0]), *shape[cut + 1 :])
-        collectives.append(Collective(kind, dtype, shape, groups, trips, match["name"], source))
+        collectives.append(Collective(kind, array.dtype, shape, groups, trips, match["name"], source))
     return collectives
 
 
