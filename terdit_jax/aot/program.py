@@ -26,7 +26,7 @@ from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_hea
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.setup import check_division
 from terdit_jax.training.state import abstract_state
-from terdit_jax.training.step import make_train_step, mean_loss
+from terdit_jax.training.step import make_train_step, mean_loss, split_floats
 
 # Scales of latents are constants of the program: any will do. This is the Stable Diffusion autoencoder's.
 _LATENT_SCALE = 0.18215
@@ -178,16 +178,8 @@ def _activation_bytes(model: DiTConfig, schedule: Schedule, batch_size: int) -> 
         examples = {"x_0": latents, "noise": latents, "x_t": latents, "t": numbers, "y": numbers}
 
         def backward(operands: dict, examples: dict):
-            leaves, structure = jax.tree.flatten(operands)
-            floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-            def loss(values: list) -> jax.Array:
-                merged = list(leaves)
-                for i, value in zip(floats, values, strict=True):
-                    merged[i] = value
-                return mean_loss(model, schedule, structure.unflatten(merged), examples)[0]
-
-            return jax.vjp(loss, [leaves[i] for i in floats])[1]
+            floats, with_floats = split_floats(operands)
+            return jax.vjp(lambda floats: mean_loss(model, schedule, with_floats(floats), examples)[0], floats)[1]
 
         residuals = jax.tree.leaves(jax.eval_shape(backward, operands, examples))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)

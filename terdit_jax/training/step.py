@@ -36,6 +36,24 @@ def mean_loss(model: DiTConfig, schedule: Schedule, operands: dict, examples: Ex
     return sums["loss"], sums | quartile_sums(losses["loss"], examples["t"], schedule.num_timesteps)
 
 
+def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
+    """What of the operands has a gradient, and how it comes back among the rest.
+
+    Returns:
+      Their float leaves, and a function of as many leaves to a tree like the operands, in which integers are as they
+      were, or what its second argument makes of them.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def with_floats(floats: list[Array], others: Callable[[Array], Array | np.ndarray] = lambda codes: codes) -> dict:
+        floats = iter(floats)
+        merged = [next(floats) if f else others(leaf) for leaf, f in zip(leaves, is_float, strict=True)]
+        return structure.unflatten(merged)
+
+    return [leaf for leaf, f in zip(leaves, is_float, strict=True) if f], with_floats
+
+
 def loss_and_grads(
     model: DiTConfig, schedule: Schedule, params: dict, examples: Examples, accumulation_steps: int = 1
 ) -> tuple[dict, dict]:
@@ -52,22 +70,14 @@ def loss_and_grads(
       {"loss", "mse", "vb"} () means and {"quartile_loss", "quartile_count"} (4,) sums; gradients shaped as params.
     """
     operands, to_params = jax.vjp(lambda p: make_operands(model, p), params)
-    leaves, structure = jax.tree.flatten(operands)
-    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-    def with_floats(floats: list[Array], others: Callable[[Array], Array | np.ndarray]) -> dict:
-        floats = iter(floats)
-        merged = [next(floats) if f else others(leaf) for leaf, f in zip(leaves, is_float, strict=True)]
-        return structure.unflatten(merged)
+    floats, with_floats = split_floats(operands)
 
     def place(floats: list[Array]) -> list[Array]:
         """Lays gradients out as their operands are: what is summed over microbatches stays cut over the mesh."""
-        placed = jax.tree.leaves(constrain_tree(with_floats(floats, lambda codes: codes)))
-        return [leaf for leaf, f in zip(placed, is_float, strict=True) if f]
+        return split_floats(constrain_tree(with_floats(floats)))[0]
 
     def micro(examples: Examples) -> tuple[dict, list[Array]]:
-        loss = lambda floats: mean_loss(model, schedule, with_floats(floats, lambda codes: codes), examples)  # noqa: E731
-        floats = [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
+        loss = lambda floats: mean_loss(model, schedule, with_floats(floats), examples)  # noqa: E731
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(floats)
         return sums, grads
 
