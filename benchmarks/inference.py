@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks.machine import load_config, locked, measure_matmul_rate, versions
+from benchmarks.machine import kernel_times, load_config, locked, measure_matmul_rate, versions
 from terdit_jax.errors import UserError, run_command
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Configuration files of ternary models.")
@@ -225,26 +225,8 @@ def _time(model, settings: ConfigDict, numerics, operands: dict, batch: int, pro
         "compile_seconds": compile_seconds,
     }
     if profiled:
-        row["kernels"] = _profile(lambda: compiled(*arguments), settings.num_steps)
+        row["kernels"] = kernel_times(lambda: compiled(*arguments), settings.num_steps)
     return row
-
-
-def _profile(run, num_steps: int) -> dict[str, list[float]]:
-    """Microseconds and launches a step of the kernels that take longest."""
-    import jax
-
-    times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
-        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-            for line in plane.lines if plane.name.startswith("/device:") else ():
-                for event in line.events if line.name.startswith("Stream") else ():
-                    entry = times.setdefault(event.name, [0.0, 0.0])
-                    entry[0] += event.duration_ns / 1e3 / num_steps
-                    entry[1] += 1 / num_steps
-    return dict(sorted(times.items(), key=lambda item: -item[1][0])[:40])
 
 
 def _bytes(operands: dict) -> int:

@@ -1,10 +1,12 @@
-"""What benchmarks share: a configuration from its file, versions, the device's matmul rate, a lock on the device."""
+"""What benchmarks share: configurations, versions, a lock on the device, its matmul rate and its kernels' times."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import pathlib
+import tempfile
 import time
 
 from ml_collections import ConfigDict
@@ -42,6 +44,24 @@ def measure_matmul_rate(size: int = 8192, repeats: int = 30) -> float:
         jax.block_until_ready([matmul(a, b) for _ in range(repeats)])
         times.append((time.perf_counter() - begin) / repeats)
     return 2 * size**3 / float(np.median(times))
+
+
+def kernel_times(run: Callable[[], object], num_steps: int, most: int = 40) -> dict[str, list[float]]:
+    """Microseconds and launches a step of the GPU kernels that take longest, over one traced call of `run`."""
+    import jax
+
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            for line in plane.lines if plane.name.startswith("/device:") else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    entry = times.setdefault(event.name, [0.0, 0.0])
+                    entry[0] += event.duration_ns / 1e3 / num_steps
+                    entry[1] += 1 / num_steps
+    return dict(sorted(times.items(), key=lambda item: -item[1][0])[:most])
 
 
 @contextlib.contextmanager

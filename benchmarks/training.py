@@ -3,9 +3,9 @@
 python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots,configs/terdit_4b.py:16:block --output=training.json
 python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots --peers=ternary,full     # beside PyTorch
 
-Each run is config:batch[:remat]. Prints a table: images/s, MFU (vendor's dense bf16 peak), share of the measured matmul
-rate, and peak memory; with peers (`benchmarks.torch_training`), each at the runs' configurations and batches, also how
-many times as fast as each. Every run starts in a process of its own, so that peak memory is its own.
+Each run is config:batch[:remat[:matmul_dtype]]. Prints a table: images/s, MFU (vendor's dense bf16 peak), share of the
+measured matmul rate, and peak memory; with peers (`benchmarks.torch_training`), each at the runs' configurations and
+batches, also how many times as fast as each. Every run starts in a process of its own, so that peak memory is its own.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import time
 from absl import flags
 import jax
 
-from benchmarks.machine import load_config, measure_matmul_rate, versions
+from benchmarks.machine import kernel_times, load_config, measure_matmul_rate, versions
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.training.loop import device_batches
@@ -27,10 +27,11 @@ from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step
 
-_RUNS = flags.DEFINE_list("runs", None, "config:batch[:remat] each.")
+_RUNS = flags.DEFINE_list("runs", None, "config:batch[:remat[:matmul_dtype]] each.")
 _PEERS = flags.DEFINE_list("peers", "", "PyTorch's, of benchmarks.torch_training.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, behind warm-up.", lower_bound=1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
+_PROFILE = flags.DEFINE_bool("profile", False, "Also each kernel's time in a step.")
 _OUTPUT = flags.DEFINE_string("output", "training.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "A single run in this process; prints JSON.")
 
@@ -49,18 +50,18 @@ def main(argv: Sequence[str]) -> None:
     measured += [("benchmarks.torch_training", f"{shape}:{peer}") for shape in shapes for peer in _PEERS.value]
     for module, run in measured:
         rows.append(_in_own_process(module, run))
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps({k: v for k, v in rows[-1].items() if k != "kernels"}), flush=True)
         pathlib.Path(_OUTPUT.value).write_text(json.dumps({**_provenance(), "rows": rows}, indent=1))
     print(_table(rows))
 
 
 def measure_run(run: str) -> dict:
     """One row: the step of a config at a batch size, state and data as in training, saving and logging left out."""
-    path, batch_size, *remat = run.split(":")
+    path, batch_size, *options = run.split(":")
     config = load_config(path)
     config.train.batch_size = int(batch_size)
-    if remat:
-        config.compute.remat = remat[0]
+    for name, value in zip(("remat", "matmul_dtype"), options, strict=False):
+        config.compute[name] = value
     config.data.synthetic = True
     matmul_rate = measure_matmul_rate(*(() if jax.default_backend() == "gpu" else (512, 2)))
     setup = set_up(config, "/tmp/benchmarks_training")
@@ -81,10 +82,11 @@ def measure_run(run: str) -> dict:
     flops = 3 * setup.model.flops_per_image() * images / jax.device_count()
     peak = peak_flops(jax.devices()[0].device_kind)
     stats = jax.devices()[0].memory_stats() or {}
-    return {
+    row = {
         "config": config.name,
         "batch_size": config.train.batch_size,
         "remat": config.compute.remat,
+        "matmul_dtype": config.compute.matmul_dtype,
         "devices": jax.device_count(),
         "images_per_second": images,
         "mfu": flops / peak if peak else None,
@@ -95,11 +97,15 @@ def measure_run(run: str) -> dict:
         "mean_loss": float(sums["loss"] / sums["steps"]),
         "finite_steps": int(sums["steps"]),
     }
+    if _PROFILE.value:
+        row["kernels"] = kernel_times(lambda: step(state, batch), 1, most=80)
+    return row
 
 
 def _in_own_process(module: str, run: str) -> dict:
     command = [sys.executable, "-m", module, f"--one={run}"]
     command += [f"--steps={_STEPS.value}", f"--warm_up={_WARM_UP.value}"]
+    command += ["--profile"] if _PROFILE.value and module == "benchmarks.training" else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"run": run, "failed": done.stderr.strip().splitlines()[-1][:300] if done.stderr else "no output"}
@@ -119,7 +125,7 @@ def _provenance() -> dict:
 def _table(rows: list[dict]) -> str:
     rates = {(row["config"], row["batch_size"], row["peer"]): row["images_per_second"] for row in rows if "peer" in row}
     peers = sorted({peer for _, _, peer in rates})
-    columns = ("config", "batch", "remat", "images/s", "MFU", "of measured matmul rate", "peak GB")
+    columns = ("config", "batch", "way", "images/s", "MFU", "of measured matmul rate", "peak GB")
     columns += tuple(f"times torch, {peer}" for peer in peers)
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -127,7 +133,7 @@ def _table(rows: list[dict]) -> str:
             lines.append(f"| {row['run']} | failed: {row['failed']} |")
             continue
         key = row["config"], row["batch_size"]
-        cells = [row["config"], str(row["batch_size"]), row.get("remat") or f"torch, {row['peer']}"]
+        cells = [row["config"], str(row["batch_size"]), _way(row)]
         cells += [f"{row['images_per_second']:.1f}", f"{row['mfu']:.1%}" if row.get("mfu") else ""]
         cells += [f"{row['share_of_matmul_rate']:.1%}" if "share_of_matmul_rate" in row else ""]
         cells += [f"{row['peak_gb']:.1f}" if row["peak_gb"] is not None else ""]
@@ -135,6 +141,11 @@ def _table(rows: list[dict]) -> str:
             cells.append(f"{row['images_per_second'] / rates[*key, peer]:.2f}" if (*key, peer) in rates else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _way(row: dict) -> str:
+    eight = row.get("matmul_dtype", "same")
+    return f"torch, {row['peer']}" if "peer" in row else row["remat"] + ("" if eight == "same" else f", {eight}")
 
 
 if __name__ == "__main__":
