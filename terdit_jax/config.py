@@ -47,6 +47,7 @@ def base_config() -> ConfigDict:
             "matmul_dtype": "same",
             "remat": "none",  # none | block | dots
             "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn
+            "passes": "auto",  # between matmuls: auto (kernels on Hopper GPUs, xla elsewhere) | xla
             "scan_layers": True,
         }
     )

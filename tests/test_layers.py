@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "terdit_jax"
 LAYERS = (
-    "ternary", "diffusion", "parallel", "model", "data", "training", "interop", "inference", "evaluation", "aot",
+    "ternary", "kernels", "diffusion", "parallel", "model", "data", "training", "interop", "inference", "evaluation",
+    "aot",
 )  # fmt: skip
 FOUNDATIONS = ("errors", "config")  # imported by anyone; config imports errors, errors nothing of ours
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -57,7 +57,9 @@ def test_gradients_of_a_group_match_autodiff_of_the_dense_map(group):
     def ours(x, sink):
         return TernaryLinear(codes, alpha, sink)(x)
 
+    # Straight through, W takes alpha times the gradient of the weight in use.
     expected = jax.vjp(dense, x, alpha[:, None, None] * codes)[1](cotangent)
+    expected = expected[0], alpha[:, None, None] * expected[1]
     actual = jax.vjp(ours, x, jnp.zeros(codes.shape))[1](cotangent)
     for a, e in zip(actual, expected, strict=True):
         assert np.abs(e).max() > 0

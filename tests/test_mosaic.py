@@ -1,17 +1,16 @@
 """The kernels equal the passes they stand for, interpreted on CPUs and as they are on Hopper GPUs."""
 
-from contextlib import nullcontext
-
+from interpreted import interpreted_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.inference import mosaic, rowwise
+from terdit_jax.inference import rowwise
+from terdit_jax.kernels import mosaic
 from terdit_jax.model.embedders import rope_table
 
 B, T, D, HEADS = 2, 4, 256, 4
-ON_HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")
 OPERANDS = ("bfloat16", "float8_e4m3fn")
 
 
@@ -22,16 +21,8 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Where there is no Hopper GPU, a NumPy machine runs the kernels. Layouts mean nothing to it."""
-    context = nullcontext()
-    if not ON_HOPPER:
-        params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-        context = params.force_gpu_interpret_mode()
-        monkeypatch.setattr(mosaic, "_strided", lambda vector: vector)
-    with context:
-        jax.clear_caches()
+    with interpreted_kernels(monkeypatch):
         yield
-    jax.clear_caches()
 
 
 def draws(*shape, seed=0, dtype=jnp.float32):
@@ -60,6 +51,13 @@ def test_add_norm_modulate(dtype):
     y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
     x, y = (draws(B, T, D, seed=seed, dtype=jnp.bfloat16) for seed in (2, 3))
     assert_same_pass("add_norm_modulate", x, y, y_scale, draws(2, 3, B, D, seed=4), jnp.int32(1), dtype)
+
+
+def test_norm_modulate():
+    x, gain, shift = draws(B, T, D, seed=2, dtype=jnp.bfloat16), draws(B, D, seed=3), draws(B, D, seed=4)
+    vectors = jnp.stack([jnp.zeros((B, D)), gain, shift])[None]
+    expected = rowwise.add_norm_modulate(x, jnp.zeros_like(x), None, vectors, jnp.int32(0), "bfloat16")[1]
+    assert_equal_but_for_rounding(mosaic.norm_modulate(x, gain, shift), expected)
 
 
 def test_swiglu(dtype):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.ternary.linear import TernaryLinear
 from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, ternarize
 
 
@@ -25,7 +26,7 @@ def test_codes_of_stacked_layers_use_their_own_gamma():
 
 
 @pytest.mark.parametrize("grad_dtype", [jnp.float32, jnp.bfloat16])
-def test_the_gradient_of_alpha_t_becomes_those_of_weight_and_alpha(grad_dtype):
+def test_the_straight_through_gradient_is_the_weights_and_gives_alphas(grad_dtype):
     weight = jax.random.normal(jax.random.key(1), (2, 8, 16)) * 5  # far beyond the clip for many entries
     alpha = jnp.array([0.5, -3.0])
     cotangent = jax.random.normal(jax.random.key(2), weight.shape).astype(grad_dtype)
@@ -34,9 +35,16 @@ def test_the_gradient_of_alpha_t_becomes_those_of_weight_and_alpha(grad_dtype):
     np.testing.assert_array_equal(same, alpha)
     to_weight, to_alpha = pullback((np.zeros(codes.shape, jax.dtypes.float0), jnp.ones(2), cotangent))
     assert to_weight.dtype == to_alpha.dtype == jnp.float32
-    np.testing.assert_array_equal(to_weight, alpha[:, None, None] * cotangent.astype(jnp.float32))
-    dot = (np.asarray(cotangent, np.float64) * codes).sum((1, 2))
+    np.testing.assert_array_equal(to_weight, cotangent.astype(jnp.float32))
+    dot = (np.asarray(cotangent, np.float64) * codes).sum((1, 2)) / np.asarray(alpha)
     np.testing.assert_allclose(to_alpha, 1 + dot, rtol=1e-5)  # what reached alpha itself is kept
+
+
+def test_a_scale_of_zero_has_a_gradient():
+    weight, x = jax.random.normal(jax.random.key(1), (1, 8, 16)), jax.random.normal(jax.random.key(2), (3, 16))
+    run = lambda alpha: TernaryLinear(*ternarize(weight, alpha))(x).sum()  # noqa: E731
+    expected = (x @ absmean_codes(weight)[0].T.astype(jnp.float32)).sum()
+    np.testing.assert_allclose(jax.grad(run)(jnp.zeros(1))[0], expected, rtol=1e-5)
 
 
 def test_least_squares_alpha_minimises_the_error():

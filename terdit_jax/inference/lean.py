@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from terdit_jax.diffusion.guidance import ConditionalDenoise
-from terdit_jax.inference import mosaic, rowwise
+from terdit_jax.inference import rowwise
 from terdit_jax.inference.modes import Numerics
-from terdit_jax.model.attention import attention_implementation
+from terdit_jax.kernels import mosaic
 from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.embedders import condition, final_layer, patchify, rope_table, sincos_2d_table, unpatchify
+from terdit_jax.model.implementations import attention_implementation
 from terdit_jax.model.layers import linear
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
 from terdit_jax.ternary.expand import expand

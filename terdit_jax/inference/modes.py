@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference import mosaic
+from terdit_jax.kernels import mosaic
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params
 

@@ -9,7 +9,8 @@ from jax import Array
 import jax.numpy as jnp
 
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.layers import BlockLinear, LayerNorm, group_operand, layer_norm
+from terdit_jax.model.implementations import attention_implementation, has_fused_passes
+from terdit_jax.model.layers import BlockLinear, LayerNorm, group_operand, layer_norm, rotary_order
 from terdit_jax.parallel.sharding import constrain
 
 
@@ -28,14 +29,16 @@ class Attention(nnx.Module):
 
     def operands(self, config: DiTConfig, packed: bool) -> dict:
         """What `attention` reads, from parameters with the depth in front."""
+        rotary = 2 if not packed and has_fused_passes(config) else 0
         operands = {
-            "qkv": group_operand(config, [self.wq, self.wk, self.wv], packed=packed),
+            "qkv": group_operand(config, [self.wq, self.wk, self.wv], packed=packed, rotary=rotary),
             "out": group_operand(config, [self.wo], packed=packed),
         }
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
                 norm = getattr(self, name)
-                operands[name] = {"scale": norm.scale[...], "bias": norm.bias[...]}
+                leaves = {"scale": norm.scale[...], "bias": norm.bias[...]}
+                operands[name] = {k: rotary_order(a, config.head_dim) if rotary else a for k, a in leaves.items()}
         return operands
 
 
@@ -76,10 +79,3 @@ def rotate(x: Array, rope: Array) -> Array:
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
-
-
-def attention_implementation(config: DiTConfig) -> str:
-    """cuDNN's fused attention takes 16-bit inputs on GPUs; XLA's is right everywhere."""
-    if config.attention == "auto":
-        return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
-    return config.attention

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from terdit_jax.model.attention import Attention, attention
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.fused import fused_block
+from terdit_jax.model.implementations import has_fused_passes
 from terdit_jax.model.layers import BlockLinear, RMSNorm, group_operand, rms_norm, zeros
 from terdit_jax.parallel.sharding import constrain
-from terdit_jax.ternary.linear import SAME
+from terdit_jax.ternary.linear import SAME, PackedLinear
 
 
 class FeedForward(nnx.Module):
@@ -101,6 +103,9 @@ def block(config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array) ->
       pays nothing for it.
     """
     m = modulation(operands["adaLN_modulation"], c, x.dtype)
+    if has_fused_passes(config) and not isinstance(operands["attention"]["qkv"], PackedLinear):
+        x, kinds = fused_block(config, operands, x, m, rope)
+        return x, kinds | {"adaLN_modulation": m}
     attended = attention(
         config,
         operands["attention"],

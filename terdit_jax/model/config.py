@@ -39,6 +39,7 @@ class DiTConfig:
     matmul_dtype: str = "same"
     remat: str = "none"
     attention: str = "auto"
+    passes: str = "auto"
     scan_layers: bool = True
     gather: str = "codes"
     fsdp_rings: tuple[int, ...] = ()  # of the devices, not of the configuration: `parallel.mesh.fsdp_rings`
@@ -95,6 +96,7 @@ class DiTConfig:
             ("matmul_dtype", ("same", "float8_e4m3fn", "int8")),
             ("remat", ("none", "block", "dots")),
             ("attention", ("auto", "xla", "cudnn")),
+            ("passes", ("auto", "xla")),
         ):
             _one_of(f"compute.{field}", getattr(self, field), choices)
         _require(

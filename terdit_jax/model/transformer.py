@@ -142,10 +142,17 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
     if config.remat == "block":
         layer = jax.checkpoint(layer)
     elif config.remat == "dots":
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        layer = jax.checkpoint(layer, policy=_is_saved)
     x, watched = _over_layers(config, layer, x, operands["blocks"])
     out = final_layer(operands["final_layer"], x, c)
     return unpatchify(out, config.grid_size, config.patch_size), watched
+
+
+def _is_saved(primitive, *arguments, **parameters) -> bool:
+    """What the policy `dots` keeps of a layer: what matmuls and cuDNN's attention return. The rest is cheap to redo."""
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
 
 def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> tuple[Array, dict]:

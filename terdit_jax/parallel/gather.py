@@ -21,7 +21,14 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, partition_spec, path_name
-from terdit_jax.ternary.linear import SAME, TernaryLinear, input_gradient, scaled_matmul, weight_gradient
+from terdit_jax.ternary.linear import (
+    SAME,
+    TernaryLinear,
+    code_product,
+    input_gradient,
+    scale_product,
+    weight_gradient,
+)
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack_quarters, unpack_quarters
 
 GATHERS = ("codes", "bfloat16")  # values of config.mesh.gather
@@ -37,7 +44,7 @@ class GatheredLinear:
     codes: (n, out, in), cut as the weight is: uint8 with a quarter of the side that `fsdp` does not cut
       (`pack_quarters` within each device's part), or uint16, the bits of bfloat16 codes. Integers take no gradient.
     alpha: (n,) float32.
-    sink: (n, out, in) zeros, cut as the weight, through which the gradient of alpha T leaves.
+    sink: (n, out, in) zeros, cut as the weight, through which the gradient of W leaves.
     spec: how (n, out, in) lie on the mesh.
     rings: sizes of the physical rings that `fsdp` is made of, the outermost first (`mesh.fsdp_rings`).
     operand: dtype in which the matmuls with T are done.
@@ -52,7 +59,12 @@ class GatheredLinear:
 
     def __call__(self, x: Array) -> Array:
         """(B, ..., in) -> (B, ..., n, out) in x's dtype; B is cut over data and fsdp."""
-        return gathered_matmul(self.spec, self.rings, self.operand, x, self.codes, self.alpha, self.sink)
+        return scale_product(*self.product(x))
+
+    def product(self, x: Array) -> tuple[Array, Array]:
+        """As `TernaryLinear.product`."""
+        y = gathered_matmul(self.spec, self.rings, self.operand, x, self.codes, self.sink)
+        return y, lax.stop_gradient(self.alpha)
 
 
 def gather_operands(operands: dict, kind: str, rings: tuple[int, ...] = ()) -> dict:
@@ -95,28 +107,28 @@ def gather_operands(operands: dict, kind: str, rings: tuple[int, ...] = ()) -> d
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def gathered_matmul(
-    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, alpha: Array, sink: Array
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, sink: Array
 ) -> Array:
     """As `ternary.linear.ternary_matmul`, with codes and sink as `GatheredLinear` has them."""
-    return scaled_matmul(x, _whole(spec, rings, codes), alpha, operand)
+    return code_product(x, _whole(spec, rings, codes), operand)
 
 
 def _gathered_matmul_fwd(
-    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, alpha: Array, sink: Array
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Array, codes: Array, sink: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     # Kept for the backward pass is the part, not what was gathered. The matmul stands here itself: inside a call of
     # `gathered_matmul`, policies of rematerialisation would not see it.
-    y = scaled_matmul(x, _whole(spec, rings, codes), alpha, operand)
-    return y, (x, codes, alpha, jnp.zeros((0,), sink.dtype))
+    y = code_product(x, _whole(spec, rings, codes), operand)
+    return y, (x, codes, jnp.zeros((0,), sink.dtype))
 
 
 def _gathered_matmul_bwd(
     spec: PartitionSpec, rings: tuple[int, ...], operand: str, residuals: tuple[Array, ...], dy: Array
-) -> tuple[Array, np.ndarray, Array, Array]:
-    x, codes, alpha, sink = residuals
-    dx = input_gradient(dy, _whole(spec, rings, codes), alpha, operand)
+) -> tuple[Array, np.ndarray, Array]:
+    x, codes, sink = residuals
+    dx = input_gradient(dy, _whole(spec, rings, codes), operand)
     dw = _scattered_weight_gradient(spec, rings, x, dy, sink.dtype)
-    return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(alpha), dw
+    return dx, np.zeros(codes.shape, jax.dtypes.float0), dw
 
 
 gathered_matmul.defvjp(_gathered_matmul_fwd, _gathered_matmul_bwd)

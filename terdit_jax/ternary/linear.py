@@ -29,12 +29,16 @@ class FullLinear:
         """(..., in) -> (..., n, out) in x's dtype."""
         return _matmul(x, self.weight)
 
+    def product(self, x: Array) -> tuple[Array, Array]:
+        """As `TernaryLinear.product`."""
+        return self(x), jnp.ones(self.weight.shape[0])
+
 
 @struct.dataclass
 class TernaryLinear:
     """y = alpha x T^T under quantisation-aware training. codes: (n, out, in) int8, alpha: (n,) float32,
-    sink: (n, out, in) zeros through which the gradient of alpha T leaves (see `quantize.ternarize`), operand: dtype in
-    which the matmuls with T are done (see `scaled_matmul`)."""
+    sink: (n, out, in) zeros through which the gradient of W leaves (see `quantize.ternarize`), operand: dtype in which
+    the matmuls with T are done (see `ternary_matmul`)."""
 
     codes: Array
     alpha: Array
@@ -43,7 +47,11 @@ class TernaryLinear:
 
     def __call__(self, x: Array) -> Array:
         """(..., in) -> (..., n, out) in x's dtype."""
-        return ternary_matmul(self.operand, x, self.codes, self.alpha, self.sink)
+        return scale_product(*self.product(x))
+
+    def product(self, x: Array) -> tuple[Array, Array]:
+        """x T^T (..., n, out) in x's dtype, and alpha (n,) float32, whose gradient is `quantize.ternarize`'s affair."""
+        return ternary_matmul(self.operand, x, self.codes, self.sink), lax.stop_gradient(self.alpha)
 
 
 @struct.dataclass
@@ -55,7 +63,7 @@ class PackedLinear:
 
     def __call__(self, x: Array) -> Array:
         """(..., in) -> (..., n, out) in x's dtype; equals TerDiT's trained layer bit for bit."""
-        return scaled_matmul(x, unpack(self.packed), self.alpha)
+        return scale_product(_matmul(x, unpack(self.packed).astype(x.dtype)), self.alpha)
 
 
 Linear = FullLinear | TernaryLinear | PackedLinear
@@ -66,35 +74,36 @@ def _matmul(x: Array, weight: Array) -> Array:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (2,)), ((), ())), preferred_element_type=x.dtype)
 
 
-def scaled_matmul(x: Array, codes: Array, alpha: Array, operand: str = SAME) -> Array:
-    """alpha * (x T^T).
+def scale_product(y: Array, alpha: Array) -> Array:
+    """alpha y: (..., n, out), (n,) -> (..., n, out). In float32, behind the sum: only activations round."""
+    return (y.astype(jnp.float32) * alpha[:, None]).astype(y.dtype)
+
+
+def code_product(x: Array, codes: Array, operand: str = SAME) -> Array:
+    """x T^T.
 
     Args:
       x: (..., in) activations.
-      codes: (n, out, in) of any dtype.
-      alpha: (n,) float32.
-      operand: dtype in which they are multiplied: x's, or one of 8 bits, in which codes are exact and each token of x
-        is rounded on a scale of its own (`activations.quantize`).
+      codes: (n, out, in) of any dtype; they are exact in every float dtype and in 8 bits.
+      operand: dtype in which they are multiplied: x's, or one of 8 bits, in which each token of x is rounded on a scale
+        of its own (`activations.quantize`).
 
     Returns:
       (..., n, out) in x's dtype.
     """
     if operand == SAME:
-        # Codes are exact in every float dtype; alpha is applied in float32 behind the sum, so only activations round.
-        y = _matmul(x, codes.astype(x.dtype))
-        return (y.astype(jnp.float32) * alpha[:, None]).astype(x.dtype)
+        return _matmul(x, codes.astype(x.dtype))
     rows, scale = quantize(x, operand)
     y = _in_8_bits(rows, codes, (((x.ndim - 1,), (2,)), ((), ())), x.dtype)
-    return (y.astype(jnp.float32) * (scale[..., None, None] * alpha[:, None])).astype(x.dtype)
+    return (y.astype(jnp.float32) * scale[..., None, None]).astype(x.dtype)
 
 
-def input_gradient(dy: Array, codes: Array, alpha: Array, operand: str = SAME) -> Array:
-    """dL/dx of `scaled_matmul`: (..., n, out), (n, out, in), (n,) -> (..., in) in dy's dtype."""
-    scaled = dy.astype(jnp.float32) * alpha[:, None]
+def input_gradient(dy: Array, codes: Array, operand: str = SAME) -> Array:
+    """dL/dx of `code_product`: (..., n, out), (n, out, in) -> (..., in) in dy's dtype."""
     maps = (((dy.ndim - 2, dy.ndim - 1), (0, 1)), ((), ()))
     if operand == SAME:
-        return lax.dot_general(scaled.astype(dy.dtype), codes.astype(dy.dtype), maps, preferred_element_type=dy.dtype)
-    rows, scale = quantize(scaled, operand, num_axes=2)
+        return lax.dot_general(dy, codes.astype(dy.dtype), maps, preferred_element_type=dy.dtype)
+    rows, scale = quantize(dy, operand, num_axes=2)
     dx = _in_8_bits(rows, codes, maps, dy.dtype)
     return (dx.astype(jnp.float32) * scale[..., None]).astype(dy.dtype)
 
@@ -106,42 +115,36 @@ def _in_8_bits(rows: Array, codes: Array, dimension_numbers: tuple, dtype: DType
 
 
 def weight_gradient(x: Array, dy: Array, dtype: DTypeLike) -> Array:
-    """dL/dw of the weight in use, w = alpha T: (..., in), (..., n, out) -> (n, out, in) in `dtype`."""
+    """dL/dT of `code_product`: (..., in), (..., n, out) -> (n, out, in) in `dtype`."""
     tokens = tuple(range(x.ndim - 1))
     return lax.dot_general(dy, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ternary_matmul(operand: str, x: Array, codes: Array, alpha: Array, sink: Array) -> Array:
-    """y = alpha * (x T^T), with dL/dsink = dL/dw for the weight in use, w = alpha T, and no gradient to alpha itself:
-    `quantize.ternarize` makes those of W and alpha of it, once a step.
+def ternary_matmul(operand: str, x: Array, codes: Array, sink: Array) -> Array:
+    """x T^T, with dL/dsink = dL/dT. As alpha is applied behind the product, that is alpha dL/dw of the weight in use,
+    w = alpha T, which the straight-through estimator takes for dL/dW.
 
     Args:
-      operand: dtype of the products y and dL/dx (`scaled_matmul`); dL/dw is formed of x as it is.
+      operand: dtype of the products y and dL/dx (`code_product`); dL/dT is formed of x as it is.
       x: (..., in) activations.
       codes: (n, out, in) int8.
-      alpha: (n,) float32.
       sink: (n, out, in); not read, its dtype is the dtype in which the weight gradient is formed.
 
     Returns:
       (..., n, out) in x's dtype.
     """
-    return scaled_matmul(x, codes, alpha, operand)
+    return code_product(x, codes, operand)
 
 
-def _ternary_matmul_fwd(
-    operand: str, x: Array, codes: Array, alpha: Array, sink: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    return scaled_matmul(x, codes, alpha, operand), (x, codes, alpha, jnp.zeros((0,), sink.dtype))
+def _ternary_matmul_fwd(operand: str, x: Array, codes: Array, sink: Array) -> tuple[Array, tuple[Array, ...]]:
+    return code_product(x, codes, operand), (x, codes, jnp.zeros((0,), sink.dtype))
 
 
-def _ternary_matmul_bwd(
-    operand: str, residuals: tuple[Array, ...], dy: Array
-) -> tuple[Array, np.ndarray, Array, Array]:
-    x, codes, alpha, sink = residuals
+def _ternary_matmul_bwd(operand: str, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, np.ndarray, Array]:
+    x, codes, sink = residuals
     dw = weight_gradient(x, dy, sink.dtype)
-    dx = input_gradient(dy, codes, alpha, operand)
-    return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(alpha), dw
+    return input_gradient(dy, codes, operand), np.zeros(codes.shape, jax.dtypes.float0), dw
 
 
 ternary_matmul.defvjp(_ternary_matmul_fwd, _ternary_matmul_bwd)

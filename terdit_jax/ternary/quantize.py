@@ -13,6 +13,9 @@ from jax.typing import DTypeLike
 # Keeps round(W / gamma) finite for an all-zero matrix (TerDiT's quantiser uses the same value).
 ABSMEAN_EPS = 1e-6
 
+# A scale of zero would leave its matrix and itself without a gradient for ever; a power of two divides exactly.
+_LEAST_ALPHA = 2.0**-60
+
 
 def absmean_codes(weight: Array) -> Array:
     """The codes T = clip(round(W / (mean|W| + 1e-6)), -1, 1), rounding half to even.
@@ -31,10 +34,10 @@ def absmean_codes(weight: Array) -> Array:
 def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array, Array]:
     """Codes of a master weight, its scale, and the sink through which its straight-through gradient returns.
 
-    Codes are integers and carry no gradient, so the gradient of the loss with respect to the weight in use,
-    w = alpha T, travels through `sink`, an array of zeros that a matmul accepts beside the codes and never reads (XLA
-    removes it). The backward pass makes of it dL/dW = alpha dL/dw, without a clipping mask and without a term through
-    gamma, and dL/dalpha = <dL/dw, T>: once a step, where matmuls run once a microbatch.
+    Codes are integers and carry no gradient, so dL/dW = alpha dL/dw, with w = alpha T the weight in use, travels
+    through `sink`, an array of zeros that a matmul accepts beside the codes and never reads (XLA removes it). It
+    passes to W without a clipping mask and without a term through gamma; dL/dalpha = <dL/dw, T> is made of it once a
+    step, where matmuls run once a microbatch.
 
     Args:
       weight: (..., out, in) float32.
@@ -42,8 +45,10 @@ def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) 
       grad_dtype: dtype in which the gradient is produced and crosses the mesh.
 
     Returns:
-      codes (..., out, in) int8, alpha (...,) and sink (..., out, in) of `grad_dtype`.
+      codes (..., out, in) int8, alpha (...,), kept off zero so that it can be divided by, and sink (..., out, in) of
+      `grad_dtype`.
     """
+    alpha = jnp.where(jnp.abs(alpha) < _LEAST_ALPHA, _LEAST_ALPHA, alpha)
     return absmean_codes(weight), alpha, jnp.zeros(weight.shape, grad_dtype)
 
 
@@ -58,7 +63,7 @@ def _ternarize_bwd(
     codes, alpha = residuals
     _, through_alpha, dw = cotangents
     dw = dw.astype(jnp.float32)  # masters are float32: Adam's moments need its range; the sum has millions of terms
-    return alpha[..., None, None] * dw, through_alpha + jnp.sum(dw * codes, axis=(-2, -1))
+    return dw, through_alpha + jnp.sum(dw * codes, axis=(-2, -1)) / alpha
 
 
 ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)

@@ -1,0 +1,1 @@
+"""Passes over rows as kernels for Hopper GPUs, forward and backward."""

@@ -1,0 +1,178 @@
+"""The backward passes of `mosaic`'s kernels, for training: a row of each array is read once and written once.
+
+Sums over tokens, for the gradients of what tokens share, leave as one part a block. The order of features, the cut over
+a warpgroup's threads and the barriers are as in `mosaic`; what the passes compute is `rowwise`'s.
+"""
+
+from functools import partial
+
+import jax
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from terdit_jax.kernels import mosaic
+from terdit_jax.kernels.mosaic import EPS, PAD
+
+
+@jax.jit
+def add_norm_modulate(
+    x: Array, y: Array | None, gate: Array | None, gain: Array, dx: Array, dh: Array
+) -> tuple[Array, Array | None, Array]:
+    """Of x' = x + gate y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
+
+    Args:
+      x: (B, T, D) bfloat16, x'.
+      y: (B, T, D) bfloat16, or None if there was nothing to add.
+      gate: (B, D) float32, or None.
+      gain: (B, D) float32.
+      dx: (B, T, D) bfloat16, the gradient of x'.
+      dh: (B, T, D) bfloat16, that of h.
+
+    Returns:
+      dL/dx and dL/dy (B, T, D) bfloat16; the sums over tokens dL/dshift, dL/dgain and, if there was something to add,
+      dL/dgate, (B, 2 or 3, D) float32.
+    """
+    width, rows, gated = x.shape[-1], _rows_of_block(x.shape), y is not None
+
+    def body(x_ref, y_ref, gate_ref, gain_ref, dx_ref, dh_ref, dx_out, dy_out, sums_out):
+        image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
+
+        def step(index, sums):
+            token = block * rows + index
+            x, dh = (mosaic.load_row(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
+            dn = dh * mosaic.load_row(gain_ref.at[image])
+            squares, along = jnp.sum(x * x), jnp.sum(dn * x)
+            inverse = jax.lax.rsqrt(squares * (1 / width) + EPS)
+            n = x * inverse
+            slope = along * inverse * (1 / width)
+            total = mosaic.load_row(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * inverse
+            dx_out[image, token] = total.astype(jnp.bfloat16)
+            new = [sums[0] + dh, sums[1] + dh * n]
+            if gated:
+                dy_out[image, token] = (total * mosaic.load_row(gate_ref.at[image])).astype(jnp.bfloat16)
+                new.append(sums[2] + total * mosaic.load_row(y_ref.at[image, token]).astype(jnp.float32))
+            return tuple(new)
+
+        zeros = mosaic.strided(jnp.zeros((width,), jnp.float32))
+        sums = jax.lax.fori_loop(0, rows, step, (zeros,) * (2 + gated))
+        for k, total in enumerate(sums):
+            sums_out[image, block, k] = total
+
+    B, blocks = x.shape[0], x.shape[1] // rows
+    outputs = [x, x if gated else None, jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32)]
+    outputs = [None if out is None else jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
+    dx, dy, sums = mosaic.call(body, (B, blocks), [x, y, gate, gain, dx, dh], outputs)
+    return dx, dy, jnp.sum(sums, axis=1)
+
+
+@jax.jit
+def swiglu(y: Array, alphas: Array, dh: Array) -> Array:
+    """Of h = silu(alpha_0 a) alpha_1 b with y = (a, b): (B, T, 2 F) bfloat16, (2,) float32, (B, T, F) -> dL/dy."""
+    width = y.shape[-1] // 2
+    parts = mosaic.parts_of_row(width)
+    part = width // parts
+    rows = mosaic.rows_of_block(y.shape)
+
+    def body(y_ref, alphas_ref, dh_ref, dy_out):
+        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * rows
+        alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
+
+        @pl.loop(0, rows)
+        def _(index):
+            token = tokens + index
+            for k in range(parts):
+                first, second = (pl.ds(start + k * part, part) for start in (0, width))
+                a, b = (mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) for at in (first, second))
+                dh = mosaic.load_row(dh_ref.at[image, token, first]).astype(jnp.float32)
+                a, b = a * alpha_a, b * alpha_b
+                sigmoid = 1 / (1 + jnp.exp(-a))
+                da = dh * b * sigmoid * (1 + a * (1 - sigmoid)) * alpha_a
+                dy_out[image, token, first] = da.astype(jnp.bfloat16)
+                dy_out[image, token, second] = (dh * a * sigmoid * alpha_b).astype(jnp.bfloat16)
+
+    out = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    return mosaic.call(body, (y.shape[0], y.shape[1] // rows), [y, alphas, dh], [out])[0]
+
+
+@partial(jax.jit, static_argnames=("heads",))
+def queries_keys_values(
+    y: Array, alphas: Array, norms: tuple[dict, dict], rope: Array, dq: Array, dk: Array, dv: Array, heads: int
+) -> tuple[Array, Array]:
+    """Of queries and keys behind their layer norm and RoPE, and values, as many heads of each.
+
+    Args:
+      y: (B, T, 3 D) bfloat16 products.
+      alphas: (3,) float32, what they were multiplied by.
+      norms: scale and bias (D,) of queries and of keys.
+      rope: (2, T, head_dim / 2).
+      dq, dk, dv: (B, T, heads, head_dim) bfloat16.
+      heads: their number.
+
+    Returns:
+      dL/dy (B, T, 3 D) bfloat16, and the sums over tokens of the gradients of queries' scale and bias and keys' scale
+      and bias, (B', 4, D) float32 with B' parts of the batch.
+    """
+    B, T, total = y.shape
+    width, half = total // 3, rope.shape[-1]
+    # What was turned by an angle is turned back by it.
+    cos, sin, in_first = mosaic.rotary_tables(jnp.stack([rope[0], -rope[1]]), heads)
+    per_block = mosaic.images_of_block(B, T)
+    gains = [norm["scale"] for norm in norms]
+    gradients = [d.reshape(B, T, width) for d in (dq, dk, dv)]
+
+    def body(y_ref, alphas_ref, cos_ref, sin_ref, in_first_ref, gain_refs, d_refs, dy_out, sums_out, scratch):
+        token, block = jax.lax.axis_index("block"), jax.lax.axis_index("image")
+        mosaic.silence_pads(scratch, width)
+
+        def norm_rotate(which):
+            alpha, at = alphas_ref[which], pl.ds(which * width, width)
+
+            def step(index, sums):
+                image = block * per_block + index
+                d = mosaic.load_row(d_refs[which].at[image, token]).astype(jnp.float32)
+                scratch[pl.ds(PAD, width)] = d  # everyone has read the row before: sums below wait for all
+                plgpu.commit_smem()
+                ahead, behind = (mosaic.load_row(scratch.at[pl.ds(PAD + offset, width)]) for offset in (half, -half))
+                partner = jnp.where(mosaic.load_row(in_first_ref) > 0, ahead, behind)
+                d = d * mosaic.load_row(cos_ref.at[token]) + partner * mosaic.load_row(sin_ref.at[token])
+                n = mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) * alpha
+                n = n - jnp.sum(n) * (1 / width)
+                inverse = jax.lax.rsqrt(jnp.sum(n * n) * (1 / width) + EPS)
+                n = n * inverse
+                sums = sums[0] + d * n, sums[1] + d
+                d = d * mosaic.load_row(gain_refs[which])
+                mean, along = jnp.sum(d) * (1 / width), jnp.sum(d * n) * (1 / width)
+                dy_out[image, token, at] = ((d - mean - n * along) * (inverse * alpha)).astype(jnp.bfloat16)
+                return sums
+
+            zeros = mosaic.strided(jnp.zeros((width,), jnp.float32))
+            sums = jax.lax.fori_loop(0, per_block, step, (zeros, zeros))
+            for k, total in enumerate(sums):
+                sums_out[block, token, 2 * which + k] = total
+
+        norm_rotate(0)
+        norm_rotate(1)
+
+        @pl.loop(0, per_block)
+        def _(index):
+            image = block * per_block + index
+            d = mosaic.load_row(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
+            dy_out[image, token, pl.ds(2 * width, width)] = d.astype(jnp.bfloat16)
+
+    blocks = B // per_block
+    outputs = [
+        jax.ShapeDtypeStruct(y.shape, y.dtype),
+        jax.ShapeDtypeStruct((blocks, T, 4, width), jnp.float32),
+    ]
+    scratch = {"scratch": plgpu.SMEM((width + 2 * PAD,), jnp.float32)}
+    arguments = [y, alphas, cos, sin, in_first, gains, gradients]
+    dy, sums = mosaic.call(body, (blocks, T), arguments, outputs, scratch)
+    return dy, jnp.sum(sums, axis=1)
+
+
+def _rows_of_block(shape: tuple[int, ...]) -> int:
+    """Rows whose sums leave as one: twice as many as of a forward pass, for half the parts."""
+    rows = mosaic.rows_of_block(shape)
+    return 2 * rows if shape[1] % (2 * rows) == 0 and rows > 1 else rows

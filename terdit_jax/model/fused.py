@@ -1,0 +1,192 @@
+"""A block of training whose passes between matmuls are kernels: as `block.block`, each array read and written once.
+
+Forward passes are `kernels.mosaic`'s, backward passes `kernels.backward`'s; each is one differentiable function here,
+and on a mesh every device runs it on its own pictures. Where there are no kernels, `block` stands.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from terdit_jax.kernels import backward, mosaic
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.implementations import attention_implementation
+from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, constrain
+from terdit_jax.ternary.linear import scale_product
+
+
+def fused_block(
+    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array
+) -> tuple[Array, dict[str, Array]]:
+    """One block.
+
+    Args:
+      config: the architecture.
+      operands: one layer's, of `Block.operands`, features of queries and keys in `rotary_order`.
+      x: (B, T, D) bfloat16 residual stream.
+      m: (B, 6, D) of `block.modulation`.
+      rope: (2, T, head_dim / 2).
+
+    Returns:
+      As `block.block`, without the modulation.
+    """
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (m[:, part].astype(jnp.float32) for part in range(6))
+    attention, feed_forward = operands["attention"], operands["feed_forward"]
+    norms = tuple((attention[name]["scale"], attention[name]["bias"]) for name in ("q_norm", "k_norm"))
+    x, h = norm_modulate(x, operands["attention_norm"]["scale"] * (1 + scale), shift)
+    y, alphas = attention["qkv"].product(h)
+    q, k, v = queries_keys_values(y.reshape(*y.shape[:2], -1), alphas, norms, rope, config.num_heads)
+    h = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config)).reshape(x.shape)
+    attended, alpha = attention["out"].product(h)
+    gain = operands["ffn_norm"]["scale"] * (1 + ffn_scale)
+    x, h = add_norm_modulate(x, attended[:, :, 0], gate * alpha, gain, ffn_shift)
+    y, alphas = feed_forward["w13"].product(h)
+    h = swiglu(y.reshape(*y.shape[:2], -1), alphas)
+    fed = scale_product(*feed_forward["down"].product(h))[:, :, 0]
+    added = x.astype(jnp.float32) + ffn_gate[:, None] * fed.astype(jnp.float32)
+    x = constrain(added.astype(x.dtype), "batch", "tokens", None)
+    return x, {"attention": scale_product(attended, alpha)[:, :, 0], "feed_forward": fed, "residual": x}
+
+
+@jax.custom_vjp
+def norm_modulate(x: Array, gain: Array, shift: Array) -> tuple[Array, Array]:
+    """x / sqrt(mean(x^2) + 1e-5) * gain + shift behind x itself, so that both gradients of x meet in one pass.
+
+    Args:
+      x: (B, T, D) bfloat16.
+      gain: (B, D) float32.
+      shift: (B, D) float32.
+
+    Returns:
+      x and h (B, T, D) bfloat16.
+    """
+    return _norm_modulate_fwd(x, gain, shift)[0]
+
+
+def _norm_modulate_fwd(x: Array, gain: Array, shift: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    h = _over_batch(mosaic.norm_modulate)(x, gain, shift)
+    return (x, h), (x, gain)
+
+
+def _norm_modulate_bwd(residuals: tuple[Array, Array], gradients: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    x, gain = residuals
+    run = lambda x, gain, dx, dh: backward.add_norm_modulate(x, None, None, gain, dx, dh)[::2]  # noqa: E731
+    dx, sums = _over_batch(run)(x, gain, *gradients)
+    return dx, sums[:, 1], sums[:, 0]
+
+
+norm_modulate.defvjp(_norm_modulate_fwd, _norm_modulate_bwd)
+
+
+@jax.custom_vjp
+def add_norm_modulate(x: Array, y: Array, gate: Array, gain: Array, shift: Array) -> tuple[Array, Array]:
+    """x' = x + gate y, and h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
+
+    Args:
+      x: (B, T, D) bfloat16.
+      y: (B, T, D) bfloat16.
+      gate: (B, D) float32.
+      gain: (B, D) float32.
+      shift: (B, D) float32.
+
+    Returns:
+      x' and h (B, T, D) bfloat16.
+    """
+    return _add_norm_modulate_fwd(x, y, gate, gain, shift)[0]
+
+
+def _add_norm_modulate_fwd(x: Array, y: Array, gate: Array, gain: Array, shift: Array) -> tuple[tuple, tuple]:
+    def run(x: Array, y: Array, *vectors: Array) -> tuple[Array, Array]:
+        return mosaic.add_norm_modulate(x, y, None, jnp.stack(vectors)[None], jnp.int32(0), "bfloat16")[:2]
+
+    x, h = _over_batch(run)(x, y, gate, gain, shift)
+    return (x, h), (x, y, gate, gain)
+
+
+def _add_norm_modulate_bwd(residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, ...]:
+    dx, dy, sums = _over_batch(backward.add_norm_modulate)(*residuals, *gradients)
+    return dx, dy, sums[:, 2], sums[:, 1], sums[:, 0]
+
+
+add_norm_modulate.defvjp(_add_norm_modulate_fwd, _add_norm_modulate_bwd)
+
+
+@jax.custom_vjp
+def swiglu(y: Array, alphas: Array) -> Array:
+    """silu(alpha_0 a) alpha_1 b of y = (a, b): (B, T, 2 F) bfloat16, constants (2,) float32 -> (B, T, F)."""
+    return _swiglu_fwd(y, alphas)[0]
+
+
+def _swiglu_fwd(y: Array, alphas: Array) -> tuple[Array, tuple[Array, Array]]:
+    run = lambda y, alphas: mosaic.swiglu(y, None, alphas, "bfloat16")[0]  # noqa: E731
+    return _over_batch(run, whole=(1,))(y, alphas), (y, alphas)
+
+
+def _swiglu_bwd(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
+    return _over_batch(backward.swiglu, whole=(1,))(*residuals, dh), jnp.zeros_like(residuals[1])
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def queries_keys_values(
+    y: Array, alphas: Array, norms: tuple[tuple[Array, Array], ...], rope: Array, heads: int
+) -> tuple[Array, Array, Array]:
+    """Queries and keys behind their layer norm and RoPE, and values, as many heads of each.
+
+    Args:
+      y: (B, T, 3 D) bfloat16, features of queries and keys in `rotary_order`.
+      alphas: (3,) float32, what y is multiplied by; no gradient to them.
+      norms: scale and bias (D,) float32 of queries and of keys.
+      rope: (2, T, head_dim / 2) float32; no gradient to it.
+      heads: their number.
+
+    Returns:
+      Three of (B, T, heads, head_dim) bfloat16.
+    """
+    return _queries_keys_values_fwd(y, alphas, norms, rope, heads)[0]
+
+
+def _named(norms: tuple[tuple[Array, Array], ...]) -> tuple[dict, ...]:
+    return tuple({"scale": scale, "bias": bias} for scale, bias in norms)
+
+
+def _queries_keys_values_fwd(y: Array, alphas: Array, norms: tuple, rope: Array, heads: int) -> tuple[tuple, tuple]:
+    def run(y: Array, alphas: Array, norms: tuple, rope: Array) -> tuple[Array, Array, Array]:
+        return mosaic.queries_keys_values(y, None, alphas, _named(norms), rope, heads)
+
+    return _over_batch(run, whole=(1, 2, 3))(y, alphas, norms, rope), (y, alphas, norms, rope)
+
+
+def _queries_keys_values_bwd(heads: int, residuals: tuple, gradients: tuple[Array, ...]) -> tuple:
+    y, alphas, norms, rope = residuals
+
+    def run(y: Array, alphas: Array, norms: tuple, rope: Array, *gradients: Array) -> tuple[Array, Array]:
+        return backward.queries_keys_values(y, alphas, _named(norms), rope, *gradients, heads)
+
+    dy, sums = _over_batch(run, whole=(1, 2, 3))(y, alphas, norms, rope, *gradients)
+    q_scale, q_bias, k_scale, k_bias = jnp.sum(sums, axis=0)
+    return dy, jnp.zeros_like(alphas), ((q_scale, q_bias), (k_scale, k_bias)), jnp.zeros_like(rope)
+
+
+queries_keys_values.defvjp(_queries_keys_values_fwd, _queries_keys_values_bwd)
+
+
+def _over_batch(run: Callable, whole: tuple[int, ...] = ()) -> Callable:
+    """The function run by every device of the mesh in context on its part of the leading axis of arguments and results;
+    arguments numbered in `whole` are the same on all. Compilers cannot cut kernels themselves."""
+
+    def call(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return run(*arguments)
+        batch = PartitionSpec(LOGICAL_TO_MESH["batch"])
+        specs = tuple(PartitionSpec() if place in whole else batch for place in range(len(arguments)))
+        return jax.shard_map(run, in_specs=specs, out_specs=batch, check_vma=False)(*arguments)
+
+    return call

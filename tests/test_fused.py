@@ -1,0 +1,117 @@
+"""Fused passes, and blocks made of them, have the values and gradients of the plain ones in float32."""
+
+import dataclasses
+
+from golden_models import random_params, tiny_config
+from interpreted import interpreted_kernels
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.inference import rowwise
+from terdit_jax.model import attention, block, fused
+from terdit_jax.model.embedders import rope_table
+from terdit_jax.model.layers import rotary_order
+from terdit_jax.model.transformer import forward, make_operands
+
+B, T, D, HEADS = 2, 8, 256, 4
+BF16 = jnp.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    with interpreted_kernels(monkeypatch):
+        yield
+
+
+def draws(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def assert_near(actual, expected, tolerance=0.01):
+    """Relative error in norm: sums of numbers that were rounded to bfloat16."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert a.shape == e.shape and np.linalg.norm(e) > 0
+        assert np.linalg.norm(a - e) < tolerance * np.linalg.norm(e)
+
+
+def assert_same_function(ours, plain, *arguments):
+    """Values and all gradients of `ours` on bfloat16 activations are those of `plain` on the same numbers in float32."""
+    made, pullback = jax.vjp(ours, *arguments)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), arguments)
+    expected, plain_pullback = jax.vjp(plain, *wide)
+    assert_near(made, expected)
+    cotangents = jax.tree.map(lambda leaf: draws(*leaf.shape, seed=leaf.size, dtype=leaf.dtype), made)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), cotangents)
+    assert_near(pullback(cotangents), plain_pullback(wide))
+
+
+def norm(x, gain, shift):
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * gain[:, None] + shift[:, None]
+
+
+def test_norm_modulate():
+    arguments = draws(B, T, D, seed=1, dtype=BF16), draws(B, D, seed=2), draws(B, D, seed=3)
+    assert_same_function(fused.norm_modulate, lambda x, *rest: (x, norm(x, *rest)), *arguments)
+
+
+def test_add_norm_modulate():
+    def plain(x, y, gate, gain, shift):
+        x = x + gate[:, None] * y
+        return x, norm(x, gain, shift)
+
+    activations = (draws(B, T, D, seed=seed, dtype=BF16) for seed in (1, 2))
+    vectors = (draws(B, D, seed=seed) for seed in (3, 4, 5))
+    assert_same_function(fused.add_norm_modulate, plain, *activations, *vectors)
+
+
+def test_swiglu():
+    alphas, y = jnp.array([0.7, -1.3]), draws(B, T, 2 * D, dtype=BF16)
+    plain = lambda y: rowwise.swiglu(y, None, alphas, "float32")[0]  # noqa: E731
+    assert_same_function(lambda y: fused.swiglu(y, alphas), plain, y)
+
+
+def test_queries_keys_values():
+    alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, D // HEADS))
+    norms = tuple((1 + draws(D, seed=seed), draws(D, seed=seed + 1)) for seed in (1, 3))
+
+    def plain(y, norms):
+        named = tuple({"scale": scale, "bias": bias} for scale, bias in norms)
+        return rowwise.queries_keys_values(y, None, alphas, named, rope, HEADS)
+
+    ours = lambda y, norms: fused.queries_keys_values(y, alphas, norms, rope, HEADS)  # noqa: E731
+    assert_same_function(ours, plain, draws(B, T, 3 * D, dtype=BF16), norms)
+
+
+def test_rotary_order():
+    leaf = jnp.arange(8)
+    np.testing.assert_array_equal(rotary_order(leaf, 4), [0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_array_equal(rotary_order(leaf[None, :, None], 4, axis=1)[0, :, 0], rotary_order(leaf, 4))
+    np.testing.assert_array_equal(rotary_order(leaf, 8), rowwise.rotary_order(1, 8))
+
+
+@pytest.mark.parametrize("ternary", [True, False])
+def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ternary):
+    """In bfloat16, no further from float32 than plain blocks are."""
+    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, ternary=ternary)
+    params = random_params(config)
+    x_t, t, y = draws(B, 4, 4, 4, seed=5), jnp.array([20, 700]), jnp.array([1, 10])
+    target = draws(B, 4, 4, 8, seed=6)
+
+    def gradients(dtype, is_fused):
+        for module in (attention, block):
+            monkeypatch.setattr(module, "has_fused_passes", lambda config: is_fused)
+        made = dataclasses.replace(config, dtype=dtype, grad_dtype=dtype)
+        run = lambda p: jnp.mean((forward(made, make_operands(made, p), x_t, t, y) - target) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(run))(params)
+
+    exact = gradients("float32", False)
+
+    def error(tree):
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+        return np.array([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in pairs if e.size > 8])
+
+    plain, ours = error(gradients("bfloat16", False)), error(gradients("bfloat16", True))
+    assert ours.max() < 0.2 and ours.mean() < 1.2 * plain.mean()
