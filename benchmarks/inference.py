@@ -1,6 +1,7 @@
-"""Time and memory of a guided denoising step in every mode, beside PyTorch on the same GPU in the same run.
+r"""Time and memory of a guided denoising step in every mode, beside PyTorch on the same GPU in the same run.
 
-python -m benchmarks.inference --configs=configs/terdit_600m.py,configs/terdit_4b.py --output=inference.json
+python -m benchmarks.inference --output=inference.json \
+  --configs=configs/terdit_4b.py,configs/terdit_600m.py,configs/terdit_4b_512.py@1/8,configs/terdit_600m.py:input_size=64@1/8
 
 Ours is the product's own sampling loop (`inference.sampling.make_draw`) over random codes, modulations of the schedule
 included; PyTorch's ways are `benchmarks.torch_inference`'s. The two sides are processes of their own that take turns on
@@ -26,18 +27,20 @@ from absl import flags
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks.machine import kernel_times, load_config, locked, measure_matmul_rate, versions
+from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run, versions
 from terdit_jax.errors import UserError, run_command
 
-_CONFIGS = flags.DEFINE_list("configs", None, "Configuration files of ternary models.")
+_CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models: PATH[:input_size=N][@BATCH/BATCH...], in this order.")
 _MODES = flags.DEFINE_list("modes", "exact,fast,small,small_exact", "Ours; MODE:xla leaves the kernels out.")
 _BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
 _PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "PyTorch's, of benchmarks.torch_inference.")
 _PROFILES = flags.DEFINE_list("profiles", "", "CONFIG_NAME/MODE/BATCH of which each kernel's time is written too.")
+_MINUTES = flags.DEFINE_float("minutes", None, "No row is begun after as long; what runs a minute later is ended.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 _ERRORS = flags.DEFINE_bool("errors", True, "Also the error against float32.")
 _OUTPUT = flags.DEFINE_string("output", "inference.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "Our side for one configuration, in this process; prints a line for each row.")
+_UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
 _LOCK = flags.DEFINE_string("lock", None, "File that is locked while the device is in use.")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "triton", "nvidia-cudnn-cu13")
@@ -62,16 +65,19 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         lock = f"--lock={scratch}/lock"
         shared = [f"--batches={','.join(_BATCHES.value)}", f"--seconds={_SECONDS.value}", lock]
-        configs = f"--configs={','.join(_CONFIGS.value)}"
-        peers = [["benchmarks.torch_inference", configs, f"--peers={','.join(_PEERS.value)}", *shared]]
+        until = time.time() + 60 * _MINUTES.value if _MINUTES.value else float("inf")
+        shared.append(f"--until={until}")
+        peers = [
+            ["benchmarks.torch_inference", f"--configs={path}", f"--peers={','.join(_PEERS.value)}", *shared]
+            for path in _CONFIGS.value
+        ]
         ours = [
             ["benchmarks.inference", f"--one={path}", f"--modes={','.join(_MODES.value)}", *shared]
             + [f"--profiles={','.join(_PROFILES.value)}", f"--errors={_ERRORS.value}"]
             for path in _CONFIGS.value
         ]
-        sides = [
-            threading.Thread(target=_collect, args=(side, content)) for side in (peers if _PEERS.value else [], ours)
-        ]
+        commands = (peers if _PEERS.value else [], ours)
+        sides = [threading.Thread(target=_collect, args=(side, content, until)) for side in commands]
         for side in sides:
             side.start()
         for side in sides:
@@ -79,26 +85,32 @@ def main(argv: Sequence[str]) -> None:
     print(table(content["rows"]), flush=True)
 
 
-def _collect(commands: list[list[str]], content: dict) -> None:
+def _collect(commands: list[list[str]], content: dict, until: float) -> None:
     for module, *arguments in commands:
+        if time.time() > until:
+            return
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, "-m", module, *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            ender = threading.Timer(min(until - time.time() + 60, threading.TIMEOUT_MAX), process.kill)
+            ender.daemon = True
+            ender.start()
             for line in process.stdout:
                 if line.startswith("row "):
                     content["rows"].append(json.loads(line[4:]))
                     print({k: v for k, v in content["rows"][-1].items() if k != "kernels"}, flush=True)
                     pathlib.Path(_OUTPUT.value).write_text(json.dumps(content, indent=1) + "\n")
+            ender.cancel()
 
 
-def measure_ours(path: str) -> Iterator[dict]:
+def measure_ours(text: str) -> Iterator[dict]:
     """A row for each mode and batch."""
     import jax
 
     from terdit_jax.model.config import DiTConfig
     from terdit_jax.parallel.mesh import single_device_mesh
 
-    config = load_config(path)
+    config, batches = parse_run(text)
     model = dataclasses.replace(DiTConfig.from_config(config), dtype="bfloat16", remat="none")
     settings = config.sample
     settings.cfg_scale = 4.0
@@ -112,7 +124,9 @@ def measure_ours(path: str) -> Iterator[dict]:
             numerics = _numerics(mode, model, single_device_mesh())
             operands = _resident(model, numerics, packed)
             error = _relative(_outputs(model, numerics, operands), reference) if _ERRORS.value else None
-        for batch in map(int, _BATCHES.value):
+        for batch in batches or map(int, _BATCHES.value):
+            if time.time() > _UNTIL.value:
+                return
             row = {"who": mode, "model": config.name, "batch": batch, "device": jax.devices()[0].device_kind}
             row |= {"held_gb": _bytes(operands) / 1e9, "error": error, "matmul_tflops": rate / 1e12}
             name = f"{config.name}/{mode}/{batch}"
@@ -177,6 +191,7 @@ def _outputs(model, numerics, operands: dict) -> np.ndarray:
     import jax
 
     from terdit_jax.inference.lean import lean_forward
+    from terdit_jax.inference.modes import compiler_options
     from terdit_jax.model.transformer import forward
 
     x_t = jax.random.normal(jax.random.key(1), (2, *model.sample_shape))
@@ -185,7 +200,8 @@ def _outputs(model, numerics, operands: dict) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
             exact = dataclasses.replace(model, dtype="float32")
             return np.asarray(jax.jit(functools.partial(forward, exact))(operands, x_t, t, y))
-    return np.asarray(jax.jit(functools.partial(lean_forward, model, numerics))(operands, x_t, t, y))
+    lean = jax.jit(functools.partial(lean_forward, model, numerics), compiler_options=compiler_options(numerics))
+    return np.asarray(lean(operands, x_t, t, y))
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -198,11 +214,13 @@ def _time(model, settings: ConfigDict, numerics, operands: dict, batch: int, pro
     import jax
 
     from terdit_jax.inference.lean import bind_schedule
+    from terdit_jax.inference.modes import compiler_options
     from terdit_jax.inference.sampling import make_draw
 
     settings = ConfigDict(settings)
     settings.num_steps = 50 if batch <= 8 else 10
-    draw = make_draw(model, settings, 0, functools.partial(bind_schedule, model, numerics))
+    bind = functools.partial(bind_schedule, model, numerics)
+    draw = make_draw(model, settings, 0, bind, compiler_options(numerics))
     arguments = operands, np.arange(batch, dtype=np.int32) % model.num_classes, np.arange(batch, dtype=np.int32)
     begin = time.perf_counter()
     compiled = draw.lower(*arguments).compile()
@@ -221,7 +239,7 @@ def _time(model, settings: ConfigDict, numerics, operands: dict, batch: int, pro
     row = {
         "ms": 1e3 * seconds,
         "images_per_second_250_steps": batch / (250 * seconds),
-        "temp_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "peak_gb": (_bytes(operands) + compiled.memory_analysis().temp_size_in_bytes) / 1e9,
         "compile_seconds": compile_seconds,
     }
     if profiled:

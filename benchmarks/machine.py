@@ -12,6 +12,8 @@ import time
 from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.errors import UserError
+
 
 def load_config(path: str) -> ConfigDict:
     """The configuration in a file, as of configs/."""
@@ -19,6 +21,23 @@ def load_config(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
+
+
+def parse_run(text: str) -> tuple[ConfigDict, list[int] | None]:
+    """A configuration and batches from "PATH[:input_size=N][@BATCH/BATCH...]".
+
+    Another input size makes another name: latents of 64 are pictures of 512 px.
+    """
+    path, _, batches = text.partition("@")
+    path, _, override = path.partition(":")
+    config = load_config(path)
+    if override:
+        field, _, size = override.partition("=")
+        if field != "input_size" or not size.isdigit():
+            raise UserError(f"--configs={text}: only :input_size=N can be set, a latent's height")
+        config.model.input_size = int(size)
+        config.name = f"{config.name}_{8 * int(size)}"
+    return config, [int(batch) for batch in batches.split("/")] if batches else None
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import load_config, locked
+from benchmarks.machine import locked, parse_run
 from terdit_jax.errors import run_command
 from terdit_jax.interop.pytorch import TerDiT
 from terdit_jax.model.config import DiTConfig
 
-_CONFIGS = flags.DEFINE_list("configs", None, "Configuration files of ternary models.")
+_CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models, as benchmarks.machine.parse_run reads them.")
 _BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
 _PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "Which ways.")
+_UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
 _LOCK = flags.DEFINE_string("lock", None, "File that is locked while the device is timed.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 
@@ -36,12 +37,14 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     torch.set_float32_matmul_precision("high")
-    for path in _CONFIGS.value:
-        config = load_config(path)
+    for text in _CONFIGS.value:
+        config, batches = parse_run(text)
         model = DiTConfig.from_config(config)
         for peer in _PEERS.value:
             network = make_peer(peer, {name: getattr(model, name) for name in FIELDS})
-            for batch in map(int, _BATCHES.value):
+            for batch in batches or map(int, _BATCHES.value):
+                if time.time() > _UNTIL.value:
+                    return
                 row = {"who": f"torch {peer}", "model": config.name, "batch": batch}
                 try:
                     row |= measure(network, model.sample_shape, model.num_classes, batch)
@@ -98,6 +101,7 @@ def measure(network: nn.Module, shape: tuple[int, int, int], num_classes: int, b
     y = torch.cat([labels, torch.full_like(labels, num_classes)])
     t = torch.full((2 * batch,), 500, device="cuda")
     held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
 
     def step(x: Tensor) -> Tensor:
         both = network(torch.cat([x, x]), t, y)[:, :channels]

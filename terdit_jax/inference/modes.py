@@ -72,6 +72,14 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
     )
 
 
+def compiler_options(numerics: Numerics | None) -> dict[str, bool] | None:
+    """For `jax.jit` of what computes in these numbers. In 8 bits on GPUs cuBLAS alone multiplies: XLA would compile and
+    time dozens of Triton kernels for every matmul, for minutes."""
+    if numerics is None or jax.default_backend() != "gpu" or jnp.dtype(numerics.operand).itemsize > 1:
+        return None
+    return {"xla_gpu_enable_triton_gemm": False}
+
+
 def _fits(config: DiTConfig, device: jax.Device) -> bool:
     held = count_params(config)["total"] * config.activation_dtype.itemsize
     limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -20,7 +20,7 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.inference.decoding import VAE, check_vae, to_pictures
 from terdit_jax.inference.lean import bind_schedule, lean_forward, make_lean_operands
-from terdit_jax.inference.modes import Numerics, choose_numerics
+from terdit_jax.inference.modes import Numerics, choose_numerics, compiler_options
 from terdit_jax.inference.sampling import Draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
@@ -65,7 +65,8 @@ class Denoiser:
         Returns:
           (B, H, W, 2C) float32: eps, then the variance interpolation v.
         """
-        return _denoise(self.config, self.numerics, self.mesh, self.operands, x_t, t, y)
+        denoise = _compiled(self.numerics)
+        return denoise(self.config, self.numerics, self.mesh, self.operands, x_t, t, y)
 
     def draw(
         self,
@@ -119,10 +120,14 @@ def _cached_draw(
 ) -> Draw:
     """As `make_draw`; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
-    return make_draw(config, ConfigDict(dict(settings)), seed, bind)
+    return make_draw(config, ConfigDict(dict(settings)), seed, bind, compiler_options(numerics))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@lru_cache(maxsize=16)
+def _compiled(numerics: Numerics | None) -> Callable[..., Array]:
+    return jax.jit(_denoise, static_argnums=(0, 1, 2), compiler_options=compiler_options(numerics))
+
+
 def _denoise(
     config: DiTConfig, numerics: Numerics | None, mesh: Mesh, operands: dict, x_t: Array, t: Array, y: Array
 ) -> Array:

@@ -32,7 +32,13 @@ Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image ind
 Bind = Callable[[dict, np.ndarray, Array], ConditionalDenoise]
 
 
-def make_draw(model: DiTConfig, settings: ConfigDict, seed: int, bind: Bind | None = None) -> Draw:
+def make_draw(
+    model: DiTConfig,
+    settings: ConfigDict,
+    seed: int,
+    bind: Bind | None = None,
+    compiler_options: dict[str, bool] | None = None,
+) -> Draw:
     """A jitted function that draws pictures with one set of sampling settings.
 
     Image i starts from, and is disturbed by, noise that depends on (seed, i) alone: neither the batch it is drawn in
@@ -43,6 +49,7 @@ def make_draw(model: DiTConfig, settings: ConfigDict, seed: int, bind: Bind | No
       settings: as `config.sample`; a field that older files lack has its default.
       seed: of all noise.
       bind: makes the network, as `lean.bind_schedule`; the forward pass of training over its operands if left out.
+      compiler_options: of `modes.compiler_options`.
 
     Raises:
       UserError: settings that the sampler does not know.
@@ -54,7 +61,7 @@ def make_draw(model: DiTConfig, settings: ConfigDict, seed: int, bind: Bind | No
     schedule = respace(full, timesteps)
     last = None if settings.cfg_t_max == NUM_TIMESTEPS else settings.cfg_t_max
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options)
     def draw(operands: dict, labels: Array, indices: Array) -> Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         normal = jax.vmap(lambda key: jax.random.normal(key, model.sample_shape))

@@ -110,7 +110,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
             for k in range(parts):
                 a = load_row(y_ref.at[image, token, pl.ds(k * part, part)]).astype(jnp.float32) * (alpha_a * scale)
                 b = load_row(y_ref.at[image, token, pl.ds(width + k * part, part)]).astype(jnp.float32)
-                pieces.append(a / (1 + jnp.exp(-a)) * (b * (alpha_b * scale)))
+                pieces.append(a * (1 / (1 + jnp.exp(-a))) * (b * (alpha_b * scale)))  # a reciprocal is one instruction
             _store_operand(pieces, h_out, scale_out, image, token)
 
     return call(body, (y.shape[0], y.shape[1] // rows), [y, y_scale, alphas], _operand_types(like, dtype))
@@ -254,10 +254,10 @@ def strided(vector: Array) -> Array:
 def _store_operand(pieces: list[Array], h_out, scale_out, image: Array, token: Array) -> None:
     """A row, in pieces of one size: quantised by its largest magnitude if it has a scale."""
     if scale_out is not None:
-        peak = jnp.max(jnp.abs(pieces[0]))
-        for piece in pieces[1:]:
-            peak = jnp.maximum(peak, jnp.max(jnp.abs(piece)))
-        scale = jnp.maximum(peak, TINY) * (1 / float(jnp.finfo(h_out.dtype).max))
+        peaks = jnp.abs(pieces[0])
+        for piece in pieces[1:]:  # one reduction over the threads for all pieces
+            peaks = jnp.maximum(peaks, jnp.abs(piece))
+        scale = jnp.maximum(jnp.max(peaks), TINY) * (1 / float(jnp.finfo(h_out.dtype).max))
         scale_out[image, token] = scale
         pieces = [piece * (1 / scale) for piece in pieces]
     (size,) = pieces[0].shape

@@ -19,9 +19,7 @@ from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, constrain
 from terdit_jax.ternary.linear import scale_product
 
 
-def fused_block(
-    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array
-) -> tuple[Array, dict[str, Array]]:
+def fused_block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array) -> tuple[Array, dict[str, Array]]:
     """One block.
 
     Args:
