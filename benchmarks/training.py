@@ -1,16 +1,19 @@
 """Times the real training step on synthetic latents, against the device's own matmul rate measured in the same run.
 
-python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots,configs/terdit_4b.py:16:block --output=training.json
-python -m benchmarks.training --runs=configs/terdit_600m.py:64:dots --peers=ternary,full     # beside PyTorch
+python -m benchmarks.training --runs=configs/terdit_600m.py:64,configs/terdit_4b.py:16:remat=block --output=step.json
+python -m benchmarks.training --runs=configs/terdit_600m.py:64 --peers=ternary,full     # beside PyTorch
 
-Each run is config:batch[:remat[:matmul_dtype]]. Prints a table: images/s, MFU (vendor's dense bf16 peak), share of the
-measured matmul rate, and peak memory; with peers (`benchmarks.torch_training`), each at the runs' configurations and
-batches, also how many times as fast as each. Every run starts in a process of its own, so that peak memory is its own.
+Each run is config:batch[:NAME=VALUE...] with fields of `config.compute`. Prints a table: images/s, MFU (vendor's dense
+bf16 peak), share of the measured matmul rate, and peak memory; with peers (`benchmarks.torch_training`), each at the
+runs' configurations and batches, also how many times as fast as each. Every run starts in a process of its own, so that
+peak memory is its own. With JAX_COMPILATION_CACHE_DIR set, all programs are compiled side by side first.
 """
 
 from collections.abc import Sequence
+import concurrent.futures
 import datetime
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -24,15 +27,16 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.training.loop import device_batches
 from terdit_jax.training.setup import set_up
-from terdit_jax.training.state import make_state
+from terdit_jax.training.state import abstract_state, make_state
 from terdit_jax.training.step import make_train_step
 
-_RUNS = flags.DEFINE_list("runs", None, "config:batch[:remat[:matmul_dtype]] each.")
+_RUNS = flags.DEFINE_list("runs", None, "config:batch[:NAME=VALUE...] each, NAME of config.compute.")
 _PEERS = flags.DEFINE_list("peers", "", "PyTorch's, of benchmarks.torch_training.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, behind warm-up.", lower_bound=1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also each kernel's time in a step.")
 _OUTPUT = flags.DEFINE_string("output", "training.json", "JSON file.")
+_COMPILE = flags.DEFINE_bool("compile", False, "With --one: compiles only, into JAX's cache.")
 _ONE = flags.DEFINE_string("one", None, "A single run in this process; prints JSON.")
 
 
@@ -45,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     if not _RUNS.value:
         raise UserError("--runs is missing, e.g. --runs=configs/terdit_600m.py:64:dots")
     rows = []
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(lambda run: _in_own_process("benchmarks.training", run, "--compile"), _RUNS.value))
     measured = [("benchmarks.training", run) for run in _RUNS.value]
     shapes = dict.fromkeys(":".join(run.split(":")[:2]) for run in _RUNS.value)
     measured += [("benchmarks.torch_training", f"{shape}:{peer}") for shape in shapes for peer in _PEERS.value]
@@ -60,14 +67,18 @@ def measure_run(run: str) -> dict:
     path, batch_size, *options = run.split(":")
     config = load_config(path)
     config.train.batch_size = int(batch_size)
-    for name, value in zip(("remat", "matmul_dtype"), options, strict=False):
-        config.compute[name] = value
+    for name, value in (option.split("=") for option in options):
+        config.compute[name] = type(config.compute[name])(value != "False" and value)
     config.data.synthetic = True
-    matmul_rate = measure_matmul_rate(*(() if jax.default_backend() == "gpu" else (512, 2)))
     setup = set_up(config, "/tmp/benchmarks_training")
-    state = make_state(setup.model, setup.optimizer, setup.mesh, config.seed)
     step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0)
     batch = next(device_batches(setup, 0))
+    if _COMPILE.value:
+        with jax.set_mesh(setup.mesh):
+            step.__wrapped__.lower(abstract_state(setup.model, setup.optimizer, setup.mesh), batch).compile()
+        return {}
+    matmul_rate = measure_matmul_rate(*(() if jax.default_backend() == "gpu" else (512, 2)))
+    state = make_state(setup.model, setup.optimizer, setup.mesh, config.seed)
     begin = time.perf_counter()
     state = jax.block_until_ready(step(state, batch))
     compile_seconds = time.perf_counter() - begin
@@ -86,7 +97,7 @@ def measure_run(run: str) -> dict:
         "config": config.name,
         "batch_size": config.train.batch_size,
         "remat": config.compute.remat,
-        "matmul_dtype": config.compute.matmul_dtype,
+        "compute": ", ".join([config.compute.remat, *(option for option in options if "remat" not in option)]),
         "devices": jax.device_count(),
         "images_per_second": images,
         "mfu": flops / peak if peak else None,
@@ -102,10 +113,10 @@ def measure_run(run: str) -> dict:
     return row
 
 
-def _in_own_process(module: str, run: str) -> dict:
+def _in_own_process(module: str, run: str, *more: str) -> dict:
     command = [sys.executable, "-m", module, f"--one={run}"]
     command += [f"--steps={_STEPS.value}", f"--warm_up={_WARM_UP.value}"]
-    command += ["--profile"] if _PROFILE.value and module == "benchmarks.training" else []
+    command += [*more, *(["--profile"] if _PROFILE.value and module == "benchmarks.training" else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"run": run, "failed": done.stderr.strip().splitlines()[-1][:300] if done.stderr else "no output"}
@@ -133,7 +144,7 @@ def _table(rows: list[dict]) -> str:
             lines.append(f"| {row['run']} | failed: {row['failed']} |")
             continue
         key = row["config"], row["batch_size"]
-        cells = [row["config"], str(row["batch_size"]), _way(row)]
+        cells = [row["config"], str(row["batch_size"]), f"torch, {row['peer']}" if "peer" in row else row["compute"]]
         cells += [f"{row['images_per_second']:.1f}", f"{row['mfu']:.1%}" if row.get("mfu") else ""]
         cells += [f"{row['share_of_matmul_rate']:.1%}" if "share_of_matmul_rate" in row else ""]
         cells += [f"{row['peak_gb']:.1f}" if row["peak_gb"] is not None else ""]
@@ -141,11 +152,6 @@ def _table(rows: list[dict]) -> str:
             cells.append(f"{row['images_per_second'] / rates[*key, peer]:.2f}" if (*key, peer) in rates else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _way(row: dict) -> str:
-    eight = row.get("matmul_dtype", "same")
-    return f"torch, {row['peer']}" if "peer" in row else row["remat"] + ("" if eight == "same" else f", {eight}")
 
 
 if __name__ == "__main__":
