@@ -100,10 +100,10 @@ def main(argv: Sequence[str]) -> None:
                 path.write_text(json.dumps(content, indent=1) + "\n")
             print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
     print(table(content["rows"]), flush=True)
-    if _PLOT.value:
-        plot(content["rows"], _PLOT.value)
     if _GRID.value:
         grid(_SEEDS.value[0], _GRID.value)
+    if _PLOT.value:
+        plot(content["rows"], _PLOT.value)
 
 
 def run_all(jobs: list[str]) -> Iterator[list[dict]]:

@@ -65,8 +65,8 @@ def main(argv: Sequence[str]) -> None:
         return
     counts = [int(count) for count in _DEVICES.value or sorted({1, _count_devices()})]
     rows = plan(_CONFIGS.value, _LAYOUTS.value, _GATHER.value, counts)
-    rows += plan_losses(_LOSSES.value, counts)
     rows += plan_sampling(_SAMPLE_CONFIGS.value, counts, _SAMPLE_BATCH.value, _SAMPLE_STEPS.value, _PICTURES.value)
+    rows += plan_losses(_LOSSES.value, counts)  # the shortest last: what is left waits for the longest
     if not rows:
         raise UserError("--configs is missing, e.g. --configs=configs/terdit_600m.py:64:dots")
     content = {
