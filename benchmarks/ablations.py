@@ -1,21 +1,24 @@
 """What each choice of the recipe does: one configuration trained in several ways, at equal steps, over several seeds.
 
-python -m benchmarks.ablations --data=data/cifar10 --steps=4000 --seeds=0,1 --folder=runs/ablations \
-  --output=docs/benchmarks/ablations.json --plot=docs/images/ablations.png
+python -m benchmarks.ablations --data=data/cifar10 --steps=1200 --seeds=0,1 --devices=4 --runs_per_device=2 \
+  --folder=runs/ablations --output=ablations.json --plot=ablations.png --grid=ablations_samples.png
 
-Every run is `terdit_jax.main` on the configuration with the overrides that VARIANTS names, and is judged as
-`terdit_jax.evaluate` does it, by one classifier for all, on pictures of its averaged weights. Runs and rows that are
-there already are not made again. Further overrides for all runs: --set=model.hidden_size=256,model.depth=6.
+Every run is `terdit_jax.main` on the configuration with the overrides that VARIANTS names, in a process of its own with
+a device of its own, and is judged there as `terdit_jax.evaluate` does it, by one classifier for all, on pictures of its
+averaged weights. Rows are written as they come; runs and rows that are there already are not made again. Further
+overrides for all runs: --set=model.hidden_size=256,model.depth=6.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import concurrent.futures
 import dataclasses
 import datetime
-import functools
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
+import threading
 import time
 
 from absl import flags
@@ -23,13 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import versions
+from benchmarks.machine import locked, on_devices, versions
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.evaluation.classifier import train_classifier
+from terdit_jax.evaluation.classifier import Classifier, make_classifier, train_classifier
 from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.proxy import Pictures, classifier_steps, proxy_metrics, sample_labels
-from terdit_jax.inference.runtime import Denoiser, load_model, place_operands
+from terdit_jax.inference.contact_sheet import make_contact_sheet
+from terdit_jax.inference.pictures import save_png, to_uint8
+from terdit_jax.inference.runtime import Denoiser, place_operands
+from terdit_jax.interop.published import Leaves
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.ternary.quantize import least_squares_alpha
@@ -43,51 +49,113 @@ _VARIANTS = flags.DEFINE_list("variants", None, "Some of VARIANTS; all if left o
 _SET = flags.DEFINE_list("set", "", "FIELD=VALUE of the configuration, for all runs.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 5000, "Pictures judged, of each run.", lower_bound=2)
 _FOLDER = flags.DEFINE_string("folder", "runs/ablations", "Where the runs' workdirs are.")
+_DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that runs are spread over.", lower_bound=1)
+_RUNS_PER_DEVICE = flags.DEFINE_integer("runs_per_device", 1, "Runs that share a GPU.", lower_bound=1)
+_MINUTES = flags.DEFINE_float("minutes", 0, "Behind which no run is begun; 0: no limit.", lower_bound=0)
 _PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
+_GRID = flags.DEFINE_string("grid", None, "PNG to make of pictures of each variant's first seed, one a class.")
 _OUTPUT = flags.DEFINE_string("output", "ablations.json", "JSON file.")
+_ONE = flags.DEFINE_string("one", None, "VARIANT:SEED, in this process; prints its rows. Or classifier.")
 
-TERNARISED = "ternarised_afterwards"
+TERNARISED, FULL = "ternarised_afterwards", "full_precision"
 VARIANTS = {
-    "full_precision": {"model.ternary": False},
+    FULL: {"model.ternary": False},
     "ternary": {"model.alpha_init": "normal"},  # as published
     "no_adaln_norm": {"model.alpha_init": "normal", "model.adaln_rms_norm": False},
     "least_squares": {"model.alpha_init": "least_squares"},
-    "least_squares_no_adaln_norm": {"model.alpha_init": "least_squares", "model.adaln_rms_norm": False},
+    "eight_bit": {"model.alpha_init": "least_squares", "compute.matmul_dtype": "float8_e4m3fn"},
     "no_drop": {"model.alpha_init": "normal", "optimizer.drop_step": 0},
-    TERNARISED: None,  # the weights of "full_precision"
+    "least_squares_no_adaln_norm": {"model.alpha_init": "least_squares", "model.adaln_rms_norm": False},
+    TERNARISED: None,  # the weights of FULL, judged beside it
 }
 QUARTERS = tuple(f"loss_t{k}of4" for k in range(1, 5))
+_SPANS = ("0-249", "250-499", "500-749", "750-999")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
+    if _ONE.value:
+        for row in make_rows(_ONE.value):
+            print("row " + json.dumps(row), flush=True)
+        return
     names = _VARIANTS.value or list(VARIANTS)
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"--variants: no {unknown[0]!r}, give some of {', '.join(VARIANTS)}")
     path = pathlib.Path(_OUTPUT.value)
     content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    known = {(row["variant"], row["seed"]) for row in content["rows"]}
     content |= {
         "command": " ".join(["python -m benchmarks.ablations", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
         "versions": versions("jax", "jaxlib", "flax", "optax"),
     }
-    judge = functools.cache(make_judge)
-    for seed in _SEEDS.value:
-        for name in names:
-            if (name, seed) in known:
-                continue
-            row = {"variant": name, "seed": seed, "steps": _STEPS.value}
-            if name != TERNARISED:
-                row |= train(name, seed)
-            content["rows"].append(row | judge()(load(name, seed)))
-            print(json.dumps({k: v for k, v in content["rows"][-1].items() if k != "curve"}), flush=True)
-            path.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(content["rows"]))
+    known = {(row["variant"], row["seed"]) for row in content["rows"]}
+    wanted = [(name, seed) for seed in _SEEDS.value for name in names if (name, seed) not in known]
+    runs = dict.fromkeys((FULL if name == TERNARISED else name, seed) for name, seed in wanted)
+    pathlib.Path(_FOLDER.value).mkdir(parents=True, exist_ok=True)
+    for rows in run_all(["classifier", *(f"{name}:{seed}" for name, seed in runs)] if runs else []):
+        for row in rows:
+            if "failed" not in row and (row["variant"], row["seed"]) in wanted:
+                content["rows"].append(row)
+                path.write_text(json.dumps(content, indent=1) + "\n")
+            print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
+    print(table(content["rows"]), flush=True)
+    if _GRID.value:
+        grid(_SEEDS.value[0], _GRID.value)
     if _PLOT.value:
         plot(content["rows"], _PLOT.value)
+
+
+def run_all(jobs: list[str]) -> Iterator[list[dict]]:
+    """Gives the rows of each job as it ends; a job goes to the device that has fewest."""
+    begin, lock = time.monotonic(), threading.Lock()
+    at_work = [0] * _DEVICES.value
+
+    def run(job: str) -> list[dict]:
+        if _MINUTES.value and time.monotonic() - begin > 60 * _MINUTES.value:
+            return [{"run": job, "failed": f"not begun within --minutes={_MINUTES.value}"}]
+        with lock:
+            device = min(range(len(at_work)), key=at_work.__getitem__)
+            at_work[device] += 1
+        try:
+            return _in_own_process(job, device)
+        finally:
+            with lock:
+                at_work[device] -= 1
+
+    with concurrent.futures.ThreadPoolExecutor(_DEVICES.value * _RUNS_PER_DEVICE.value) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
+            yield future.result()
+
+
+def _in_own_process(job: str, device: int) -> list[dict]:
+    shared = ("config", "data", "steps", "drop", "num_samples", "folder")
+    command = [sys.executable, "-m", "benchmarks.ablations", f"--one={job}", f"--set={','.join(_SET.value)}"]
+    command += [f"--{name}={flags.FLAGS[name].value}" for name in shared]
+    log = pathlib.Path(_FOLDER.value) / f"{job.replace(':', '-')}.log"
+    environment = on_devices([device]) if _DEVICES.value * _RUNS_PER_DEVICE.value > 1 else None
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    lines = log.read_text().splitlines()
+    rows = [json.loads(line[4:]) for line in lines if line.startswith("row ")]
+    if done.returncode:
+        rows.append({"run": job, "failed": lines[-1][:300] if lines else "no output"})
+    return rows
+
+
+def make_rows(job: str) -> Iterator[dict]:
+    """The rows of VARIANT:SEED; no row of "classifier", which is only made."""
+    if job == "classifier":
+        make_judge()
+        return
+    name, _, seed = job.partition(":")
+    trained = train(name, seed)
+    judge = make_judge()
+    for variant in (name, TERNARISED) if name == FULL else (name,):
+        row = {"variant": variant, "seed": seed, "steps": _STEPS.value, "device": jax.devices()[0].device_kind}
+        scores, pictures = judge(load(variant, seed))
+        np.save(_pictures_file(variant, seed), pictures)
+        yield row | (trained if variant == name else {}) | scores
 
 
 def workdir(name: str, seed: str) -> pathlib.Path:
@@ -107,6 +175,7 @@ def train(name: str, seed: str) -> dict:
         "log.every": every,
         "log.samples_every": 0,
         "log.heldout_every": _STEPS.value,
+        "log.tensorboard": False,
         **dict(setting.split("=", 1) for setting in _SET.value if setting),
         **VARIANTS[name],
     }
@@ -115,62 +184,100 @@ def train(name: str, seed: str) -> dict:
     begin = time.perf_counter()
     subprocess.run([*command, *(f"--config.{field}={value}" for field, value in fields.items())], check=True)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    curve = {key: [line.get(key) for line in lines if "loss" in line] for key in ("step", "loss", *QUARTERS)}
-    return {"curve": curve, "train_seconds": round(time.perf_counter() - begin, 1)}
+    logs = [line for line in lines if "loss" in line]
+    rates = [line["timing"]["images_per_second"] for line in logs if line.get("timing", {}).get("images_per_second")]
+    heldout = next((line for line in reversed(lines) if "heldout_loss" in line), {})
+    return {
+        "curve": {key: [line.get(key) for line in logs] for key in ("step", "loss", *QUARTERS)},
+        "heldout_loss": heldout.get("heldout_loss"),
+        "heldout_loss_ema": heldout.get("heldout_loss_ema"),
+        "images_per_second": float(np.median(rates)) if rates else None,
+        "train_seconds": round(time.perf_counter() - begin, 1),
+    }
 
 
 def load(name: str, seed: str) -> Denoiser:
-    """The averaged weights of a run, or those of the full-precision one ternarised as they are."""
-    return ternarised(workdir("full_precision", seed)) if name == TERNARISED else load_model(workdir(name, seed))
+    """The averaged weights of a run, or those of the full-precision one ternarised as they are; computed in bfloat16 by
+    the forward pass of training, whatever the variant, float32 on CPUs."""
+    weights = open_weights(workdir(FULL if name == TERNARISED else name, seed))
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config, leaves = dataclasses.replace(weights.model, dtype=dtype), weights.leaves()
+    if name == TERNARISED:
+        config, leaves = dataclasses.replace(config, ternary=True, adaln_rms_norm=False), ternarised(leaves)
+    mesh = single_device_mesh()
+    return Denoiser(config, weights.description, mesh, None, place_operands(config, leaves, mesh))
 
 
-def ternarised(place: pathlib.Path) -> Denoiser:
-    """A full-precision run as a ternary model: absmean codes, least-squares alpha, no RMSNorm behind adaLN."""
-    full = load_model(place)
-    config = dataclasses.replace(full.config, ternary=True, adaln_rms_norm=False)
+def ternarised(leaves: Leaves) -> Leaves:
+    """A full-precision model's leaves as a ternary model's without an RMSNorm behind adaLN: alpha by least squares."""
     matrices = ("attention/w", "feed_forward/w", "adaLN_modulation")
-
-    def leaves():
-        for path, leaf in open_weights(place).leaves():
-            yield path, leaf
-            if path.startswith("blocks/") and path.endswith("/weight") and any(part in path for part in matrices):
-                yield (
-                    path.removesuffix("weight") + "alpha",
-                    np.asarray(jax.vmap(least_squares_alpha)(jnp.asarray(leaf))),
-                )
-
-    operands = place_operands(config, leaves(), single_device_mesh())
-    return dataclasses.replace(full, config=config, operands=operands, numerics=None)
+    for path, leaf in leaves:
+        yield path, leaf
+        if path.startswith("blocks/") and path.endswith("/weight") and any(part in path for part in matrices):
+            yield path.removesuffix("weight") + "alpha", np.asarray(jax.vmap(least_squares_alpha)(jnp.asarray(leaf)))
 
 
 def make_judge():
-    """A function from a model to its scores; the classifier is trained once."""
+    """A function from a model to its scores and ten of its pictures; the classifier is trained once for all."""
     dataset = open_dataset(_DATA.value)
     num_classes = dataset.metadata.num_classes
     train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
-    classifier = train_classifier(train.images, train.labels, num_classes, 0, classifier_steps(len(train.images)))
+    classifier = _shared_classifier(train, num_classes)
     labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
+    shown = np.searchsorted(labels, np.arange(num_classes)).clip(max=len(labels) - 1)
 
-    def judge(model: Denoiser) -> dict:
+    def judge(model: Denoiser) -> tuple[dict, np.ndarray]:
         samples = Pictures(np.clip(model.draw(labels, seed=0), -1, 1), labels)
         scores = proxy_metrics(train, heldout, samples, num_classes, classifier=classifier)
         keep = ("frechet_distance", "frechet_distance_floor", "frechet_ratio", "agreement")
-        return {name: scores[f"classifier_{name}"] for name in keep}
+        return {name: scores[f"classifier_{name}"] for name in keep}, to_uint8(samples.images[shown])
 
     return judge
 
 
+def _shared_classifier(train: Pictures, num_classes: int) -> Classifier:
+    """Trained by the first who asks: two trainings on a GPU do not give the same bits."""
+    path = pathlib.Path(_FOLDER.value) / "classifier.pickle"
+    with locked(f"{path}.lock"):
+        if not path.exists():
+            steps = classifier_steps(len(train.images))
+            trained = train_classifier(train.images, train.labels, num_classes, 0, steps)
+            path.write_bytes(pickle.dumps(jax.device_get(trained.params)))
+        return make_classifier(train.images.shape[1:], num_classes, pickle.loads(path.read_bytes()))
+
+
+def _pictures_file(name: str, seed: str) -> pathlib.Path:
+    return pathlib.Path(_FOLDER.value) / f"{name}-{seed}-pictures.npy"
+
+
+def grid(seed: str, path: str) -> None:
+    """Pictures of each variant, one a class, side by side: the same noise and label below each other."""
+    rows = {name: np.load(file) for name in VARIANTS if (file := _pictures_file(name, seed)).exists()}
+    if rows:
+        views = np.stack(list(rows.values()), axis=1)  # classes, variants, H, W, C
+        save_png(path, make_contact_sheet(list(views), list(rows)))
+
+
 def table(rows: list[dict]) -> str:
-    """Means over seeds, with the spread where there are several."""
-    lines = ["| Variant | seeds | last loss | Frechet distance | read as the label asked for |", "|---" * 5 + "|"]
+    """Means over seeds, with the spread where there are several; losses are means over the last tenth of the steps."""
+    columns = ("Variant", "seeds", "loss", *(f"t {span}" for span in _SPANS), "held-out, EMA", "Frechet distance")
+    columns += ("read as the label asked for", "images/s")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name in VARIANTS:
         mine = [row for row in rows if row["variant"] == name]
         if mine:
-            last = [np.mean(row["curve"]["loss"][-4:]) for row in mine if "curve" in row]
-            distance, agreement = ([row[key] for row in mine] for key in ("frechet_distance", "agreement"))
-            cells = [name, str(len(mine)), _spread(last, "{:.4f}"), _spread(distance, "{:.2f}")]
-            lines.append("| " + " | ".join([*cells, _spread(agreement, "{:.1%}")]) + " |")
+            cells = [name, str(len(mine))]
+            for key in ("loss", *QUARTERS):
+                cells.append(_spread([_last(row["curve"][key]) for row in mine if "curve" in row], "{:.4f}"))
+            forms = {"heldout_loss_ema": "{:.4f}", "frechet_distance": "{:.2f}", "agreement": "{:.1%}"}
+            for key, form in (forms | {"images_per_second": "{:,.0f}"}).items():
+                cells.append(_spread([row[key] for row in mine if row.get(key) is not None], form))
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _last(values: list[float]) -> float:
+    return float(np.mean(values[-max(1, len(values) // 10) :]))
 
 
 def _spread(values: list[float], form: str) -> str:
@@ -189,7 +296,7 @@ def plot(rows: list[dict], path: str) -> None:
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     figure, panels = plt.subplots(1, 5, figsize=(17, 3.6), dpi=110, width_ratios=[1, 1, 1, 1, 1.3])
-    for panel, quarter, span in zip(panels, QUARTERS, ("0-249", "250-499", "500-749", "750-999"), strict=False):
+    for panel, quarter, span in zip(panels, QUARTERS, _SPANS, strict=False):
         for name in names:
             curves = [row["curve"] for row in rows if row["variant"] == name and "curve" in row]
             if curves:

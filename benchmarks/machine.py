@@ -1,10 +1,11 @@
-"""What benchmarks share: configurations, versions, a lock on the device, its matmul rate and its kernels' times."""
+"""What benchmarks share: configurations, versions, turns on devices, their matmul rate and their kernels' times."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import tempfile
 import time
@@ -92,3 +93,36 @@ def locked(path: str | None) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def on_devices(numbers: Sequence[int]) -> dict[str, str]:
+    """The environment of a process that sees only these of the GPUs that this one sees, and takes memory as it needs
+    it; where there are no GPUs, nothing comes of it."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = [visible[number] if visible else str(number) for number in numbers]
+    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    return memory | dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+
+
+def share_devices(folder: str, numbers: Sequence[int]) -> list[int]:
+    """Waits until nobody has one of the devices to himself, and keeps it so.
+
+    Returns:
+      Open files, to be handed to the process that will call `take_turn`, and closed here.
+    """
+    files = [os.open(f"{folder}/device{number}", os.O_RDWR | os.O_CREAT) for number in sorted(numbers)]
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return files
+
+
+def take_turn(files: Sequence[int]) -> None:
+    """Waits for devices that are shared until this process, up to its end, has them to itself.
+
+    Args:
+      files: of `share_devices`.
+    """
+    for file in files:  # all are given up before the first is waited for: two processes never wait for each other
+        fcntl.flock(file, fcntl.LOCK_UN)
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_EX)

@@ -47,7 +47,7 @@ class Classifier:
     """A trained network; answers on the host."""
 
     def __init__(self, graph: nnx.GraphDef, params: Params):
-        self._graph, self._params = graph, params
+        self._graph, self.params = graph, params
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Pictures (N, H, W, C) float32 in [-1, 1] to the hidden layer's activations (N, 64) float32."""
@@ -64,9 +64,14 @@ class Classifier:
             # The last batch is filled up, so that one shape is compiled.
             padding = [(0, BATCH_SIZE - len(batch))] + [(0, 0)] * (images.ndim - 1)
             padded = np.pad(batch, padding)
-            answers.append([np.asarray(answer)[: len(batch)] for answer in _apply(self._graph, self._params, padded)])
+            answers.append([np.asarray(answer)[: len(batch)] for answer in _apply(self._graph, self.params, padded)])
         features, logits = zip(*answers, strict=True)
         return np.concatenate(features), np.concatenate(logits)
+
+
+def make_classifier(shape: tuple[int, int, int], num_classes: int, params: Params) -> Classifier:
+    """A classifier of pictures of a shape (H, W, C) from the `params` of one that was trained elsewhere."""
+    return Classifier(nnx.split(Network(*shape, num_classes, nnx.Rngs(0)))[0], params)
 
 
 def train_classifier(
