@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     path = pathlib.Path(_OUTPUT.value)
     content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    content |= {
+    run = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "scipy")},
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
             return
         begin = time.perf_counter()
         row = row | figures()
-        row |= {"seconds": round(time.perf_counter() - begin, 1)}
+        row |= {"seconds": round(time.perf_counter() - begin, 1)} | run
         content["rows"].append(row)
         print(json.dumps(row), flush=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
