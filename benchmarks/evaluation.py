@@ -5,7 +5,7 @@ python -m benchmarks.evaluation --quick --output=evaluation.json     # a few sma
 
 Random pictures and random weights: neither changes the work. Features of the second set, the reference's, are drawn at
 random from the first one's distribution. Peak memory of the device is the allocator's, above the network's weights; of
-the host, the process's largest resident size above what it had once the network was loaded.
+the host, the process's largest resident size so far above what it had once the network had seen its first pictures.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,11 +76,12 @@ def measure(network: FeatureNetwork, size: Size, mesh: Mesh) -> list[dict[str, A
     """Rows of what was measured: the trial of each batch size, all pictures, then each metric."""
     source, rows = random_pictures(size.pictures, size.side), []
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
-    resident, rates = _resident_bytes(), {}
+    resident, rates = 0, {}
     for batch_size in size.batch_sizes:
         trial = random_pictures(min(size.trial, size.pictures), size.side)
         first = random_pictures(batch_size * mesh.size, size.side)
         compiling, _ = timed(lambda n=batch_size, s=first: collect_features(network, s, mesh, n))
+        resident = resident or _resident_bytes()
         seconds, _ = timed(lambda n=batch_size, s=trial: collect_features(network, s, mesh, n))
         rates[batch_size] = trial.count / seconds
         rows.append(
@@ -150,14 +151,16 @@ def _alike(features: PictureFeatures, seed: int) -> PictureFeatures:
 
 def _memory(weights: int, resident: int) -> dict[str, float]:
     stats = jax.local_devices()[0].memory_stats() or {}
-    host = {"host_peak_gb_above_start": (_resident_bytes() - resident) / 1e9}
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = {"host_peak_gb_above_start": (largest - resident) / 1e9}
     if "peak_bytes_in_use" not in stats:
         return host
     return host | {"device_peak_gb_above_weights": (stats["peak_bytes_in_use"] - weights) / 1e9}
 
 
 def _resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python -m benchmarks.samplers --parts=line,digits_mixture,digits --workdir=runs/digits --output=samplers.json
 python -m benchmarks.samplers --parts= --output=samplers.json --plot=docs/images/samplers.png     # matplotlib
+python -m benchmarks.samplers --parts=digits --batch_size=25000 --num_samples=100000 ...          # on a GPU
 
 line: three Gaussians on a line, whose best denoiser is known; the distance (Wasserstein-1) of what a deterministic
   sampler makes of the quantiles of its noise from the quantiles of the truth, without Monte-Carlo error.
@@ -10,7 +11,9 @@ digits_mixture: ten Gaussians in 64 dimensions with the digits' means and covari
   network is. Frechet distance to the truth's exact moments.
 digits: the model that launch/quickstart.sh trains; Frechet distance to all digits, training ones included, in the
   features of the proxy's classifier. Both references are fixed, so the Monte-Carlo error is that of the samples alone.
-Rows are kept in the output as they come, and those that it holds are not measured again.
+In the two parts in 64 dimensions each run draws several independent sets. Its row has the mean of their distances, the
+standard error of that mean, and as the Monte-Carlo floor the distance between the first two sets, the mean of each of
+which is off by about half of that. Rows are kept in the output as they come, and those it holds are not measured again.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,29 +41,34 @@ from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.evaluation.frechet import frechet_distance
+from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.proxy import sample_labels
-from terdit_jax.evaluation.statistics import Statistics, statistics
+from terdit_jax.evaluation.statistics import Moments, Statistics, statistics
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.training.checkpoint import Checkpoints
 
 _PARTS = flags.DEFINE_list("parts", "line,digits_mixture,digits", "What to measure.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Run of configs/digits.py, for the part digits.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 4000, "Of the model of the part digits.", lower_bound=100)
-_NUM_DRAWS = flags.DEFINE_integer("num_draws", 20_000, "Of the part digits_mixture.", lower_bound=100)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 20_000, "A set, of the parts in 64 dimensions.", lower_bound=100)
+_NUM_SETS = flags.DEFINE_integer("num_sets", 4, "Independent sets of each run.", lower_bound=2)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Samples drawn at once.", lower_bound=1)
 _RUNS = flags.DEFINE_list(
     "runs",
-    "ddpm:250:uniform,dpmpp_2m:20:power,dpmpp_2m:20:power:1,unipc:20:power,dpmpp_2m_sde:20:power,ddim:20:uniform,"
+    "ddpm:250:uniform,dpmpp_2m:20:power,dpmpp_2m:20:quadratic,dpmpp_2m:20:uniform,dpmpp_2m:20:logsnr,unipc:20:power,"
+    "unipc:20:quadratic,unipc:20:uniform,dpmpp_2m_sde:20:power,dpmpp_2m_sde:20:uniform,ddim:20:uniform,"
     "dpmpp_2m:10:power,unipc:10:power,dpmpp_2m_sde:10:power,ddim:10:uniform,dpmpp_2m:40:power,unipc:40:power,"
-    "dpmpp_2m_sde:40:power,ddim:40:uniform,ddpm:40:uniform,dpmpp_2m:20:uniform,dpmpp_2m:20:quadratic,"
-    "dpmpp_2m:20:logsnr",
-    "METHOD:STEPS:SPACING[:SEED] of the two parts in 64 dimensions; those with a seed give the Monte-Carlo floor.",
+    "dpmpp_2m_sde:40:power,ddim:40:uniform,ddpm:40:uniform",
+    "METHOD:STEPS:SPACING of the parts in 64 dimensions.",
 )
 _PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
 _OUTPUT = flags.DEFINE_string("output", "samplers.json", "JSON file.")
 
 FULL = linear_schedule()
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
+BASELINE = ("ddpm", 250, "uniform")  # what published figures are drawn with
 Rows = list[dict]
+Measure = Callable[[dict, Callable[[], dict]], None]  # a row without its figures, and what works them out
+Draw = Callable[[int], Statistics]  # the number of a set to its moments
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,26 +78,30 @@ def main(argv: Sequence[str]) -> None:
     if unknown := set(_PARTS.value) - set(parts) - {""}:
         raise UserError(f"--parts: no {sorted(unknown)[0]!r}, give some of {', '.join(parts)}")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # The mixtures' eps is a difference divided by as little as 0.01, and accelerators round float32 unless told not to.
+    jax.config.update("jax_default_matmul_precision", "highest")
     path = pathlib.Path(_OUTPUT.value)
     content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    content |= {
+    run = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "scipy")},
         "python": sys.version.split()[0],
     }
 
-    def measure(row: dict, distance: Callable[[], float]) -> None:
+    def measure(row: dict, figures: Callable[[], dict]) -> None:
         if any(row.items() <= known.items() for known in content["rows"]):
             return
         begin = time.perf_counter()
-        row = row | {"distance": float(distance()), "seconds": round(time.perf_counter() - begin, 1)}
+        row = row | figures()
+        row |= {"seconds": round(time.perf_counter() - begin, 1)} | run
         content["rows"].append(row)
         print(json.dumps(row), flush=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     for part in filter(None, _PARTS.value):
         parts[part](measure)
+    print(table(content["rows"]))
     if _PLOT.value:
         _plot(content["rows"], _PLOT.value)
 
@@ -161,13 +173,17 @@ class Mixture:
         return denoise
 
 
-def run_sampler(mixture: Mixture, x_T: np.ndarray, method: str, num_steps: int, spacing: str, seed: int) -> np.ndarray:
-    """(N, D) normal noise to samples (N, D) by the denoiser of a mixture."""
+def make_sampler(mixture: Mixture, method: str, num_steps: int, spacing: str) -> Callable[[Array, Array], Array]:
+    """Normal noise (N, D) and a key to samples (N, D) by the denoiser of a mixture, jitted."""
     schedule = respace(FULL, choose_timesteps(FULL, num_steps, spacing, method))
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), x_T[:, None, None].shape)  # noqa: E731
     denoise = mixture.denoiser(schedule)
-    return np.asarray(jax.jit(lambda x: sample(denoise, x, noise, schedule, method))(x_T[:, None, None]))[:, 0, 0]
+
+    @jax.jit
+    def draw(x_T: Array, key: Array) -> Array:
+        noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), x_T[:, None, None].shape)  # noqa: E731
+        return sample(denoise, x_T[:, None, None], noise, schedule, method)[:, 0, 0]
+
+    return draw
 
 
 def three_gaussians() -> Mixture:
@@ -180,70 +196,114 @@ def line_distance(mixture: Mixture, method: str, num_steps: int, spacing: str, p
     """Wasserstein-1 distance of a deterministic sampler to the truth, in one dimension: noise at the midpoints of
     `places` equal shares of probability, in order and so mapped to the same shares of the samples."""
     share = (np.arange(places) + 0.5) / places
-    x = run_sampler(mixture, norm.ppf(share).astype(np.float32)[:, None], method, num_steps, spacing, 0)[:, 0]
+    draw = make_sampler(mixture, method, num_steps, spacing)
+    x = np.asarray(draw(norm.ppf(share).astype(np.float32)[:, None], jax.random.key(0)))[:, 0]
     grid = np.linspace(-6, 6, 200_001)
     stds = np.sqrt(mixture.variances[:, 0])
     below = sum(w * norm.cdf(grid, m, s) for w, m, s in zip(mixture.weights, mixture.means[:, 0], stds, strict=True))
     return np.abs(np.sort(x.astype(np.float64)) - np.interp(share, below, grid)).mean()
 
 
-def _line(measure: Callable[[dict, Callable[[], float]], None]) -> None:
+def _line(measure: Measure) -> None:
     mixture = three_gaussians()
     for method in SOLVERS:
         for spacing in SPACINGS:
             for num_steps in (10, 20, 40):
-                row = {"part": "line", "method": method, "steps": num_steps, "spacing": spacing, "seed": 0}
-                measure(row, functools.partial(line_distance, mixture, method, num_steps, spacing))
+                row = {"part": "line", "method": method, "steps": num_steps, "spacing": spacing}
+                distance = functools.partial(line_distance, mixture, method, num_steps, spacing)
+                measure(row, lambda distance=distance: {"distance": float(distance())})
 
 
-def _digits_mixture(measure: Callable[[dict, Callable[[], float]], None]) -> None:
+def _digits_mixture(measure: Measure) -> None:
     pictures, labels = load_digits(return_X_y=True)
     truth = Mixture.estimated(pictures / 8 - 1, labels, floor=1e-3)
     learnt = Mixture.estimated(*truth.draw(len(labels), np.random.default_rng(0)), floor=0.0)
-    reference, drawn = truth.moments(), {}
+    reference = truth.moments()
 
-    def distance(method: str, steps: int, spacing: str, seed: int) -> float:
-        x_T = np.random.default_rng(seed).standard_normal((_NUM_DRAWS.value, 64), np.float32)
-        points = np.concatenate(
-            [run_sampler(learnt, part, method, steps, spacing, seed + i) for i, part in enumerate(np.split(x_T, 10))]
-        )
-        drawn[method, steps, spacing, seed] = statistics(points)
-        return frechet_distance(drawn[method, steps, spacing, seed], reference)
+    def drawer(method: str, steps: int, spacing: str) -> Draw:
+        sampler = make_sampler(learnt, method, steps, spacing)
 
-    _measure_runs("digits_mixture", _NUM_DRAWS.value, measure, distance, drawn)
-    row = {"part": "digits_mixture", "method": "learnt", "steps": 0, "spacing": "exact moments", "seed": 0}
-    measure(row, lambda: frechet_distance(learnt.moments(), reference))
+        def draw(number: int) -> Statistics:
+            moments = Moments(64)
+            for start in range(0, _NUM_SAMPLES.value, _BATCH_SIZE.value):
+                key = jax.random.fold_in(jax.random.key(number), start)
+                x_T = jax.random.normal(key, (min(_BATCH_SIZE.value, _NUM_SAMPLES.value - start), 64))
+                moments.add(np.asarray(sampler(x_T, jax.random.fold_in(key, 1))))
+            return moments.statistics()
+
+        return draw
+
+    _measure_runs("digits_mixture", measure, drawer, reference)
+    row = {"part": "digits_mixture", "method": "learnt", "steps": 0, "spacing": "exact moments"}
+    measure(row, lambda: {"distance": frechet_distance(learnt.moments(), reference)})
 
 
-def _digits(measure: Callable[[dict, Callable[[], float]], None]) -> None:
+def _digits(measure: Measure) -> None:
     dataset = open_dataset(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
-    images, labels = [], []
-    for split in ("train", "heldout"):
-        records = dataset.records(split, in_memory=True)
-        batch = records.read(np.arange(len(records)))
-        images.append(batch["mean"].astype(np.float32))
-        labels.append(batch["label"])
-    classifier = train_classifier(images[0], labels[0], dataset.metadata.num_classes)
-    reference, drawn = statistics(classifier.features(np.concatenate(images))), {}
-    model, wanted = load_model(_WORKDIR.value), sample_labels(np.concatenate(labels), _NUM_SAMPLES.value)
+    train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
+    classifier = train_classifier(train.images, train.labels, dataset.metadata.num_classes)
+    reference = statistics(classifier.features(np.concatenate([train.images, heldout.images])))
+    wanted = sample_labels(np.concatenate([train.labels, heldout.labels]), _NUM_SAMPLES.value)
+    model = load_model(_WORKDIR.value, dtype="float32")
 
-    def distance(method: str, steps: int, spacing: str, seed: int) -> float:
-        samples = model.draw(wanted, seed=seed, num_steps=steps, method=method, spacing=spacing, batch_size=500)
-        drawn[method, steps, spacing, seed] = statistics(classifier.features(np.clip(samples, -1, 1)))
-        return frechet_distance(drawn[method, steps, spacing, seed], reference)
+    def drawer(method: str, steps: int, spacing: str) -> Draw:
+        def draw(number: int) -> Statistics:
+            # Further pictures of one seed are as independent as those of another, and compiled for once.
+            samples = model.draw(
+                wanted, seed=0, first=number * len(wanted), num_steps=steps, method=method, spacing=spacing,
+                batch_size=_BATCH_SIZE.value,
+            )  # fmt: skip
+            return statistics(classifier.features(np.clip(samples, -1, 1), _BATCH_SIZE.value))
 
-    _measure_runs("digits", _NUM_SAMPLES.value, measure, distance, drawn)
+        return draw
+
+    _measure_runs("digits", measure, drawer, reference)
 
 
-def _measure_runs(part: str, count: int, measure, distance, drawn: dict) -> None:
+def _measure_runs(part: str, measure: Measure, drawer: Callable[[str, int, str], Draw], reference: Statistics) -> None:
+    def figures(draw: Draw) -> dict:
+        sets = [draw(number) for number in range(_NUM_SETS.value)]
+        distances = [frechet_distance(drawn, reference) for drawn in sets]
+        return {
+            "distance": float(np.mean(distances)),
+            "standard_error": float(np.std(distances, ddof=1) / np.sqrt(len(distances))),
+            "floor": frechet_distance(*sets[:2]),
+            "distances": distances,
+        }
+
     for run in _RUNS.value:
-        method, steps, spacing, *seed = run.split(":")
-        key = method, int(steps), spacing, int(seed[0]) if seed else 0
-        row = {"part": part, "num_samples": count} | dict(zip(("method", "steps", "spacing", "seed"), key, strict=True))
-        measure(row, functools.partial(distance, *key))
-        if seed and {key, (*key[:3], 0)} <= drawn.keys():
-            floor = functools.partial(frechet_distance, drawn[key], drawn[(*key[:3], 0)])
-            measure(row | {"method": "floor"}, floor)
+        method, steps, spacing = run.split(":")
+        row = {"part": part, "method": method, "steps": int(steps), "spacing": spacing}
+        row |= {"num_samples": _NUM_SAMPLES.value, "num_sets": _NUM_SETS.value}
+        measure(row, lambda key=(method, int(steps), spacing): figures(drawer(*key)))
+
+
+def table(rows: Rows) -> str:
+    """The parts in 64 dimensions as docs/sampling.md has them: distance, and how it stands to the baseline's."""
+    parts = ("digits_mixture", "digits")
+    found = {(row["part"], row["method"], row["steps"], row["spacing"]): row for row in rows if "floor" in row}
+    heads = ["Method", "Spacing", "Calls", "Mixture", "of DDPM's", "Digits model", "of DDPM's"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for run in dict.fromkeys(key[1:] for key in found):
+        cells = [f"`{run[0]}`", run[2], str(run[1])]
+        for part in parts:
+            row, baseline = found.get((part, *run)), found.get((part, *BASELINE))
+            cells.append(f"{row['distance']:.4g} ± {row['standard_error']:.2g}" if row else "")
+            cells.append(_share(row, baseline) if row and baseline else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    for part in parts:
+        if mine := [row for (of, *_), row in found.items() if of == part]:
+            highest = max(row["floor"] for row in mine)
+            counts = sorted({(row["num_sets"], row["num_samples"]) for row in mine})
+            sets = ", ".join(f"{number} sets of {size:,}" for number, size in counts)
+            lines.append(f"{part}: {sets}; Monte-Carlo floor at most {highest:.3g}")
+    return "\n".join(lines)
+
+
+def _share(row: dict, baseline: dict) -> str:
+    share = row["distance"] / baseline["distance"]
+    error = share * np.hypot(*(of["standard_error"] / of["distance"] for of in (row, baseline)))
+    return f"{share:.3f}" + ("" if row is baseline else f" ± {error:.3f}")
 
 
 def _plot(rows: Rows, path: str) -> None:
@@ -264,15 +324,15 @@ def _plot(rows: Rows, path: str) -> None:
             mine = sorted(
                 (row["steps"], row["distance"])
                 for row in rows
-                if (row["part"], row["method"], row["spacing"], row["seed"]) == (part, method, spacing, 0)
+                if (row["part"], row["method"], row["spacing"]) == (part, method, spacing)
             )
             if mine and max(steps for steps, _ in mine) < 250:
                 panel.plot(*zip(*mine, strict=True), marker="o", color=f"C{number}", label=method)
             elif mine:
                 panel.axhline(mine[-1][1], color=f"C{number}", linestyle="--", label=f"{method}, {mine[-1][0]} steps")
-        floors = [row["distance"] for row in rows if (row["part"], row["method"]) == (part, "floor")]
+        floors = [row["floor"] for row in rows if row["part"] == part and "floor" in row]
         if floors:
-            panel.axhline(floors[0], color="grey", linestyle=":", label="Monte-Carlo floor")
+            panel.axhline(max(floors), color="grey", linestyle=":", label="Monte-Carlo floor")
         panel.set(title=title, xscale="log", yscale="log", xlabel="calls of the network")
         panel.set_xticks([10, 20, 40])
         panel.xaxis.set_major_formatter("{x:.0f}")

@@ -49,20 +49,20 @@ class Classifier:
     def __init__(self, graph: nnx.GraphDef, params: Params):
         self._graph, self.params = graph, params
 
-    def features(self, images: np.ndarray) -> np.ndarray:
+    def features(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Pictures (N, H, W, C) float32 in [-1, 1] to the hidden layer's activations (N, 64) float32."""
-        return self._batched(images)[0]
+        return self._batched(images, batch_size)[0]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Pictures (N, H, W, C) float32 in [-1, 1] to logits (N, K) float32."""
         return self._batched(images)[1]
 
-    def _batched(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _batched(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> tuple[np.ndarray, np.ndarray]:
         answers = []
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = images[start : start + BATCH_SIZE]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
             # The last batch is filled up, so that one shape is compiled.
-            padding = [(0, BATCH_SIZE - len(batch))] + [(0, 0)] * (images.ndim - 1)
+            padding = [(0, batch_size - len(batch))] + [(0, 0)] * (images.ndim - 1)
             padded = np.pad(batch, padding)
             answers.append([np.asarray(answer)[: len(batch)] for answer in _apply(self._graph, self.params, padded)])
         features, logits = zip(*answers, strict=True)
