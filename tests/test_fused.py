@@ -14,6 +14,7 @@ from terdit_jax.model import attention, block, fused
 from terdit_jax.model.embedders import rope_table
 from terdit_jax.model.layers import rotary_order
 from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.ternary import activations
 
 B, T, D, HEADS = 2, 8, 256, 4
 BF16 = jnp.bfloat16
@@ -38,7 +39,7 @@ def assert_near(actual, expected, tolerance=0.01):
 
 
 def assert_same_function(ours, plain, *arguments):
-    """Values and all gradients of `ours` on bfloat16 activations are those of `plain` on the same numbers in float32."""
+    """Values and gradients of `ours` on bfloat16 activations are those of `plain` on the same numbers in float32."""
     made, pullback = jax.vjp(ours, *arguments)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), arguments)
     expected, plain_pullback = jax.vjp(plain, *wide)
@@ -64,13 +65,14 @@ def test_add_norm_modulate():
 
     activations = (draws(B, T, D, seed=seed, dtype=BF16) for seed in (1, 2))
     vectors = (draws(B, D, seed=seed) for seed in (3, 4, 5))
-    assert_same_function(fused.add_norm_modulate, plain, *activations, *vectors)
+    ours = lambda x, y, *vectors: fused.add_norm_modulate(x, y, None, *vectors)  # noqa: E731
+    assert_same_function(ours, plain, *activations, *vectors)
 
 
 def test_swiglu():
     alphas, y = jnp.array([0.7, -1.3]), draws(B, T, 2 * D, dtype=BF16)
     plain = lambda y: rowwise.swiglu(y, None, alphas, "float32")[0]  # noqa: E731
-    assert_same_function(lambda y: fused.swiglu(y, alphas), plain, y)
+    assert_same_function(lambda y: fused.swiglu(y, None, alphas), plain, y)
 
 
 def test_queries_keys_values():
@@ -81,8 +83,37 @@ def test_queries_keys_values():
         named = tuple({"scale": scale, "bias": bias} for scale, bias in norms)
         return rowwise.queries_keys_values(y, None, alphas, named, rope, HEADS)
 
-    ours = lambda y, norms: fused.queries_keys_values(y, alphas, norms, rope, HEADS)  # noqa: E731
+    ours = lambda y, norms: fused.queries_keys_values(y, None, alphas, norms, rope, HEADS)  # noqa: E731
     assert_same_function(ours, plain, draws(B, T, 3 * D, dtype=BF16), norms)
+
+
+def test_products_in_8_bits_stand_for_what_scales_make_of_them():
+    """Values and gradients are those of the scaled products, which the gradient of the products then is."""
+    scale, y = jnp.abs(draws(B, T, seed=7)) + 0.1, draws(B, T, 3 * D, dtype=BF16)
+    alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, D // HEADS))
+    norms = tuple((1 + draws(D, seed=seed), draws(D, seed=seed + 1)) for seed in (1, 3))
+    x, vectors = draws(B, T, D, seed=1, dtype=BF16), [draws(B, D, seed=seed) for seed in (3, 4, 5)]
+    for run in (
+        lambda y, scale: fused.add_norm_modulate(x, y[..., :D], scale, *vectors),
+        lambda y, scale: fused.swiglu(y[..., : 2 * D], scale, alphas[:2]),
+        lambda y, scale: fused.queries_keys_values(y, scale, alphas, norms, rope, HEADS),
+    ):
+        made, pullback = jax.vjp(lambda y: run(y, scale), y)  # noqa: B023 - used at once
+        scaled = (y.astype(jnp.float32) * scale[..., None]).astype(BF16)
+        expected, plain_pullback = jax.vjp(lambda y: run(y, None), scaled)  # noqa: B023
+        assert_near(made, expected)
+        cotangents = jax.tree.map(lambda leaf: draws(*leaf.shape, seed=leaf.size, dtype=leaf.dtype), made)
+        assert_near(pullback(cotangents), plain_pullback(cotangents), 0.02)
+
+
+@pytest.mark.parametrize("num_axes", [1, 2])
+def test_quantize(num_axes):
+    h = draws(B, T, 2, D, dtype=BF16)
+    h = h if num_axes == 2 else h[:, :, 0]
+    made, expected = (q(h, "float8_e4m3fn", num_axes) for q in (fused.quantize, activations.quantize))
+    assert made[0].dtype == expected[0].dtype
+    np.testing.assert_allclose(made[1], expected[1], rtol=1e-6)
+    assert np.mean(made[0].astype(jnp.float32) != expected[0].astype(jnp.float32)) < 0.01
 
 
 def test_rotary_order():

@@ -11,6 +11,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from terdit_jax.kernels import mosaic
 from terdit_jax.kernels.mosaic import EPS, PAD
@@ -18,25 +19,26 @@ from terdit_jax.kernels.mosaic import EPS, PAD
 
 @jax.jit
 def add_norm_modulate(
-    x: Array, y: Array | None, gate: Array | None, gain: Array, dx: Array, dh: Array
+    x: Array, y: Array | None, y_scale: Array | None, gate: Array | None, gain: Array, dx: Array, dh: Array
 ) -> tuple[Array, Array | None, Array]:
-    """Of x' = x + gate y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
+    """Of x' = x + gate y_scale y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
 
     Args:
       x: (B, T, D) bfloat16, x'.
       y: (B, T, D) bfloat16, or None if there was nothing to add.
+      y_scale: (B, T) float32, what each token of y stands for, or None.
       gate: (B, D) float32, or None.
       gain: (B, D) float32.
       dx: (B, T, D) bfloat16, the gradient of x'.
       dh: (B, T, D) bfloat16, that of h.
 
     Returns:
-      dL/dx and dL/dy (B, T, D) bfloat16; the sums over tokens dL/dshift, dL/dgain and, if there was something to add,
-      dL/dgate, (B, 2 or 3, D) float32.
+      dL/dx and the gradient of y_scale y, (B, T, D) bfloat16; the sums over tokens dL/dshift, dL/dgain and, if there
+      was something to add, dL/dgate, (B, 2 or 3, D) float32.
     """
     width, rows, gated = x.shape[-1], _rows_of_block(x.shape), y is not None
 
-    def body(x_ref, y_ref, gate_ref, gain_ref, dx_ref, dh_ref, dx_out, dy_out, sums_out):
+    def body(x_ref, y_ref, y_scale_ref, gate_ref, gain_ref, dx_ref, dh_ref, dx_out, dy_out, sums_out):
         image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
 
         def step(index, sums):
@@ -52,7 +54,8 @@ def add_norm_modulate(
             new = [sums[0] + dh, sums[1] + dh * n]
             if gated:
                 dy_out[image, token] = (total * mosaic.load_row(gate_ref.at[image])).astype(jnp.bfloat16)
-                new.append(sums[2] + total * mosaic.load_row(y_ref.at[image, token]).astype(jnp.float32))
+                y = mosaic.load_row(y_ref.at[image, token]).astype(jnp.float32)
+                new.append(sums[2] + total * (y if y_scale_ref is None else y * y_scale_ref[image, token]))
             return tuple(new)
 
         zeros = mosaic.strided(jnp.zeros((width,), jnp.float32))
@@ -63,66 +66,87 @@ def add_norm_modulate(
     B, blocks = x.shape[0], x.shape[1] // rows
     outputs = [x, x if gated else None, jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32)]
     outputs = [None if out is None else jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
-    dx, dy, sums = mosaic.call(body, (B, blocks), [x, y, gate, gain, dx, dh], outputs)
+    dx, dy, sums = mosaic.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh], outputs)
     return dx, dy, jnp.sum(sums, axis=1)
 
 
 @jax.jit
-def swiglu(y: Array, alphas: Array, dh: Array) -> Array:
-    """Of h = silu(alpha_0 a) alpha_1 b with y = (a, b): (B, T, 2 F) bfloat16, (2,) float32, (B, T, F) -> dL/dy."""
+def swiglu(y: Array, y_scale: Array | None, alphas: Array, dh: Array) -> Array:
+    """Of h = silu(alpha_0 a) alpha_1 b with y_scale y = (a, b).
+
+    Args:
+      y: (B, T, 2 F) bfloat16 products.
+      y_scale: (B, T) float32, what each token of y stands for, or None.
+      alphas: (2,) float32.
+      dh: (B, T, F) bfloat16.
+
+    Returns:
+      The gradient of y_scale y, (B, T, 2 F) bfloat16.
+    """
     width = y.shape[-1] // 2
     parts = mosaic.parts_of_row(width)
     part = width // parts
     rows = mosaic.rows_of_block(y.shape)
 
-    def body(y_ref, alphas_ref, dh_ref, dy_out):
+    def body(y_ref, y_scale_ref, alphas_ref, dh_ref, dy_out):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * rows
         alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
 
         @pl.loop(0, rows)
         def _(index):
             token = tokens + index
+            scale = 1.0 if y_scale_ref is None else y_scale_ref[image, token]
             for k in range(parts):
                 first, second = (pl.ds(start + k * part, part) for start in (0, width))
                 a, b = (mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) for at in (first, second))
                 dh = mosaic.load_row(dh_ref.at[image, token, first]).astype(jnp.float32)
-                a, b = a * alpha_a, b * alpha_b
+                a, b = a * (alpha_a * scale), b * (alpha_b * scale)
                 sigmoid = 1 / (1 + jnp.exp(-a))
                 da = dh * b * sigmoid * (1 + a * (1 - sigmoid)) * alpha_a
                 dy_out[image, token, first] = da.astype(jnp.bfloat16)
                 dy_out[image, token, second] = (dh * a * sigmoid * alpha_b).astype(jnp.bfloat16)
 
     out = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    return mosaic.call(body, (y.shape[0], y.shape[1] // rows), [y, alphas, dh], [out])[0]
+    return mosaic.call(body, (y.shape[0], y.shape[1] // rows), [y, y_scale, alphas, dh], [out])[0]
 
 
 @partial(jax.jit, static_argnames=("heads",))
 def queries_keys_values(
-    y: Array, alphas: Array, norms: tuple[dict, dict], rope: Array, dq: Array, dk: Array, dv: Array, heads: int
+    y: Array,
+    y_scale: Array | None,
+    alphas: Array,
+    norms: tuple[dict, dict],
+    rope: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    heads: int,
 ) -> tuple[Array, Array]:
     """Of queries and keys behind their layer norm and RoPE, and values, as many heads of each.
 
     Args:
       y: (B, T, 3 D) bfloat16 products.
-      alphas: (3,) float32, what they were multiplied by.
+      y_scale: (B, T) float32, what each token of y stands for, or None.
+      alphas: (3,) float32, what they were multiplied by besides.
       norms: scale and bias (D,) of queries and of keys.
       rope: (2, T, head_dim / 2).
       dq, dk, dv: (B, T, heads, head_dim) bfloat16.
       heads: their number.
 
     Returns:
-      dL/dy (B, T, 3 D) bfloat16, and the sums over tokens of the gradients of queries' scale and bias and keys' scale
-      and bias, (B', 4, D) float32 with B' parts of the batch.
+      The gradient of y_scale y (B, T, 3 D) bfloat16, and the sums over tokens of the gradients of queries' scale and
+      bias and keys' scale and bias, (B', 4, D) float32 with B' parts of the batch.
     """
     B, T, total = y.shape
     width, half = total // 3, rope.shape[-1]
     # What was turned by an angle is turned back by it.
-    cos, sin, in_first = mosaic.rotary_tables(jnp.stack([rope[0], -rope[1]]), heads)
+    tables = mosaic.rotary_tables(jnp.stack([rope[0], -rope[1]]), heads)
     per_block = mosaic.images_of_block(B, T)
     gains = [norm["scale"] for norm in norms]
     gradients = [d.reshape(B, T, width) for d in (dq, dk, dv)]
 
-    def body(y_ref, alphas_ref, cos_ref, sin_ref, in_first_ref, gain_refs, d_refs, dy_out, sums_out, scratch):
+    def body(y_ref, y_scale_ref, alphas_ref, table_refs, gain_refs, d_refs, dy_out, sums_out, scratch):
+        cos_ref, sin_ref, in_first_ref = table_refs
         token, block = jax.lax.axis_index("block"), jax.lax.axis_index("image")
         mosaic.silence_pads(scratch, width)
 
@@ -137,7 +161,8 @@ def queries_keys_values(
                 ahead, behind = (mosaic.load_row(scratch.at[pl.ds(PAD + offset, width)]) for offset in (half, -half))
                 partner = jnp.where(mosaic.load_row(in_first_ref) > 0, ahead, behind)
                 d = d * mosaic.load_row(cos_ref.at[token]) + partner * mosaic.load_row(sin_ref.at[token])
-                n = mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) * alpha
+                scale = alpha if y_scale_ref is None else alpha * y_scale_ref[image, token]
+                n = mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) * scale
                 n = n - jnp.sum(n) * (1 / width)
                 inverse = jax.lax.rsqrt(jnp.sum(n * n) * (1 / width) + EPS)
                 n = n * inverse
@@ -167,9 +192,28 @@ def queries_keys_values(
         jax.ShapeDtypeStruct((blocks, T, 4, width), jnp.float32),
     ]
     scratch = {"scratch": plgpu.SMEM((width + 2 * PAD,), jnp.float32)}
-    arguments = [y, alphas, cos, sin, in_first, gains, gradients]
+    arguments = [y, y_scale, alphas, tables, gains, gradients]
     dy, sums = mosaic.call(body, (blocks, T), arguments, outputs, scratch)
     return dy, jnp.sum(sums, axis=1)
+
+
+@partial(jax.jit, static_argnames=("dtype",))
+def quantize(dy: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """As `ternary.activations.quantize` of (B, T, N) bfloat16, N as large as a row of SwiGLU's gradients."""
+    width = dy.shape[-1]
+    parts, rows = mosaic.parts_of_row(width), mosaic.rows_of_block(dy.shape)
+    part = width // parts
+
+    def body(dy_ref, rows_out, scale_out):
+        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * rows
+
+        @pl.loop(0, rows)
+        def _(index):
+            token = tokens + index
+            pieces = [mosaic.load_row(dy_ref.at[image, token, pl.ds(k * part, part)]) for k in range(parts)]
+            mosaic.store_operand([piece.astype(jnp.float32) for piece in pieces], rows_out, scale_out, image, token)
+
+    return mosaic.call(body, (dy.shape[0], dy.shape[1] // rows), [dy], mosaic.operand_types(dy, dtype))
 
 
 def _rows_of_block(shape: tuple[int, ...]) -> int:

@@ -58,13 +58,13 @@ def add_norm_modulate(
             x_out[image, token] = x
             x = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
-            _store_operand([x * inverse * gain + shift], h_out, scale_out, image, token)
+            store_operand([x * inverse * gain + shift], h_out, scale_out, image, token)
             return ahead
 
         jax.lax.fori_loop(0, rows, step, load(0))
 
     arguments = [x, y, y_scale, vectors, site.reshape(1)]
-    return call(body, (x.shape[0], x.shape[1] // rows), arguments, [_like(x, jnp.bfloat16), *_operand_types(x, dtype)])
+    return call(body, (x.shape[0], x.shape[1] // rows), arguments, [_like(x, jnp.bfloat16), *operand_types(x, dtype)])
 
 
 @jax.jit
@@ -111,9 +111,9 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
                 a = load_row(y_ref.at[image, token, pl.ds(k * part, part)]).astype(jnp.float32) * (alpha_a * scale)
                 b = load_row(y_ref.at[image, token, pl.ds(width + k * part, part)]).astype(jnp.float32)
                 pieces.append(a * (1 / (1 + jnp.exp(-a))) * (b * (alpha_b * scale)))  # a reciprocal is one instruction
-            _store_operand(pieces, h_out, scale_out, image, token)
+            store_operand(pieces, h_out, scale_out, image, token)
 
-    return call(body, (y.shape[0], y.shape[1] // rows), [y, y_scale, alphas], _operand_types(like, dtype))
+    return call(body, (y.shape[0], y.shape[1] // rows), [y, y_scale, alphas], operand_types(like, dtype))
 
 
 @partial(jax.jit, static_argnames=("dtype",))
@@ -129,12 +129,12 @@ def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
 
         def step(index, x):
             ahead = load(_next(index, rows))
-            _store_operand([x.astype(jnp.float32)], h_out, scale_out, image, tokens + index)
+            store_operand([x.astype(jnp.float32)], h_out, scale_out, image, tokens + index)
             return ahead
 
         jax.lax.fori_loop(0, rows, step, load(0))
 
-    return call(body, (x.shape[0], x.shape[1] // rows), [x], _operand_types(x, dtype))
+    return call(body, (x.shape[0], x.shape[1] // rows), [x], operand_types(x, dtype))
 
 
 @partial(jax.jit, static_argnames=("heads",))
@@ -251,7 +251,7 @@ def strided(vector: Array) -> Array:
     return plgpu.layout_cast(vector, plgpu.Layout.WG_STRIDED((size,), vec_size=vec_size))
 
 
-def _store_operand(pieces: list[Array], h_out, scale_out, image: Array, token: Array) -> None:
+def store_operand(pieces: list[Array], h_out, scale_out, image: Array, token: Array) -> None:
     """A row, in pieces of one size: quantised by its largest magnitude if it has a scale."""
     if scale_out is not None:
         peaks = jnp.abs(pieces[0])
@@ -265,7 +265,7 @@ def _store_operand(pieces: list[Array], h_out, scale_out, image: Array, token: A
         h_out[image, token, pl.ds(k * size, size)] = piece.astype(h_out.dtype)
 
 
-def _operand_types(like, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct | None]:
+def operand_types(like, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct | None]:
     eight = jnp.dtype(dtype).itemsize == 1
     return [_like(like, dtype), jax.ShapeDtypeStruct(like.shape[:2], jnp.float32) if eight else None]
 

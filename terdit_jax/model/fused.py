@@ -11,11 +11,13 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from terdit_jax.kernels import backward, mosaic
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.implementations import attention_implementation
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, constrain
+from terdit_jax.ternary import activations
 from terdit_jax.ternary.linear import scale_product
 
 
@@ -36,18 +38,18 @@ def fused_block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Arr
     attention, feed_forward = operands["attention"], operands["feed_forward"]
     norms = tuple((attention[name]["scale"], attention[name]["bias"]) for name in ("q_norm", "k_norm"))
     x, h = norm_modulate(x, operands["attention_norm"]["scale"] * (1 + scale), shift)
-    y, alphas = attention["qkv"].product(h)
-    q, k, v = queries_keys_values(y.reshape(*y.shape[:2], -1), alphas, norms, rope, config.num_heads)
+    y, y_scale, alphas = attention["qkv"].product(h, quantize)
+    q, k, v = queries_keys_values(y.reshape(*y.shape[:2], -1), y_scale, alphas, norms, rope, config.num_heads)
     h = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config)).reshape(x.shape)
-    attended, alpha = attention["out"].product(h)
+    out = attention["out"].product(h, quantize)
     gain = operands["ffn_norm"]["scale"] * (1 + ffn_scale)
-    x, h = add_norm_modulate(x, attended[:, :, 0], gate * alpha, gain, ffn_shift)
-    y, alphas = feed_forward["w13"].product(h)
-    h = swiglu(y.reshape(*y.shape[:2], -1), alphas)
-    fed = scale_product(*feed_forward["down"].product(h))[:, :, 0]
+    x, h = add_norm_modulate(x, out[0][:, :, 0], out[1], gate * out[2], gain, ffn_shift)
+    y, y_scale, alphas = feed_forward["w13"].product(h, quantize)
+    h = swiglu(y.reshape(*y.shape[:2], -1), y_scale, alphas)
+    fed = scale_product(*feed_forward["down"].product(h, quantize))[:, :, 0]
     added = x.astype(jnp.float32) + ffn_gate[:, None] * fed.astype(jnp.float32)
     x = constrain(added.astype(x.dtype), "batch", "tokens", None)
-    return x, {"attention": scale_product(attended, alpha)[:, :, 0], "feed_forward": fed, "residual": x}
+    return x, {"attention": scale_product(*out)[:, :, 0], "feed_forward": fed, "residual": x}
 
 
 @jax.custom_vjp
@@ -72,7 +74,7 @@ def _norm_modulate_fwd(x: Array, gain: Array, shift: Array) -> tuple[tuple[Array
 
 def _norm_modulate_bwd(residuals: tuple[Array, Array], gradients: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     x, gain = residuals
-    run = lambda x, gain, dx, dh: backward.add_norm_modulate(x, None, None, gain, dx, dh)[::2]  # noqa: E731
+    run = lambda x, gain, *d: backward.add_norm_modulate(x, None, None, None, gain, *d)[::2]  # noqa: E731
     dx, sums = _over_batch(run)(x, gain, *gradients)
     return dx, sums[:, 1], sums[:, 0]
 
@@ -81,12 +83,15 @@ norm_modulate.defvjp(_norm_modulate_fwd, _norm_modulate_bwd)
 
 
 @jax.custom_vjp
-def add_norm_modulate(x: Array, y: Array, gate: Array, gain: Array, shift: Array) -> tuple[Array, Array]:
-    """x' = x + gate y, and h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
+def add_norm_modulate(
+    x: Array, y: Array, y_scale: Array | None, gate: Array, gain: Array, shift: Array
+) -> tuple[Array, Array]:
+    """x' = x + gate y_scale y, and h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
 
     Args:
       x: (B, T, D) bfloat16.
-      y: (B, T, D) bfloat16.
+      y: (B, T, D) bfloat16; what is passed back to it is the gradient of y_scale y.
+      y_scale: (B, T) float32, or None.
       gate: (B, D) float32.
       gain: (B, D) float32.
       shift: (B, D) float32.
@@ -94,52 +99,66 @@ def add_norm_modulate(x: Array, y: Array, gate: Array, gain: Array, shift: Array
     Returns:
       x' and h (B, T, D) bfloat16.
     """
-    return _add_norm_modulate_fwd(x, y, gate, gain, shift)[0]
+    return _add_norm_modulate_fwd(x, y, y_scale, gate, gain, shift)[0]
 
 
-def _add_norm_modulate_fwd(x: Array, y: Array, gate: Array, gain: Array, shift: Array) -> tuple[tuple, tuple]:
-    def run(x: Array, y: Array, *vectors: Array) -> tuple[Array, Array]:
-        return mosaic.add_norm_modulate(x, y, None, jnp.stack(vectors)[None], jnp.int32(0), "bfloat16")[:2]
+def _add_norm_modulate_fwd(
+    x: Array, y: Array, y_scale: Array | None, gate: Array, gain: Array, shift: Array
+) -> tuple[tuple, tuple]:
+    def run(x: Array, y: Array, y_scale: Array | None, *vectors: Array) -> tuple[Array, Array]:
+        return mosaic.add_norm_modulate(x, y, y_scale, jnp.stack(vectors)[None], jnp.int32(0), "bfloat16")[:2]
 
-    x, h = _over_batch(run)(x, y, gate, gain, shift)
-    return (x, h), (x, y, gate, gain)
+    x, h = _over_batch(run)(x, y, y_scale, gate, gain, shift)
+    return (x, h), (x, y, y_scale, gate, gain)
 
 
 def _add_norm_modulate_bwd(residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, ...]:
     dx, dy, sums = _over_batch(backward.add_norm_modulate)(*residuals, *gradients)
-    return dx, dy, sums[:, 2], sums[:, 1], sums[:, 0]
+    return dx, dy, _no_gradient(residuals[2]), sums[:, 2], sums[:, 1], sums[:, 0]
 
 
 add_norm_modulate.defvjp(_add_norm_modulate_fwd, _add_norm_modulate_bwd)
 
 
 @jax.custom_vjp
-def swiglu(y: Array, alphas: Array) -> Array:
-    """silu(alpha_0 a) alpha_1 b of y = (a, b): (B, T, 2 F) bfloat16, constants (2,) float32 -> (B, T, F)."""
-    return _swiglu_fwd(y, alphas)[0]
+def swiglu(y: Array, y_scale: Array | None, alphas: Array) -> Array:
+    """silu(alpha_0 a) alpha_1 b of y_scale y = (a, b).
+
+    Args:
+      y: (B, T, 2 F) bfloat16; what is passed back to it is the gradient of y_scale y.
+      y_scale: (B, T) float32, or None.
+      alphas: (2,) float32; no gradient to them.
+
+    Returns:
+      (B, T, F) bfloat16.
+    """
+    return _swiglu_fwd(y, y_scale, alphas)[0]
 
 
-def _swiglu_fwd(y: Array, alphas: Array) -> tuple[Array, tuple[Array, Array]]:
-    run = lambda y, alphas: mosaic.swiglu(y, None, alphas, "bfloat16")[0]  # noqa: E731
-    return _over_batch(run, whole=(1,))(y, alphas), (y, alphas)
+def _swiglu_fwd(y: Array, y_scale: Array | None, alphas: Array) -> tuple[Array, tuple]:
+    run = lambda *arguments: mosaic.swiglu(*arguments, "bfloat16")[0]  # noqa: E731
+    return _over_batch(run, whole=(2,))(y, y_scale, alphas), (y, y_scale, alphas)
 
 
-def _swiglu_bwd(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
-    return _over_batch(backward.swiglu, whole=(1,))(*residuals, dh), jnp.zeros_like(residuals[1])
+def _swiglu_bwd(residuals: tuple, dh: Array) -> tuple[Array, Array | None, Array]:
+    dy = _over_batch(backward.swiglu, whole=(2,))(*residuals, dh)
+    return dy, *(_no_gradient(leaf) for leaf in residuals[1:])
 
 
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def queries_keys_values(
-    y: Array, alphas: Array, norms: tuple[tuple[Array, Array], ...], rope: Array, heads: int
+    y: Array, y_scale: Array | None, alphas: Array, norms: tuple[tuple[Array, Array], ...], rope: Array, heads: int
 ) -> tuple[Array, Array, Array]:
     """Queries and keys behind their layer norm and RoPE, and values, as many heads of each.
 
     Args:
-      y: (B, T, 3 D) bfloat16, features of queries and keys in `rotary_order`.
-      alphas: (3,) float32, what y is multiplied by; no gradient to them.
+      y: (B, T, 3 D) bfloat16, features of queries and keys in `rotary_order`; what is passed back to it is the gradient
+        of y_scale y.
+      y_scale: (B, T) float32, or None.
+      alphas: (3,) float32, what y is multiplied by besides; no gradient to them.
       norms: scale and bias (D,) float32 of queries and of keys.
       rope: (2, T, head_dim / 2) float32; no gradient to it.
       heads: their number.
@@ -147,32 +166,48 @@ def queries_keys_values(
     Returns:
       Three of (B, T, heads, head_dim) bfloat16.
     """
-    return _queries_keys_values_fwd(y, alphas, norms, rope, heads)[0]
+    return _queries_keys_values_fwd(y, y_scale, alphas, norms, rope, heads)[0]
 
 
 def _named(norms: tuple[tuple[Array, Array], ...]) -> tuple[dict, ...]:
     return tuple({"scale": scale, "bias": bias} for scale, bias in norms)
 
 
-def _queries_keys_values_fwd(y: Array, alphas: Array, norms: tuple, rope: Array, heads: int) -> tuple[tuple, tuple]:
-    def run(y: Array, alphas: Array, norms: tuple, rope: Array) -> tuple[Array, Array, Array]:
-        return mosaic.queries_keys_values(y, None, alphas, _named(norms), rope, heads)
+def _queries_keys_values_fwd(
+    y: Array, y_scale: Array | None, alphas: Array, norms: tuple, rope: Array, heads: int
+) -> tuple[tuple, tuple]:
+    def run(y: Array, y_scale: Array | None, alphas: Array, norms: tuple, rope: Array) -> tuple[Array, Array, Array]:
+        return mosaic.queries_keys_values(y, y_scale, alphas, _named(norms), rope, heads)
 
-    return _over_batch(run, whole=(1, 2, 3))(y, alphas, norms, rope), (y, alphas, norms, rope)
+    arguments = y, y_scale, alphas, norms, rope
+    return _over_batch(run, whole=(2, 3, 4))(*arguments), arguments
 
 
 def _queries_keys_values_bwd(heads: int, residuals: tuple, gradients: tuple[Array, ...]) -> tuple:
-    y, alphas, norms, rope = residuals
+    def run(y: Array, y_scale: Array | None, alphas: Array, norms: tuple, *rest: Array) -> tuple[Array, Array]:
+        return backward.queries_keys_values(y, y_scale, alphas, _named(norms), *rest, heads)
 
-    def run(y: Array, alphas: Array, norms: tuple, rope: Array, *gradients: Array) -> tuple[Array, Array]:
-        return backward.queries_keys_values(y, alphas, _named(norms), rope, *gradients, heads)
-
-    dy, sums = _over_batch(run, whole=(1, 2, 3))(y, alphas, norms, rope, *gradients)
+    dy, sums = _over_batch(run, whole=(2, 3, 4))(*residuals, *gradients)
     q_scale, q_bias, k_scale, k_bias = jnp.sum(sums, axis=0)
-    return dy, jnp.zeros_like(alphas), ((q_scale, q_bias), (k_scale, k_bias)), jnp.zeros_like(rope)
+    _, y_scale, alphas, _, rope = residuals
+    norms = (q_scale, q_bias), (k_scale, k_bias)
+    return dy, _no_gradient(y_scale), _no_gradient(alphas), norms, _no_gradient(rope)
 
 
 queries_keys_values.defvjp(_queries_keys_values_fwd, _queries_keys_values_bwd)
+
+
+def quantize(h: Array, dtype: DTypeLike, num_axes: int = 1) -> tuple[Array, Array]:
+    """As `ternary.activations.quantize` of (B, T, in) or, with two axes, (B, T, n, out) bfloat16."""
+    if jnp.dtype(dtype) == jnp.int8:
+        return activations.quantize(h, dtype, num_axes)
+    rows = h.reshape(*h.shape[:-num_axes], -1)
+    made, scale = _over_batch(lambda rows: backward.quantize(rows, dtype))(rows)
+    return made.reshape(h.shape), scale
+
+
+def _no_gradient(leaf: Array | None) -> Array | None:
+    return None if leaf is None else jnp.zeros_like(leaf)
 
 
 def _over_batch(run: Callable, whole: tuple[int, ...] = ()) -> Callable:

@@ -159,10 +159,23 @@ def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> 
     if config.scan_layers:
         return jax.lax.scan(layer, x, blocks)
     watched = []
-    for i in range(config.depth):
-        x, seen = layer(x, jax.tree.map(lambda leaf: leaf[i], blocks))  # noqa: B023 - used at once
+    leaves, structure = jax.tree.flatten(blocks)
+    for one in zip(*(_unstack(leaf) for leaf in leaves), strict=True):
+        x, seen = layer(x, structure.unflatten(one))
         watched.append(seen)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *watched)
+
+
+def _unstack(leaf: Array) -> tuple[Array, ...]:
+    """The layers of a leaf. Their gradients are stacked at once: XLA would sum as many padded arrays as there are
+    layers, anew in whatever reads them."""
+    layers = lambda leaf: tuple(leaf[i] for i in range(leaf.shape[0]))  # noqa: E731
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return layers(leaf)
+    stack = lambda _, grads: (jax.lax.optimization_barrier(jnp.stack(grads)),)  # noqa: E731
+    unstack = jax.custom_vjp(layers)
+    unstack.defvjp(lambda leaf: (layers(leaf), None), stack)
+    return unstack(leaf)
 
 
 def count_params(config: DiTConfig) -> dict[str, int]:
