@@ -58,6 +58,7 @@ def base_config() -> ConfigDict:
             "tensor": 1,
             "slices": 1,  # TPU slices, or groups of GPU nodes, joined by a slower network; data spans them
             "gather": "codes",  # codes | bfloat16: what of a ternary matrix that fsdp cuts travels, 2 bits or 16
+            "overlap": True,  # compile the step with the platform's options that hide communication behind arithmetic
         }
     )
 
@@ -95,6 +96,7 @@ def base_config() -> ConfigDict:
             "max_nonfinite_steps": 10,  # skipped in a row before the run is aborted
             "init_from": "",  # weights to start from: a workdir, an artifact, a published checkpoint, safetensors
             "compilation_cache": "",  # a folder or gs:// that compiled programs are kept in for restarts; none if empty
+            "compiler_options": "",  # of XLA, for the step: "--xla_name=value --xla_other=value"
         }
     )
     config.checkpoint = ConfigDict({"every": 5000, "keep": 3, "keep_every": 0})  # keep_every 0: none for good

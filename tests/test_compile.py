@@ -12,20 +12,22 @@ from terdit_jax.aot.program import chip_bytes, lower_sample, lower_train, saved_
 from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.topology import open_devices, parse_topology
 from terdit_jax.errors import UserError
+from terdit_jax.model.transformer import count_params
 
 
-def shrunken(**overrides):
-    spec = importlib.util.spec_from_file_location("digits", ROOT / "configs" / "digits.py")
+def shipped(name, fields):
+    """A configuration of configs/, with fields of its own; __ stands for a dot."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    config.update_from_flattened_dict(SHRUNKEN | {k.replace("__", "."): v for k, v in overrides.items()})
+    config.update_from_flattened_dict({field.replace("__", "."): value for field, value in fields.items()})
     return config
 
 
 def lower(what="train", topology="cpu:8", **overrides):
     machine = parse_topology(topology)
-    config = shrunken(**overrides)
+    config = shipped("digits", SHRUNKEN | overrides)
     if what == "train":
         return lower_train(config, machine, open_devices(machine))
     return lower_sample(config, machine, open_devices(machine), "small_exact", 4)
@@ -97,6 +99,16 @@ def test_drawing_counts_every_denoising_step_and_both_halves_of_guidance():
     assert 0 < packed < report["memory"]["arguments"]["weights"] == chip_bytes(program.held["weights"])
 
 
+def test_a_step_is_compiled_with_the_options_of_its_run(monkeypatch):
+    fast = "--xla_backend_optimization_level=0"
+    assert lower(train__compiler_options=fast).compiler_options == {"xla_backend_optimization_level": "0"}
+    with pytest.raises(UserError, match="No such compile option: 'xla_no_such'"):
+        lower(train__compiler_options="--xla_no_such=1")
+    monkeypatch.setattr("terdit_jax.aot.program.check_options", lambda options, device: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such'"):
+        lower(train__compiler_options="--xla_no_such=1").lowered.compile()
+
+
 class FullChip:
     """A program whose compiler finds that it does not fit."""
 
@@ -152,11 +164,16 @@ def test_the_command_writes_its_report(tmp_path):
     assert out.splitlines()[0].startswith("digits, train, on cpu:2: 2 chips, mesh data 1, fsdp 2, tensor 1")
 
 
+def need_compiler(topology):
+    module = "jax_cuda13_plugin" if topology.startswith("h200") else "libtpu"
+    pytest.importorskip(module, reason=f"the compiler for {topology} is not installed: pip install 'terdit-jax[aot]'")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h200:8"])
 def test_real_targets(tmp_path, topology):
     """At the widths of 4.2B, two layers of it."""
-    pytest.importorskip("jax_cuda13_plugin" if topology.startswith("h200") else "libtpu")
+    need_compiler(topology)
     output = tmp_path / "report.json"
     fields = ["--config.model.depth=2", "--config.train.batch_size=64", "--config.compute.remat=block"]
     finish(start("compile", TERDIT, f"--topology={topology}", f"--output={output}", *fields, cache=tmp_path / "cache"))
@@ -165,3 +182,22 @@ def test_real_targets(tmp_path, topology):
     assert report["flops"]["compiled"] == pytest.approx(again * report["flops"]["model"], rel=0.06)
     assert 0 < report["roofline"]["mfu_bound"] <= 0.78
     assert report["memory"]["total"] < report["memory"]["limit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "h200:8"])
+def test_the_step_of_4b_gathers_two_bits_a_ternary_parameter(topology):
+    """terdit_4b as shipped, 32 layers and 512 pictures, beside the same with codes that travel in bfloat16."""
+    need_compiler(topology)
+    machine = parse_topology(topology)
+    devices = open_devices(machine)
+    bits, sent = {}, {}
+    for gather in ("codes", "bfloat16"):
+        program = lower_train(shipped("terdit_4b", {"mesh.gather": gather}), machine, devices)
+        report = make_report(program, machine, devices)
+        # All gathers there are, of embedders and norms too. A chip receives all but its own part, twice a step.
+        gathered = sum(row["sent"] for row in report["collectives"] if row["kind"] == "all-gather")
+        received = 2 * count_params(program.model)["ternary"] * (1 - 1 / machine.num_chips)
+        bits[gather], sent[gather] = 8 * gathered / received, report["sent"]
+    assert 1.99 < bits["codes"] <= 2.1 and 15.9 < bits["bfloat16"] < 16.1
+    assert sent["bfloat16"] / sent["codes"] >= 2.2

@@ -44,6 +44,7 @@ def test_a_sound_configuration_makes_the_workdir(digits, tmp_path):
         ({"mesh__data": 3}, "does not multiply out to the 8 devices"),
         ({"mesh__data": 1, "mesh__tensor": 8}, "tensor=8 does not divide the 4 kv heads"),
         ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
+        ({"train__compiler_options": "--xla_no_such=1"}, "No such compile option: 'xla_no_such'"),
         ({"data__dir": ""}, "config.data.dir is empty"),
         ({"data__dir": "/nowhere/digits"}, "/nowhere/digits"),
         ({"model__in_channels": 3}, r"records of shape \(8, 8, 1\), the model takes \(8, 8, 3\)"),
@@ -69,6 +70,7 @@ def test_unwritable_workdir(digits, tmp_path):
     [
         ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.width=3"], "width"),
         ("main", ["--config=configs/digits.py", "--workdir=W", "--config.model.depth=deep"], "depth"),
+        ("main", ["--config=configs/digits.py", "--workdir=W", "--config.train.compiler_options=x"], "--name=value"),
         ("main", ["--config=configs/nothing.py", "--workdir=W"], "configs/nothing.py"),
         ("main", ["--workdir=W"], "--config and --workdir are both needed"),
         ("main", ["--config=configs/digits.py", "--workdir=W", "digits"], "unexpected argument 'digits'"),

@@ -77,6 +77,25 @@ def test_reports_beside_measured_steps(tmp_path):
         compare(folder, measured)
 
 
+def test_what_a_step_sends_is_documented_as_the_reports_say():
+    text = (ROOT / "docs" / "parallelism.md").read_text()
+    pods, sent = ROOT / "docs" / "pods", {}
+    for path in (pods / "train_h200_8.json", pods / "train_v5p_4x4x4.json", *(pods / "gathers").glob("*.json")):
+        report = json.loads(path.read_text())
+        key = report["topology"], report["options"]["gather"], report["options"]["grad_dtype"]
+        gathered, reduced = (
+            sum(row["sent"] for row in report["collectives"] if row["kind"] in kinds)
+            for kinds in (("all-gather",), ("all-reduce", "reduce-scatter"))
+        )
+        bits = 8 * gathered / (2 * 4_227_858_432 * (1 - 1 / report["chips"]))
+        figures = f"{bits:.2f} | {gathered / 1e9:.2f} | {reduced / 1e9:.2f} | {report['sent'] / 1e9:.2f}"
+        assert f"| `{'` | `'.join(key)}` | {figures} |" in text
+        assert report["images"] == 512 and report["config"] == "terdit_4b"
+        sent[key] = report["sent"]
+    for machine in ("h200:8", "v5p:4x4x4"):
+        assert sent[machine, "bfloat16", "bfloat16"] / sent[machine, "codes", "bfloat16"] >= 2.2
+
+
 def test_the_documentation_shows_what_the_reports_beside_it_say():
     text = (ROOT / "docs" / "pods_compile.md").read_text()
     pods = epath.Path(ROOT / "docs" / "pods")

@@ -21,6 +21,7 @@ from terdit_jax.inference.modes import choose_numerics
 from terdit_jax.inference.sampling import make_draw
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.parallel.compiler_options import Options, check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
 from terdit_jax.training.optimizer import make_optimizer
@@ -46,6 +47,7 @@ class Program:
     steps: denoising steps of a drawing; 1 for a training step.
     model_flops: of all chips, what the arithmetic asks for: without rematerialisation or work done twice.
     mode: of inference, where it draws.
+    compiler_options: those of the lowered program, beside XLA's own.
     """
 
     what: str
@@ -58,6 +60,7 @@ class Program:
     steps: int
     model_flops: float
     mode: str | None = None
+    compiler_options: Options = dataclasses.field(default_factory=dict)
 
 
 def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> Program:
@@ -68,6 +71,8 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
     """
     model, mesh = _prepare(config, topology, devices)
     check_division(config, model, mesh)
+    options = compiler_options(config, mesh)
+    check_options(options, devices[0])
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(model, optimizer, mesh)
     batch_size, sharding = config.train.batch_size, batch_sharding(mesh)
@@ -91,7 +96,7 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
         "batch": batch,
     }
     flops = 3 * model.flops_per_image() * batch_size
-    return Program("train", config, model, mesh, lowered, held, batch_size, 1, flops)
+    return Program("train", config, model, mesh, lowered, held, batch_size, 1, flops, compiler_options=options)
 
 
 def lower_sample(

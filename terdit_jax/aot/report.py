@@ -55,6 +55,7 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
         "chips": topology.num_chips,
         "mesh": dict(program.mesh.shape),
         "options": _options(program),
+        "compiler_options": program.compiler_options,
         "images": program.images,
         "steps": program.steps,
         "memory": _memory(program, compiled, topology),
@@ -197,10 +198,12 @@ def describe(report: dict) -> str:
     memory, flops = report["memory"], report["flops"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
+    xla = " ".join(f"{name}={value}" for name, value in report["compiler_options"].items())
     lines = [
         f"{report['config']}, {report['what']}, on {report['topology']}: {report['chips']} chips, mesh {mesh}, "
         f"{report['images']} images, {options}",
-        f"compiled in {report['compile_seconds']:.0f} s, {report['compile_processor_seconds']:.0f} of processor time",
+        f"compiled in {report['compile_seconds']:.0f} s, {report['compile_processor_seconds']:.0f} of processor time, "
+        f"with {xla or 'no options'} of XLA",
         "bytes a chip:",
     ]
     rows = [*memory["arguments"].items(), *((name, memory[name]) for name in ("temporaries", "outputs", "program"))]

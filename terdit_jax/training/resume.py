@@ -24,6 +24,7 @@ _FREE = (
     "train.accumulation_steps",
     "train.max_nonfinite_steps",
     "train.compilation_cache",
+    "train.compiler_options",
     "data.dir",
     "data.in_memory",
     "data.read_threads",

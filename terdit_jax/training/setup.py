@@ -3,6 +3,7 @@
 import dataclasses
 
 from etils import epath
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import optax
@@ -13,6 +14,7 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_shards, check_heads
 from terdit_jax.training.optimizer import make_optimizer
@@ -41,6 +43,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
+    check_options(compiler_options(config, mesh), jax.local_devices()[0])
     dataset = _open_data(config, model)
     workdir = epath.Path(workdir)
     try:

@@ -19,6 +19,7 @@ from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.parallel.compiler_options import compiler_options
 from terdit_jax.parallel.mesh import fsdp_rings
 from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.training.examples import Examples, example_keys, make_examples
@@ -172,7 +173,7 @@ def make_train_step(
         sums, grads = loss_and_grads(model, schedule, state["params"], examples, config.train.accumulation_steps)
         return apply_gradients(optimizer, config.optimizer, state, sums, grads)
 
-    return on_mesh(mesh, jax.jit(train_step, donate_argnums=0))
+    return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:

@@ -1,0 +1,66 @@
+"""XLA's options for the training step: those that hide communication behind arithmetic, by platform, and a run's own.
+
+They are handed over with the step (`jax.jit(..., compiler_options=...)`), not in the environment, so that a program
+compiled for a machine that is not here is the one that runs there.
+"""
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from terdit_jax.errors import UserError
+
+Options = dict[str, bool | str]
+
+# What changed the compiled step of 4.2B for the better, or names a default that it needs: docs/parallelism.md.
+_OVERLAP: dict[str, Options] = {
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,  # a layer's codes are gathered while the one before it computes
+    },
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    },
+}
+
+
+def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
+    """The options that a run's step is compiled with, names without dashes; the run's own override the others.
+
+    Raises:
+      UserError: `config.train.compiler_options` is no list of --name=value.
+    """
+    platform = mesh.devices.flat[0].platform
+    options: Options = {}
+    if config.mesh.overlap and mesh.size > 1:
+        options |= _OVERLAP.get(platform, {})
+    if platform == "gpu" and config.compute.matmul_dtype != "same":
+        # Trying Triton's kernels for 8-bit matmuls takes minutes of compiling; cuBLASLt's are chosen in the end.
+        options["xla_gpu_enable_triton_gemm"] = False
+    return options | dict(_parse(word) for word in config.train.compiler_options.split())
+
+
+def check_options(options: Options, device: jax.Device) -> None:
+    """Compiles nothing at all with the options. Raises UserError where the device's compiler does not take one."""
+    if not options:
+        return
+    nothing = jax.jit(lambda: 0, compiler_options=options, out_shardings=SingleDeviceSharding(device))
+    try:
+        nothing.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"XLA for {device.platform} refuses an option of config.train.compiler_options or config.mesh.overlap: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _parse(word: str) -> tuple[str, bool | str]:
+    name, equals, value = word.removeprefix("--").partition("=")
+    if not (word.startswith("--") and name and equals and value):
+        raise UserError(f"config.train.compiler_options: {word!r} is no --name=value")
+    # XLA reads numbers in text, but no booleans.
+    return name, {"true": True, "false": False}.get(value.lower(), value)
