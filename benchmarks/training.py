@@ -117,7 +117,9 @@ def _in_own_process(module: str, run: str, *more: str) -> dict:
     command = [sys.executable, "-m", module, f"--one={run}"]
     command += [f"--steps={_STEPS.value}", f"--warm_up={_WARM_UP.value}"]
     command += [*more, *(["--profile"] if _PROFILE.value and module == "benchmarks.training" else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Programs that are only compiled share the device.
+    environment = os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if "--compile" in more else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"run": run, "failed": done.stderr.strip().splitlines()[-1][:300] if done.stderr else "no output"}
     return json.loads(done.stdout.strip().splitlines()[-1])

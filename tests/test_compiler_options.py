@@ -22,13 +22,14 @@ def test_what_hides_communication_is_on_where_there_is_some():
     assert options_of("gpu")["xla_gpu_enable_pipelined_all_gather"] is True
     assert options_of("tpu") and all(name.startswith("xla_") for name in options_of("tpu"))
     for platform in ("gpu", "tpu"):
-        assert not options_of(platform, num_devices=1) and not options_of(platform, mesh__overlap=False)
+        alone = options_of(platform, num_devices=1)
+        assert alone == options_of(platform, mesh__overlap=False) and not any("all_gather" in name for name in alone)
     assert not options_of("cpu")
 
 
-def test_matmuls_in_8_bits_are_kept_from_triton_on_gpus():
-    assert options_of("gpu", 1, compute__matmul_dtype="float8_e4m3fn") == {"xla_gpu_enable_triton_gemm": False}
-    assert not options_of("cpu", compute__matmul_dtype="int8")
+def test_gpus_compute_what_a_loop_keeps_once():
+    assert options_of("gpu", 1)["xla_gpu_enable_dynamic_slice_fusion"] is False
+    assert not options_of("cpu", 1) and not options_of("tpu", 1)
 
 
 def test_a_run_s_own_options_come_last():

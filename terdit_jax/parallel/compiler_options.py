@@ -1,4 +1,4 @@
-"""XLA's options for the training step: those that hide communication behind arithmetic, by platform, and a run's own.
+"""XLA's options for the training step, by platform, those that hide communication behind arithmetic among them.
 
 They are handed over with the step (`jax.jit(..., compiler_options=...)`), not in the environment, so that a program
 compiled for a machine that is not here is the one that runs there.
@@ -28,6 +28,16 @@ _OVERLAP: dict[str, Options] = {
 }
 
 
+_ALWAYS: dict[str, Options] = {
+    "gpu": {
+        # Trying Triton's kernels for each matmul takes minutes of compiling; cuBLASLt's are chosen in the end.
+        "xla_gpu_enable_triton_gemm": False,
+        # A loop over layers would compute each matmul whose result is kept twice, once into the stack of what is kept.
+        "xla_gpu_enable_dynamic_slice_fusion": False,
+    },
+}
+
+
 def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
     """The options that a run's step is compiled with, names without dashes; the run's own override the others.
 
@@ -35,12 +45,9 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
       UserError: `config.train.compiler_options` is no list of --name=value.
     """
     platform = mesh.devices.flat[0].platform
-    options: Options = {}
+    options = dict(_ALWAYS.get(platform, {}))
     if config.mesh.overlap and mesh.size > 1:
         options |= _OVERLAP.get(platform, {})
-    if platform == "gpu" and config.compute.matmul_dtype != "same":
-        # Trying Triton's kernels for 8-bit matmuls takes minutes of compiling; cuBLASLt's are chosen in the end.
-        options["xla_gpu_enable_triton_gemm"] = False
     return options | dict(_parse(word) for word in config.train.compiler_options.split())
 
 
