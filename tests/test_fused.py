@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from terdit_jax.inference import rowwise
-from terdit_jax.model import attention, block, fused
+from terdit_jax.kernels import mosaic
+from terdit_jax.model import block, fused
 from terdit_jax.model.embedders import rope_table
-from terdit_jax.model.layers import rotary_order
 from terdit_jax.model.transformer import forward, make_operands
 
 B, T, D, HEADS = 2, 8, 256, 4
 BF16 = jnp.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one row a block", "two"])
+def kernels(monkeypatch, request):
+    monkeypatch.setattr(mosaic, "ENOUGH_BLOCKS", B * T // request.param)
     with interpreted_kernels(monkeypatch):
         yield
 
@@ -38,7 +39,7 @@ def assert_near(actual, expected, tolerance=0.01):
 
 
 def assert_same_function(ours, plain, *arguments):
-    """Values and all gradients of `ours` on bfloat16 activations are those of `plain` on the same numbers in float32."""
+    """Values and gradients of `ours` on bfloat16 activations are those of `plain` on the same numbers in float32."""
     made, pullback = jax.vjp(ours, *arguments)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), arguments)
     expected, plain_pullback = jax.vjp(plain, *wide)
@@ -79,19 +80,18 @@ def test_queries_keys_values():
 
     def plain(y, norms):
         named = tuple({"scale": scale, "bias": bias} for scale, bias in norms)
-        return rowwise.queries_keys_values(y, None, alphas, named, rope, HEADS)
+        order = rowwise.rotary_order(HEADS, D // HEADS)
+        columns = np.concatenate([order, D + order, np.arange(2 * D, 3 * D)])
+        named = jax.tree.map(lambda leaf: leaf[order], named)
+        q, k, v = rowwise.queries_keys_values(y[..., columns], None, alphas, named, rope, HEADS)
+        back = np.argsort(order)
+        return *(a.reshape(B, T, D)[..., back].reshape(a.shape) for a in (q, k)), v
 
     ours = lambda y, norms: fused.queries_keys_values(y, alphas, norms, rope, HEADS)  # noqa: E731
     assert_same_function(ours, plain, draws(B, T, 3 * D, dtype=BF16), norms)
 
 
-def test_rotary_order():
-    leaf = jnp.arange(8)
-    np.testing.assert_array_equal(rotary_order(leaf, 4), [0, 2, 1, 3, 4, 6, 5, 7])
-    np.testing.assert_array_equal(rotary_order(leaf[None, :, None], 4, axis=1)[0, :, 0], rotary_order(leaf, 4))
-    np.testing.assert_array_equal(rotary_order(leaf, 8), rowwise.rotary_order(1, 8))
-
-
+@pytest.mark.parametrize("kernels", [2], indirect=True)
 @pytest.mark.parametrize("ternary", [True, False])
 def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ternary):
     """In bfloat16, no further from float32 than plain blocks are."""
@@ -101,8 +101,7 @@ def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ter
     target = draws(B, 4, 4, 8, seed=6)
 
     def gradients(dtype, is_fused):
-        for module in (attention, block):
-            monkeypatch.setattr(module, "has_fused_passes", lambda config: is_fused)
+        monkeypatch.setattr(block, "has_fused_passes", lambda config: is_fused)
         made = dataclasses.replace(config, dtype=dtype, grad_dtype=dtype)
         run = lambda p: jnp.mean((forward(made, make_operands(made, p), x_t, t, y) - target) ** 2)  # noqa: E731
         return jax.jit(jax.grad(run))(params)

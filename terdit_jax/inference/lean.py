@@ -1,8 +1,8 @@
 """The forward pass of a ternary model rearranged for inference: the same function as `model.transformer.forward`.
 
 What training needs to keep apart is joined here: one matmul for q, k and v and one for w1 and w3, the modulations of
-all layers before the first, scales behind the sums, heads in an order in which RoPE needs no shuffle. The passes
-between matmuls are `rowwise`'s or `mosaic`'s; the numbers that each mode computes in are `modes`'s.
+all layers before the first, scales behind the sums. The passes between matmuls are `rowwise`'s or `mosaic`'s; the
+numbers that each mode computes in are `modes`'s.
 """
 
 from functools import partial
@@ -58,12 +58,13 @@ def make_lean_operands(config: DiTConfig, numerics: Numerics, operands: dict) ->
 def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_forward: dict) -> dict:
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     repeats = heads // kv_heads
-    q_order, k_order = (rowwise.rotary_order(count, head_dim) for count in (heads, kv_heads))
+    # Kernels take features as they are published, XLA turns pairs best that lie half a head apart.
+    orders = [slice(None) if numerics.kernels else rowwise.rotary_order(count, head_dim) for count in (heads, kv_heads)]
     packed, alpha = attention["qkv"].packed, attention["qkv"].alpha  # (repeats + 2, kv_width, in / 4)
-    # Back to the published head order (kv head, repeat, head_dim), then to RoPE's.
+    # Back to the published head order (kv head, repeat, head_dim).
     q = packed[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
     weights = {
-        "qkv": jnp.concatenate([q[q_order], packed[-2][k_order], packed[-1]]),
+        "qkv": jnp.concatenate([q[orders[0]], packed[-2][orders[1]], packed[-1]]),
         "out": attention["out"].packed[0],
         "w13": feed_forward["w13"].packed.reshape(2 * config.mlp_width, -1),
         "down": feed_forward["down"].packed[0],
@@ -72,8 +73,8 @@ def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_for
         weights = {name: expand(leaf, numerics.weights) for name, leaf in weights.items()}
     norms = None
     if config.qk_norm:
-        orders = {"q_norm": q_order, "k_norm": k_order}
-        norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in orders.items())
+        named = zip(("q_norm", "k_norm"), orders, strict=True)
+        norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in named)
     # Queries' parts share one alpha.
     return weights | {
         "alphas_qkv": alpha[jnp.array([0, -2, -1])],
