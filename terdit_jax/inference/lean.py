@@ -16,7 +16,7 @@ import numpy as np
 from terdit_jax.diffusion.guidance import ConditionalDenoise
 from terdit_jax.inference import rowwise
 from terdit_jax.inference.modes import Numerics
-from terdit_jax.kernels import mosaic
+from terdit_jax.kernels import mosaic, swiglu_matmul
 from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.embedders import condition, final_layer, patchify, rope_table, sincos_2d_table, unpatchify
@@ -193,15 +193,26 @@ def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c
         h, scale = (h, None) if operand == h.dtype else passes.quantize(h, operand)
         y = _multiply(numerics, h, layer["out"])
         x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), operand)
-        y = _multiply(numerics, h, layer["w13"])
-        h, scale = passes.swiglu(y, scale, layer["alphas_w13"], operand)
+        h, scale = _gated(numerics, h, scale, layer)
         y = _multiply(numerics, h, layer["down"])
         x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), operand)
     return unpatchify(final_layer(operands["final_layer"], x, c), config.grid_size, config.patch_size)
 
 
+def _gated(numerics: Numerics, h: Array, scale: Array | None, layer: dict) -> tuple[Array, Array | None]:
+    """The feed-forward up to its last matmul: an operand (B, T, D) and its scale (B, T) or None -> (B, T, F) and so."""
+    (B, T, D), weight = h.shape, _unpacked(numerics, layer["w13"])
+    if numerics.kernels and scale is None and swiglu_matmul.pays(B * T, D, len(weight) // 2):
+        return swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), weight, layer["alphas_w13"]).reshape(B, T, -1), None
+    passes = mosaic if numerics.kernels else rowwise
+    return passes.swiglu(_multiply(numerics, h, weight), scale, layer["alphas_w13"], numerics.operand)
+
+
+def _unpacked(numerics: Numerics, weight: Array) -> Array:
+    return expand(weight, numerics.operand) if weight.dtype == jnp.uint8 else weight
+
+
 def _multiply(numerics: Numerics, h: Array, weight: Array) -> Array:
     """h (B, T, in) times weight (out, in), or (out, in / 4) packed -> (B, T, out) in `numerics.products`."""
-    if weight.dtype == jnp.uint8:
-        weight = expand(weight, numerics.operand)
+    weight = _unpacked(numerics, weight)
     return jax.lax.dot_general(h, weight, (((2,), (1,)), ((), ())), preferred_element_type=numerics.products)
