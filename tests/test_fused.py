@@ -95,7 +95,7 @@ def test_queries_keys_values():
 @pytest.mark.parametrize("ternary", [True, False])
 def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ternary):
     """In bfloat16, no further from float32 than plain blocks are."""
-    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, ternary=ternary)
+    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, ternary=ternary, attention="xla")
     params = random_params(config)
     x_t, t, y = draws(B, 4, 4, 4, seed=5), jnp.array([20, 700]), jnp.array([1, 10])
     target = draws(B, 4, 4, 8, seed=6)
