@@ -6,6 +6,7 @@ numbers that each mode computes in are `modes`'s.
 """
 
 from functools import partial
+from types import ModuleType
 
 import jax
 from jax import Array
@@ -178,7 +179,7 @@ def lean_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Arra
 
 def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
     dtype, operand = config.activation_dtype, numerics.operand
-    passes = mosaic if numerics.kernels else rowwise
+    passes = _passes(numerics)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
     vectors = _make_vectors(operands, m)
     x = linear(patchify(x_t, config.patch_size), operands["x_embedder"], dtype)
@@ -190,7 +191,7 @@ def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c
         y = _multiply(numerics, h, layer["qkv"])
         q, k, v = passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
         h = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config)).reshape(x.shape)
-        h, scale = (h, None) if operand == h.dtype else passes.quantize(h, operand)
+        h, scale = _quantized(numerics, h)
         y = _multiply(numerics, h, layer["out"])
         x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), operand)
         h, scale = _gated(numerics, h, scale, layer)
@@ -201,11 +202,21 @@ def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c
 
 def _gated(numerics: Numerics, h: Array, scale: Array | None, layer: dict) -> tuple[Array, Array | None]:
     """The feed-forward up to its last matmul: an operand (B, T, D) and its scale (B, T) or None -> (B, T, F) and so."""
-    (B, T, D), weight = h.shape, _unpacked(numerics, layer["w13"])
-    if numerics.kernels and scale is None and swiglu_matmul.pays(B * T, D, len(weight) // 2):
-        return swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), weight, layer["alphas_w13"]).reshape(B, T, -1), None
-    passes = mosaic if numerics.kernels else rowwise
-    return passes.swiglu(_multiply(numerics, h, weight), scale, layer["alphas_w13"], numerics.operand)
+    (B, T, D), weight, alphas = h.shape, _unpacked(numerics, layer["w13"]), layer["alphas_w13"]
+    if numerics.kernels and swiglu_matmul.pays(B * T, D, len(weight) // 2):
+        scale = None if scale is None else scale.reshape(B * T)
+        h = swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), scale, weight, alphas)
+        return _quantized(numerics, h.reshape(B, T, -1))
+    return _passes(numerics).swiglu(_multiply(numerics, h, weight), scale, alphas, numerics.operand)
+
+
+def _quantized(numerics: Numerics, h: Array) -> tuple[Array, Array | None]:
+    """The operand that h (B, T, D) becomes, and its scale (B, T) or None."""
+    return (h, None) if numerics.operand == h.dtype else _passes(numerics).quantize(h, numerics.operand)
+
+
+def _passes(numerics: Numerics) -> ModuleType:
+    return mosaic if numerics.kernels else rowwise
 
 
 def _unpacked(numerics: Numerics, weight: Array) -> Array:
