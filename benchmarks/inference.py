@@ -2,6 +2,7 @@ r"""Time and memory of a guided denoising step in every mode, beside PyTorch on 
 
 python -m benchmarks.inference --output=inference.json \
   --configs=configs/terdit_4b.py,configs/terdit_600m.py,configs/terdit_4b_512.py@1/8,configs/terdit_600m.py:input_size=64@1/8
+python -m benchmarks.inference --output=inference.json --plot=docs/images/inference.png   # of rows measured before
 
 Ours is the product's own sampling loop (`inference.sampling.make_draw`) over random codes, modulations of the schedule
 included; PyTorch's ways are `benchmarks.torch_inference`'s. The two sides are processes of their own that take turns on
@@ -38,11 +39,13 @@ _PROFILES = flags.DEFINE_list("profiles", "", "CONFIG_NAME/MODE/BATCH of which e
 _MINUTES = flags.DEFINE_float("minutes", None, "No row is begun after as long; what runs a minute later is ended.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 _ERRORS = flags.DEFINE_bool("errors", True, "Also the error against float32.")
-_OUTPUT = flags.DEFINE_string("output", "inference.json", "JSON file.")
+_OUTPUT = flags.DEFINE_string("output", "inference.json", "JSON file; without --configs, its rows are shown.")
+_PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
 _ONE = flags.DEFINE_string("one", None, "Our side for one configuration, in this process; prints a line for each row.")
 _UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
 _LOCK = flags.DEFINE_string("lock", None, "File that is locked while the device is in use.")
 
+PEER = "torch compiled"  # what ours is compared with
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "triton", "nvidia-cudnn-cu13")
 
 
@@ -53,8 +56,20 @@ def main(argv: Sequence[str]) -> None:
         for row in measure_ours(_ONE.value):
             print("row " + json.dumps(row), flush=True)
         return
-    if not _CONFIGS.value:
+    output = pathlib.Path(_OUTPUT.value)
+    if _CONFIGS.value:
+        rows = _measure()
+    elif output.exists():
+        rows = json.loads(output.read_text())["rows"]
+    else:
         raise UserError("--configs is missing, e.g. --configs=configs/terdit_600m.py")
+    print(table(rows), flush=True)
+    if _PLOT.value:
+        _plot(rows, _PLOT.value)
+
+
+def _measure() -> list[dict]:
+    """Both sides' rows, which the output has as they come."""
     content = {
         "command": " ".join(["python -m benchmarks.inference", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -82,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
             side.start()
         for side in sides:
             side.join()
-    print(table(content["rows"]), flush=True)
+    return content["rows"]
 
 
 def _collect(commands: list[list[str]], content: dict, until: float) -> None:
@@ -127,7 +142,8 @@ def measure_ours(text: str) -> Iterator[dict]:
         for batch in batches or map(int, _BATCHES.value):
             if time.time() > _UNTIL.value:
                 return
-            row = {"who": mode, "model": config.name, "batch": batch, "device": jax.devices()[0].device_kind}
+            row = {"who": mode, "model": config.name, "pixels": 8 * model.input_size, "batch": batch}
+            row["device"] = jax.devices()[0].device_kind
             row |= {"held_gb": _bytes(operands) / 1e9, "error": error, "matmul_tflops": rate / 1e12}
             name = f"{config.name}/{mode}/{batch}"
             try:
@@ -223,21 +239,97 @@ def _bytes(operands: dict) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """Milliseconds a step and how many times as fast as torch.compile in bfloat16."""
-    peers = {(row["model"], row["batch"]): row.get("ms") for row in rows if row["who"] == "torch compiled"}
-    columns = ("model", "batch", "who", "ms a step", "times torch.compile", "held GB", "of the floor", "error")
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in sorted(rows, key=lambda row: (row["model"], row["batch"], row["who"])):
-        cells = [row["model"], str(row["batch"]), row["who"]]
-        if "failed" in row:
-            lines.append("| " + " | ".join([*cells, "failed: " + row["failed"]]) + " |")
-            continue
-        peer = peers.get((row["model"], row["batch"]))
-        cells += [f"{row['ms']:.2f}", f"{peer / row['ms']:.2f}" if peer else "", f"{row['held_gb']:.2f}"]
-        cells += [f"{row['floor_ms'] / row['ms']:.0%}" if "floor_ms" in row else ""]
-        cells += [f"{row['error']:.2g}" if row.get("error") is not None else ""]
-        lines.append("| " + " | ".join(cells) + " |")
+    """The tables of docs/benchmarks.md: milliseconds a step of every way beside how many times as fast as torch.compile
+    in bfloat16 it is; then what each holds and returns, at the largest batch that it ran."""
+    found = {(row["model"], row["pixels"], row["batch"], row["who"]): row for row in rows if "ms" in row}
+    ways = sorted({key[-1] for key in found}, key=_rank)
+    lines = _head("Model", "px", "Pictures", *map(_title, ways))
+    for run in sorted({key[:3] for key in found}):
+        peer = found.get((*run, PEER))
+        cells = [_milliseconds(found.get((*run, way)), peer) for way in ways]
+        lines.append(_line(*run, *cells))
+    lines += [
+        "",
+        *_head("Model", "px", "Way", "Pictures", "Held GB", "Peak GB", "Images/s, 250 steps", "Of the floor", "Error"),
+    ]
+    for model, pixels in sorted({key[:2] for key in found}):
+        for way in ways:
+            if mine := [row for key, row in found.items() if (key[:2], key[-1]) == ((model, pixels), way)]:
+                row = max(mine, key=lambda row: row["batch"])
+                rate = row["batch"] / (250 * row["ms"] / 1e3)
+                floor = f"{row['floor_ms'] / row['ms']:.0%}" if "floor_ms" in row else ""
+                error = f"{row['error']:.2g}" if row.get("error") is not None else ""
+                held = (f"{row[name]:.2f}" for name in ("held_gb", "peak_gb"))
+                lines.append(_line(model, pixels, _title(way), row["batch"], *held, f"{rate:.3g}", floor, error))
+    failed = (row for row in rows if "failed" in row)
+    lines += [f"{row['who']}, {row['model']}, {row['batch']}: failed: {row['failed']}" for row in failed]
     return "\n".join(lines)
+
+
+def _rank(way: str) -> tuple[bool, int, str]:
+    """Ours as modes are listed, then PyTorch's."""
+    modes = ("exact", "fast", "small", "small_exact")
+    mode = way.partition(":")[0]
+    return way.startswith("torch"), modes.index(mode) if mode in modes else len(modes), way
+
+
+def _title(way: str) -> str:
+    titles = {
+        PEER: "torch.compile, bf16",
+        "torch compiled_fp8": "torch.compile, fp8",
+        "torch public": "public code's way",
+    }
+    return titles.get(way, f"`{way}`")
+
+
+def _milliseconds(row: dict | None, peer: dict | None) -> str:
+    if row is None:
+        return ""
+    ratio = f" ({peer['ms'] / row['ms']:.2f})" if peer and peer is not row else ""
+    return f"{row['ms']:.2f}{ratio}"
+
+
+def _head(*columns: str) -> list[str]:
+    return [_line(*columns), "|---" * len(columns) + "|"]
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _plot(rows: list[dict], path: str) -> None:
+    """How many times as fast as torch.compile in bfloat16 each way is, by the number of pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {(row["model"], row["pixels"], row["batch"], row["who"]): row["ms"] for row in rows if "ms" in row}
+    panels = sorted({key[:2] for key in found if key[-1] == PEER})
+    if not panels:
+        raise UserError("--plot needs rows of --peers=compiled to compare with")
+    ways = sorted({key[-1] for key in found}, key=_rank)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), dpi=110, squeeze=False, sharey=True)
+    for axis, (model, pixels) in zip(axes[0], panels, strict=True):
+        batches = sorted(key[2] for key in found if (*key[:2], key[3]) == (model, pixels, PEER))
+        for number, way in enumerate(ways):
+            points = [
+                (batch, found[model, pixels, batch, PEER] / found[model, pixels, batch, way])
+                for batch in batches
+                if (model, pixels, batch, way) in found
+            ]
+            if not points:
+                continue
+            style = "--" if way.startswith("torch") else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}", label=_title(way).strip("`"))
+        axis.set(title=f"{model}, {pixels} px", xlabel="pictures at once", xscale="log", yscale="log")
+        axis.set_xticks(batches, map(str, batches))
+        axis.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("times as fast as torch.compile, bf16")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

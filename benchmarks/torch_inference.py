@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
             for batch in batches or map(int, _BATCHES.value):
                 if time.time() > _UNTIL.value:
                     return
-                row = {"who": f"torch {peer}", "model": config.name, "batch": batch}
+                row = {"who": f"torch {peer}", "model": config.name, "pixels": 8 * model.input_size, "batch": batch}
                 try:
                     row |= measure(network, model.sample_shape, model.num_classes, batch)
                 except Exception as error:  # one that fails leaves the others to be measured

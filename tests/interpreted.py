@@ -4,9 +4,10 @@ from collections.abc import Iterator
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from terdit_jax.kernels import mosaic
+from terdit_jax.kernels import rows
 
 ON_HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")
 
@@ -18,7 +19,11 @@ def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not ON_HOPPER:
         params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
         context = params.force_gpu_interpret_mode()
-        monkeypatch.setattr(mosaic, "strided", lambda vector: vector)
+        for name in ("strided", "strided_half"):
+            monkeypatch.setattr(rows, name, lambda row: row)
+        monkeypatch.setattr(rows, "split", lambda row: tuple(row.reshape(-1, 2).astype(jnp.float32).T))
+        join = lambda even, odd: jnp.stack([even, odd], axis=-1).ravel().astype(jnp.bfloat16)  # noqa: E731
+        monkeypatch.setattr(rows, "join", join)
     with context:
         jax.clear_caches()
         yield

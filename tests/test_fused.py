@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from terdit_jax.inference import rowwise
-from terdit_jax.model import attention, block, fused
+from terdit_jax.kernels import mosaic
+from terdit_jax.model import block, fused
 from terdit_jax.model.embedders import rope_table
-from terdit_jax.model.layers import rotary_order
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.ternary import activations
 
@@ -20,8 +20,9 @@ B, T, D, HEADS = 2, 8, 256, 4
 BF16 = jnp.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one row a block", "two"])
+def kernels(monkeypatch, request):
+    monkeypatch.setattr(mosaic, "ENOUGH_BLOCKS", B * T // request.param)
     with interpreted_kernels(monkeypatch):
         yield
 
@@ -81,7 +82,12 @@ def test_queries_keys_values():
 
     def plain(y, norms):
         named = tuple({"scale": scale, "bias": bias} for scale, bias in norms)
-        return rowwise.queries_keys_values(y, None, alphas, named, rope, HEADS)
+        order = rowwise.rotary_order(HEADS, D // HEADS)
+        columns = np.concatenate([order, D + order, np.arange(2 * D, 3 * D)])
+        named = jax.tree.map(lambda leaf: leaf[order], named)
+        q, k, v = rowwise.queries_keys_values(y[..., columns], None, alphas, named, rope, HEADS)
+        back = np.argsort(order)
+        return *(a.reshape(B, T, D)[..., back].reshape(a.shape) for a in (q, k)), v
 
     ours = lambda y, norms: fused.queries_keys_values(y, None, alphas, norms, rope, HEADS)  # noqa: E731
     assert_same_function(ours, plain, draws(B, T, 3 * D, dtype=BF16), norms)
@@ -116,24 +122,17 @@ def test_quantize(num_axes):
     assert np.mean(made[0].astype(jnp.float32) != expected[0].astype(jnp.float32)) < 0.01
 
 
-def test_rotary_order():
-    leaf = jnp.arange(8)
-    np.testing.assert_array_equal(rotary_order(leaf, 4), [0, 2, 1, 3, 4, 6, 5, 7])
-    np.testing.assert_array_equal(rotary_order(leaf[None, :, None], 4, axis=1)[0, :, 0], rotary_order(leaf, 4))
-    np.testing.assert_array_equal(rotary_order(leaf, 8), rowwise.rotary_order(1, 8))
-
-
+@pytest.mark.parametrize("kernels", [2], indirect=True)
 @pytest.mark.parametrize("ternary", [True, False])
 def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ternary):
     """In bfloat16, no further from float32 than plain blocks are."""
-    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, ternary=ternary)
+    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, ternary=ternary, attention="xla")
     params = random_params(config)
     x_t, t, y = draws(B, 4, 4, 4, seed=5), jnp.array([20, 700]), jnp.array([1, 10])
     target = draws(B, 4, 4, 8, seed=6)
 
     def gradients(dtype, is_fused):
-        for module in (attention, block):
-            monkeypatch.setattr(module, "has_fused_passes", lambda config: is_fused)
+        monkeypatch.setattr(block, "has_fused_passes", lambda config: is_fused)
         made = dataclasses.replace(config, dtype=dtype, grad_dtype=dtype)
         run = lambda p: jnp.mean((forward(made, make_operands(made, p), x_t, t, y) - target) ** 2)  # noqa: E731
         return jax.jit(jax.grad(run))(params)

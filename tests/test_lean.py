@@ -1,7 +1,10 @@
 """The forward pass rearranged for inference is the trained model's, in every mode, on one device and on eight."""
 
+import dataclasses
+
 from deployed import golden_weights, random_params, small_config, weights_of
 from golden_models import assert_close, golden_arrays, nhwc
+from interpreted import interpreted_kernels
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -34,12 +37,14 @@ def inputs(config, batch=8):
     return x_t, jnp.arange(batch) * 130, jnp.arange(batch) % (config.num_classes + 1)
 
 
-def both(config, numerics, seed=0):
-    """What training's forward pass and the lean one return."""
-    operands = make_operands(config, random_params(config, seed), packed=True)
-    expected = jax.jit(forward, static_argnums=0)(config, operands, *inputs(config))
+def both(config, numerics, batch=8):
+    """What training's forward pass, in float32, and the lean one return."""
+    operands = make_operands(config, random_params(config), packed=True)
+    exact = dataclasses.replace(config, dtype="float32")
+    expected = jax.jit(forward, static_argnums=0)(exact, operands, *inputs(config, batch))
     lean_operands = lean.make_lean_operands(config, numerics, operands)
-    return expected, jax.jit(lean.lean_forward, static_argnums=(0, 1))(config, numerics, lean_operands, *inputs(config))
+    compute = jax.jit(lean.lean_forward, static_argnums=(0, 1))
+    return expected, compute(config, numerics, lean_operands, *inputs(config, batch))
 
 
 def error(actual, expected):
@@ -61,6 +66,18 @@ def test_eight_bits_err_by_their_rounding(dtype):
     numerics, bound = EIGHT_BITS[dtype]
     expected, actual = both(small_config(), numerics)
     assert 1e-4 < error(actual, expected) < bound
+
+
+@pytest.mark.parametrize(("weights", "operand"), [("packed", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn")])
+def test_kernels_make_the_same_function(monkeypatch, weights, operand):
+    """Hardly further from float32 than without them: few numbers, rounded elsewhere."""
+    widths = {"hidden_size": 256, "num_heads": 4, "ffn_multiple_of": 256}
+    config = small_config(**widths, depth=1, input_size=4, dtype="bfloat16", attention="xla")
+    numerics = Numerics(weights, operand, "bfloat16")
+    plain = error(*both(config, numerics, batch=2)[::-1])
+    with interpreted_kernels(monkeypatch):
+        expected, actual = both(config, dataclasses.replace(numerics, kernels=True), batch=2)
+    assert 1e-4 < error(actual, expected) < 1.2 * plain
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)

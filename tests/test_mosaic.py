@@ -21,6 +21,7 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
+    monkeypatch.setattr(mosaic, "ENOUGH_BLOCKS", 4)  # so that blocks of these few rows have two each
     with interpreted_kernels(monkeypatch):
         yield
 
@@ -81,10 +82,18 @@ def test_queries_keys_values(kv_heads, normed):
     scale = jnp.abs(draws(B, T, seed=1)) + 0.1
     arguments = (scale, alphas, norms if normed else None, rope, HEADS)
     made = mosaic.queries_keys_values(y, *arguments)
+    # `rowwise` has the features of a head in another order.
+    orders = [rowwise.rotary_order(count, head_dim) for count in (HEADS, kv_heads)]
+    columns = np.concatenate([orders[0], width + orders[1], np.arange(width + kv_width, y.shape[-1])])
+    ordered = tuple(
+        {name: leaf[order] for name, leaf in norm.items()} for norm, order in zip(norms, orders, strict=True)
+    )
+    arguments = (scale, alphas, ordered if normed else None, rope, HEADS)
+    made = [
+        *(a.reshape(B, T, -1)[..., order].reshape(a.shape) for a, order in zip(made, orders, strict=False)),
+        made[2],
+    ]
     # In float32, `rowwise` does not round between norm and rotation, as kernels never do.
-    for actual, expected in zip(made, rowwise.queries_keys_values(y.astype(jnp.float32), *arguments), strict=True):
+    y = y[..., columns].astype(jnp.float32)
+    for actual, expected in zip(made, rowwise.queries_keys_values(y, *arguments), strict=True):
         assert_equal_but_for_rounding(actual, expected.astype(jnp.bfloat16))
-
-
-def test_widths_that_a_warpgroup_cannot_share():
-    assert mosaic.supports(1536, 4096) and not mosaic.supports(1536, 4096 + 128)

@@ -1,11 +1,12 @@
 """The forward pass of a ternary model rearranged for inference: the same function as `model.transformer.forward`.
 
 What training needs to keep apart is joined here: one matmul for q, k and v and one for w1 and w3, the modulations of
-all layers before the first, scales behind the sums, heads in an order in which RoPE needs no shuffle. The passes
-between matmuls are `rowwise`'s or `mosaic`'s; the numbers that each mode computes in are `modes`'s.
+all layers before the first, scales behind the sums. The passes between matmuls are `rowwise`'s or `mosaic`'s; the
+numbers that each mode computes in are `modes`'s.
 """
 
 from functools import partial
+from types import ModuleType
 
 import jax
 from jax import Array
@@ -16,7 +17,7 @@ import numpy as np
 from terdit_jax.diffusion.guidance import ConditionalDenoise
 from terdit_jax.inference import rowwise
 from terdit_jax.inference.modes import Numerics
-from terdit_jax.kernels import mosaic
+from terdit_jax.kernels import mosaic, swiglu_matmul
 from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.embedders import condition, final_layer, patchify, rope_table, sincos_2d_table, unpatchify
@@ -58,12 +59,13 @@ def make_lean_operands(config: DiTConfig, numerics: Numerics, operands: dict) ->
 def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_forward: dict) -> dict:
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     repeats = heads // kv_heads
-    q_order, k_order = (rowwise.rotary_order(count, head_dim) for count in (heads, kv_heads))
+    # Kernels take features as they are published, XLA turns pairs best that lie half a head apart.
+    orders = [slice(None) if numerics.kernels else rowwise.rotary_order(count, head_dim) for count in (heads, kv_heads)]
     packed, alpha = attention["qkv"].packed, attention["qkv"].alpha  # (repeats + 2, kv_width, in / 4)
-    # Back to the published head order (kv head, repeat, head_dim), then to RoPE's.
+    # Back to the published head order (kv head, repeat, head_dim).
     q = packed[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
     weights = {
-        "qkv": jnp.concatenate([q[q_order], packed[-2][k_order], packed[-1]]),
+        "qkv": jnp.concatenate([q[orders[0]], packed[-2][orders[1]], packed[-1]]),
         "out": attention["out"].packed[0],
         "w13": feed_forward["w13"].packed.reshape(2 * config.mlp_width, -1),
         "down": feed_forward["down"].packed[0],
@@ -72,8 +74,8 @@ def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_for
         weights = {name: expand(leaf, numerics.weights) for name, leaf in weights.items()}
     norms = None
     if config.qk_norm:
-        orders = {"q_norm": q_order, "k_norm": k_order}
-        norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in orders.items())
+        named = zip(("q_norm", "k_norm"), orders, strict=True)
+        norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in named)
     # Queries' parts share one alpha.
     return weights | {
         "alphas_qkv": alpha[jnp.array([0, -2, -1])],
@@ -177,7 +179,7 @@ def lean_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Arra
 
 def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
     dtype, operand = config.activation_dtype, numerics.operand
-    passes = mosaic if numerics.kernels else rowwise
+    passes = _passes(numerics)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
     vectors = _make_vectors(operands, m)
     x = linear(patchify(x_t, config.patch_size), operands["x_embedder"], dtype)
@@ -189,18 +191,39 @@ def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c
         y = _multiply(numerics, h, layer["qkv"])
         q, k, v = passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
         h = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config)).reshape(x.shape)
-        h, scale = (h, None) if operand == h.dtype else passes.quantize(h, operand)
+        h, scale = _quantized(numerics, h)
         y = _multiply(numerics, h, layer["out"])
         x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), operand)
-        y = _multiply(numerics, h, layer["w13"])
-        h, scale = passes.swiglu(y, scale, layer["alphas_w13"], operand)
+        h, scale = _gated(numerics, h, scale, layer)
         y = _multiply(numerics, h, layer["down"])
         x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), operand)
     return unpatchify(final_layer(operands["final_layer"], x, c), config.grid_size, config.patch_size)
 
 
+def _gated(numerics: Numerics, h: Array, scale: Array | None, layer: dict) -> tuple[Array, Array | None]:
+    """The feed-forward up to its last matmul: an operand (B, T, D) and its scale (B, T) or None -> (B, T, F) and so."""
+    (B, T, D), weight, alphas = h.shape, _unpacked(numerics, layer["w13"]), layer["alphas_w13"]
+    if numerics.kernels and swiglu_matmul.pays(B * T, D, len(weight) // 2):
+        scale = None if scale is None else scale.reshape(B * T)
+        h = swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), scale, weight, alphas)
+        return _quantized(numerics, h.reshape(B, T, -1))
+    return _passes(numerics).swiglu(_multiply(numerics, h, weight), scale, alphas, numerics.operand)
+
+
+def _quantized(numerics: Numerics, h: Array) -> tuple[Array, Array | None]:
+    """The operand that h (B, T, D) becomes, and its scale (B, T) or None."""
+    return (h, None) if numerics.operand == h.dtype else _passes(numerics).quantize(h, numerics.operand)
+
+
+def _passes(numerics: Numerics) -> ModuleType:
+    return mosaic if numerics.kernels else rowwise
+
+
+def _unpacked(numerics: Numerics, weight: Array) -> Array:
+    return expand(weight, numerics.operand) if weight.dtype == jnp.uint8 else weight
+
+
 def _multiply(numerics: Numerics, h: Array, weight: Array) -> Array:
     """h (B, T, in) times weight (out, in), or (out, in / 4) packed -> (B, T, out) in `numerics.products`."""
-    if weight.dtype == jnp.uint8:
-        weight = expand(weight, numerics.operand)
+    weight = _unpacked(numerics, weight)
     return jax.lax.dot_general(h, weight, (((2,), (1,)), ((), ())), preferred_element_type=numerics.products)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from terdit_jax.errors import UserError
-from terdit_jax.kernels import mosaic
+from terdit_jax.kernels import rows
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params
 
@@ -96,7 +96,7 @@ def _eight_bit_dtype(device: jax.Device) -> str:
 def _has_kernels(config: DiTConfig, device: jax.Device) -> bool:
     if device.platform != "gpu" or _compute_capability(device)[0] != 9 or config.activation_dtype != jnp.bfloat16:
         return False
-    return mosaic.supports(config.hidden_size, config.kv_width, config.mlp_width)
+    return rows.supports(config.hidden_size, config.kv_width, config.mlp_width)
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The backward passes of `mosaic`'s kernels, for training: a row of each array is read once and written once.
 
-Sums over tokens, for the gradients of what tokens share, leave as one part a block. The order of features, the cut over
-a warpgroup's threads and the barriers are as in `mosaic`; what the passes compute is `rowwise`'s.
+Sums over tokens, for the gradients of what tokens share, leave as one part a block. The cut over a warpgroup's
+threads and the barriers are as in `mosaic`; what the passes compute is `rowwise`'s.
 """
 
 from functools import partial
@@ -9,12 +9,11 @@ from functools import partial
 import jax
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from terdit_jax.kernels import mosaic
-from terdit_jax.kernels.mosaic import EPS, PAD
+from terdit_jax.kernels import mosaic, rows
+from terdit_jax.kernels.mosaic import EPS
 
 
 @jax.jit
@@ -36,34 +35,34 @@ def add_norm_modulate(
       dL/dx and the gradient of y_scale y, (B, T, D) bfloat16; the sums over tokens dL/dshift, dL/dgain and, if there
       was something to add, dL/dgate, (B, 2 or 3, D) float32.
     """
-    width, rows, gated = x.shape[-1], _rows_of_block(x.shape), y is not None
+    width, count, gated = x.shape[-1], _rows_of_block(x.shape), y is not None
 
     def body(x_ref, y_ref, y_scale_ref, gate_ref, gain_ref, dx_ref, dh_ref, dx_out, dy_out, sums_out):
         image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
 
         def step(index, sums):
-            token = block * rows + index
-            x, dh = (mosaic.load_row(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
-            dn = dh * mosaic.load_row(gain_ref.at[image])
+            token = block * count + index
+            x, dh = (rows.load(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
+            dn = dh * rows.load(gain_ref.at[image])
             squares, along = jnp.sum(x * x), jnp.sum(dn * x)
             inverse = jax.lax.rsqrt(squares * (1 / width) + EPS)
             n = x * inverse
             slope = along * inverse * (1 / width)
-            total = mosaic.load_row(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * inverse
+            total = rows.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * inverse
             dx_out[image, token] = total.astype(jnp.bfloat16)
             new = [sums[0] + dh, sums[1] + dh * n]
             if gated:
-                dy_out[image, token] = (total * mosaic.load_row(gate_ref.at[image])).astype(jnp.bfloat16)
-                y = mosaic.load_row(y_ref.at[image, token]).astype(jnp.float32)
+                dy_out[image, token] = (total * rows.load(gate_ref.at[image])).astype(jnp.bfloat16)
+                y = rows.load(y_ref.at[image, token]).astype(jnp.float32)
                 new.append(sums[2] + total * (y if y_scale_ref is None else y * y_scale_ref[image, token]))
             return tuple(new)
 
-        zeros = mosaic.strided(jnp.zeros((width,), jnp.float32))
-        sums = jax.lax.fori_loop(0, rows, step, (zeros,) * (2 + gated))
+        zeros = rows.strided(jnp.zeros((width,), jnp.float32))
+        sums = jax.lax.fori_loop(0, count, step, (zeros,) * (2 + gated))
         for k, total in enumerate(sums):
             sums_out[image, block, k] = total
 
-    B, blocks = x.shape[0], x.shape[1] // rows
+    B, blocks = x.shape[0], x.shape[1] // count
     outputs = [x, x if gated else None, jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32)]
     outputs = [None if out is None else jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
     dx, dy, sums = mosaic.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh], outputs)
@@ -86,20 +85,20 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dh: Array) -> Array:
     width = y.shape[-1] // 2
     parts = mosaic.parts_of_row(width)
     part = width // parts
-    rows = mosaic.rows_of_block(y.shape)
+    count = mosaic.rows_of_block(y.shape)
 
     def body(y_ref, y_scale_ref, alphas_ref, dh_ref, dy_out):
-        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * rows
+        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
 
-        @pl.loop(0, rows)
+        @pl.loop(0, count)
         def _(index):
             token = tokens + index
             scale = 1.0 if y_scale_ref is None else y_scale_ref[image, token]
             for k in range(parts):
                 first, second = (pl.ds(start + k * part, part) for start in (0, width))
-                a, b = (mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) for at in (first, second))
-                dh = mosaic.load_row(dh_ref.at[image, token, first]).astype(jnp.float32)
+                a, b = (rows.load(y_ref.at[image, token, at]).astype(jnp.float32) for at in (first, second))
+                dh = rows.load(dh_ref.at[image, token, first]).astype(jnp.float32)
                 a, b = a * (alpha_a * scale), b * (alpha_b * scale)
                 sigmoid = 1 / (1 + jnp.exp(-a))
                 da = dh * b * sigmoid * (1 + a * (1 - sigmoid)) * alpha_a
@@ -107,7 +106,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dh: Array) -> Array:
                 dy_out[image, token, second] = (dh * a * sigmoid * alpha_b).astype(jnp.bfloat16)
 
     out = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    return mosaic.call(body, (y.shape[0], y.shape[1] // rows), [y, y_scale, alphas, dh], [out])[0]
+    return mosaic.call(body, (y.shape[0], y.shape[1] // count), [y, y_scale, alphas, dh], [out])[0]
 
 
 @partial(jax.jit, static_argnames=("heads",))
@@ -138,85 +137,82 @@ def queries_keys_values(
       bias and keys' scale and bias, (B', 4, D) float32 with B' parts of the batch.
     """
     B, T, total = y.shape
-    width, half = total // 3, rope.shape[-1]
-    # What was turned by an angle is turned back by it.
-    tables = mosaic.rotary_tables(jnp.stack([rope[0], -rope[1]]), heads)
-    per_block = mosaic.images_of_block(B, T)
+    width = total // 3
+    count = mosaic.images_of_block(B, T)
     gains = [norm["scale"] for norm in norms]
     gradients = [d.reshape(B, T, width) for d in (dq, dk, dv)]
 
-    def body(y_ref, y_scale_ref, alphas_ref, table_refs, gain_refs, d_refs, dy_out, sums_out, scratch):
-        cos_ref, sin_ref, in_first_ref = table_refs
+    def body(y_ref, y_scale_ref, alphas_ref, rope_ref, gain_refs, d_refs, dy_out, sums_out):
         token, block = jax.lax.axis_index("block"), jax.lax.axis_index("image")
-        mosaic.silence_pads(scratch, width)
 
         def norm_rotate(which):
             alpha, at = alphas_ref[which], pl.ds(which * width, width)
 
             def step(index, sums):
-                image = block * per_block + index
-                d = mosaic.load_row(d_refs[which].at[image, token]).astype(jnp.float32)
-                scratch[pl.ds(PAD, width)] = d  # everyone has read the row before: sums below wait for all
-                plgpu.commit_smem()
-                ahead, behind = (mosaic.load_row(scratch.at[pl.ds(PAD + offset, width)]) for offset in (half, -half))
-                partner = jnp.where(mosaic.load_row(in_first_ref) > 0, ahead, behind)
-                d = d * mosaic.load_row(cos_ref.at[token]) + partner * mosaic.load_row(sin_ref.at[token])
+                image = block * count + index
+                d_even, d_odd = rows.split(rows.load(d_refs[which].at[image, token]))
+                cos, sin = (rows.load_half(rope_ref.at[part, token]) for part in range(2))
+                # What was turned by an angle is turned back by it.
+                d = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
                 scale = alpha if y_scale_ref is None else alpha * y_scale_ref[image, token]
-                n = mosaic.load_row(y_ref.at[image, token, at]).astype(jnp.float32) * scale
-                n = n - jnp.sum(n) * (1 / width)
-                inverse = jax.lax.rsqrt(jnp.sum(n * n) * (1 / width) + EPS)
-                n = n * inverse
-                sums = sums[0] + d * n, sums[1] + d
-                d = d * mosaic.load_row(gain_refs[which])
-                mean, along = jnp.sum(d) * (1 / width), jnp.sum(d * n) * (1 / width)
-                dy_out[image, token, at] = ((d - mean - n * along) * (inverse * alpha)).astype(jnp.bfloat16)
+                n = [part * scale for part in rows.split(rows.load(y_ref.at[image, token, at]))]
+                mean = jnp.sum(n[0] + n[1]) * (1 / width)
+                n = [part - mean for part in n]
+                inverse = jax.lax.rsqrt(jnp.sum(n[0] * n[0] + n[1] * n[1]) * (1 / width) + EPS)
+                n = [part * inverse for part in n]
+                sums = [total + new for total, new in zip(sums, (d[0] * n[0], d[1] * n[1], *d), strict=True)]
+                gain = rows.split(rows.load(gain_refs[which]))
+                d = [part * factor for part, factor in zip(d, gain, strict=True)]
+                mean = jnp.sum(d[0] + d[1]) * (1 / width)
+                along = jnp.sum(d[0] * n[0] + d[1] * n[1]) * (1 / width)
+                dy = ((a - mean - b * along) * (inverse * alpha) for a, b in zip(d, n, strict=True))
+                dy_out[image, token, at] = rows.join(*dy)
                 return sums
 
-            zeros = mosaic.strided(jnp.zeros((width,), jnp.float32))
-            sums = jax.lax.fori_loop(0, per_block, step, (zeros, zeros))
+            zeros = rows.strided_half(jnp.zeros((width // 2,), jnp.float32))
+            sums = jax.lax.fori_loop(0, count, step, [zeros] * 4)
             for k, total in enumerate(sums):
-                sums_out[block, token, 2 * which + k] = total
+                sums_out[block, token, 2 * which + k // 2, k % 2] = total
 
         norm_rotate(0)
         norm_rotate(1)
 
-        @pl.loop(0, per_block)
+        @pl.loop(0, count)
         def _(index):
-            image = block * per_block + index
-            d = mosaic.load_row(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
+            image = block * count + index
+            d = rows.load(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
             dy_out[image, token, pl.ds(2 * width, width)] = d.astype(jnp.bfloat16)
 
-    blocks = B // per_block
+    blocks = B // count
     outputs = [
         jax.ShapeDtypeStruct(y.shape, y.dtype),
-        jax.ShapeDtypeStruct((blocks, T, 4, width), jnp.float32),
+        jax.ShapeDtypeStruct((blocks, T, 4, 2, width // 2), jnp.float32),
     ]
-    scratch = {"scratch": plgpu.SMEM((width + 2 * PAD,), jnp.float32)}
-    arguments = [y, y_scale, alphas, tables, gains, gradients]
-    dy, sums = mosaic.call(body, (blocks, T), arguments, outputs, scratch)
-    return dy, jnp.sum(sums, axis=1)
+    arguments = [y, y_scale, alphas, mosaic.rotary_table(rope, heads), gains, gradients]
+    dy, sums = mosaic.call(body, (blocks, T), arguments, outputs)
+    return dy, jnp.sum(sums, axis=1).swapaxes(-1, -2).reshape(blocks, 4, width)
 
 
 @partial(jax.jit, static_argnames=("dtype",))
 def quantize(dy: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """As `ternary.activations.quantize` of (B, T, N) bfloat16, N as large as a row of SwiGLU's gradients."""
     width = dy.shape[-1]
-    parts, rows = mosaic.parts_of_row(width), mosaic.rows_of_block(dy.shape)
+    parts, count = mosaic.parts_of_row(width), mosaic.rows_of_block(dy.shape)
     part = width // parts
 
-    def body(dy_ref, rows_out, scale_out):
-        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * rows
+    def body(dy_ref, h_out, scale_out):
+        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
 
-        @pl.loop(0, rows)
+        @pl.loop(0, count)
         def _(index):
             token = tokens + index
-            pieces = [mosaic.load_row(dy_ref.at[image, token, pl.ds(k * part, part)]) for k in range(parts)]
-            mosaic.store_operand([piece.astype(jnp.float32) for piece in pieces], rows_out, scale_out, image, token)
+            pieces = [rows.load(dy_ref.at[image, token, pl.ds(k * part, part)]) for k in range(parts)]
+            mosaic.store_operand([piece.astype(jnp.float32) for piece in pieces], h_out, scale_out, image, token)
 
-    return mosaic.call(body, (dy.shape[0], dy.shape[1] // rows), [dy], mosaic.operand_types(dy, dtype))
+    return mosaic.call(body, (dy.shape[0], dy.shape[1] // count), [dy], mosaic.operand_types(dy, dtype))
 
 
 def _rows_of_block(shape: tuple[int, ...]) -> int:
     """Rows whose sums leave as one: twice as many as of a forward pass, for half the parts."""
-    rows = mosaic.rows_of_block(shape)
-    return 2 * rows if shape[1] % (2 * rows) == 0 and rows > 1 else rows
+    count = mosaic.rows_of_block(shape)
+    return 2 * count if shape[1] % (2 * count) == 0 and count > 1 else count

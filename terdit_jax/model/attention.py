@@ -9,8 +9,8 @@ from jax import Array
 import jax.numpy as jnp
 
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.implementations import attention_implementation, has_fused_passes
-from terdit_jax.model.layers import BlockLinear, LayerNorm, group_operand, layer_norm, rotary_order
+from terdit_jax.model.implementations import attention_implementation
+from terdit_jax.model.layers import BlockLinear, LayerNorm, group_operand, layer_norm
 from terdit_jax.parallel.sharding import constrain
 
 
@@ -29,16 +29,14 @@ class Attention(nnx.Module):
 
     def operands(self, config: DiTConfig, packed: bool) -> dict:
         """What `attention` reads, from parameters with the depth in front."""
-        rotary = 2 if not packed and has_fused_passes(config) else 0
         operands = {
-            "qkv": group_operand(config, [self.wq, self.wk, self.wv], packed=packed, rotary=rotary),
+            "qkv": group_operand(config, [self.wq, self.wk, self.wv], packed=packed),
             "out": group_operand(config, [self.wo], packed=packed),
         }
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
                 norm = getattr(self, name)
-                leaves = {"scale": norm.scale[...], "bias": norm.bias[...]}
-                operands[name] = {k: rotary_order(a, config.head_dim) if rotary else a for k, a in leaves.items()}
+                operands[name] = {"scale": norm.scale[...], "bias": norm.bias[...]}
         return operands
 
 

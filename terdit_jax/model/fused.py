@@ -26,7 +26,7 @@ def fused_block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Arr
 
     Args:
       config: the architecture.
-      operands: one layer's, of `Block.operands`, features of queries and keys in `rotary_order`.
+      operands: one layer's, of `Block.operands`.
       x: (B, T, D) bfloat16 residual stream.
       m: (B, 6, D) of `block.modulation`.
       rope: (2, T, head_dim / 2).
@@ -155,8 +155,7 @@ def queries_keys_values(
     """Queries and keys behind their layer norm and RoPE, and values, as many heads of each.
 
     Args:
-      y: (B, T, 3 D) bfloat16, features of queries and keys in `rotary_order`; what is passed back to it is the gradient
-        of y_scale y.
+      y: (B, T, 3 D) bfloat16; what is passed back to it is the gradient of y_scale y.
       y_scale: (B, T) float32, or None.
       alphas: (3,) float32, what y is multiplied by besides; no gradient to them.
       norms: scale and bias (D,) float32 of queries and of keys.

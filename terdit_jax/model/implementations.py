@@ -2,7 +2,7 @@
 
 import jax
 
-from terdit_jax.kernels import mosaic
+from terdit_jax.kernels import rows
 from terdit_jax.model.config import DiTConfig
 
 
@@ -23,4 +23,4 @@ def has_fused_passes(config: DiTConfig) -> bool:
     if not config.qk_norm or config.num_kv_heads != config.num_heads:
         return False
     hopper = jax.devices()[0].compute_capability.startswith("9.")
-    return hopper and mosaic.supports(config.hidden_size, config.mlp_width)
+    return hopper and rows.supports(config.hidden_size, config.mlp_width)

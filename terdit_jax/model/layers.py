@@ -58,12 +58,7 @@ class BlockLinear(nnx.Module):
 
 
 def group_operand(
-    config: DiTConfig,
-    layers: list[BlockLinear],
-    *,
-    packed: bool = False,
-    matmul_dtype: str | None = None,
-    rotary: int = 0,
+    config: DiTConfig, layers: list[BlockLinear], *, packed: bool = False, matmul_dtype: str | None = None
 ) -> Operand:
     """The stacked layers' maps of one input as one operand; each leaf has the depth in front.
 
@@ -75,7 +70,6 @@ def group_operand(
       layers: maps with weights (L, out, in), all with the same `in`; for inference (L, out, in / 4) uint8 will do.
       packed: 2-bit codes for inference instead of int8 codes with a gradient.
       matmul_dtype: of the matmuls under training; the configuration's if left out.
-      rotary: how many of the first layers' features are put in `rotary_order`.
 
     Returns:
       An operand whose maps, in order, are the layers' (a wider one spanning several).
@@ -84,8 +78,6 @@ def group_operand(
     parts = [layer.weight.shape[-2] // width for layer in layers]
 
     def stack(arrays: list[Array]) -> Array:
-        turned = [rotary_order(a, config.head_dim, axis=1) for a in arrays[:rotary]]
-        arrays = [*turned, *arrays[rotary:]]
         return jnp.concatenate(
             [_split_heads(a, n, config.head_dim) for a, n in zip(arrays, parts, strict=True)], axis=1
         )
@@ -104,15 +96,6 @@ def group_operand(
     made = [ternarize(w, alpha, config.grad_dtype) for w, alpha in zip(weights, alphas, strict=True)]
     codes, alphas, sinks = (list(kind) for kind in zip(*made, strict=True))
     return TernaryLinear(stack(codes), spread(alphas), stack(sinks), matmul_dtype or config.matmul_dtype)
-
-
-def rotary_order(leaf: Array, head_dim: int, axis: int = -1) -> Array:
-    """The leaf with each head's even features before its odd ones along an axis: pairs that RoPE turns lie half a head
-    apart then."""
-    axis %= leaf.ndim
-    before, behind = leaf.shape[:axis], leaf.shape[axis + 1 :]
-    pairs = leaf.reshape(*before, -1, head_dim // 2, 2, *behind)
-    return pairs.swapaxes(axis + 1, axis + 2).reshape(leaf.shape)
 
 
 def _split_heads(weight: Array, parts: int, head_dim: int) -> Array:
