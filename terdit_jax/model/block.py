@@ -88,21 +88,20 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def block(config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array) -> tuple[Array, dict[str, Array]]:
+def block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array) -> tuple[Array, dict[str, Array]]:
     """One block.
 
     Args:
       config: the architecture.
       operands: one layer's, of `Block.operands`.
       x: (B, T, D) residual stream.
-      c: (B, C') condition, behind its SiLU.
+      m: (B, 6, D) of `modulation`.
       rope: (2, T, head_dim / 2).
 
     Returns:
       The new residual stream, and the activations a training log watches, by kind. A caller that drops the second
       pays nothing for it.
     """
-    m = modulation(operands["adaLN_modulation"], c, x.dtype)
     if has_fused_passes(config) and not isinstance(operands["attention"]["qkv"], PackedLinear):
         x, kinds = fused_block(config, operands, x, m, rope)
         return x, kinds | {"adaLN_modulation": m}

@@ -11,7 +11,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from terdit_jax.model.block import Block, block
+from terdit_jax.model.block import Block, block, modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.embedders import (
     FinalLayer,
@@ -135,15 +135,21 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
     c = condition(operands, t, y)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
 
+    blocks = dict(operands["blocks"])
+    modulate = lambda adaln: modulation(adaln, c, dtype)  # noqa: E731
+    if not config.scan_layers:
+        # Of all layers by one matmul: they depend on the condition alone.
+        blocks["adaLN_modulation"], modulate = jax.vmap(modulate)(blocks["adaLN_modulation"]), lambda m: m
+
     def layer(x: Array, layer_operands: dict) -> tuple[Array, dict]:
-        x, kinds = block(config, layer_operands, x, c, rope)
+        x, kinds = block(config, layer_operands, x, modulate(layer_operands["adaLN_modulation"]), rope)
         return x, watch(kinds)
 
     if config.remat == "block":
         layer = jax.checkpoint(layer)
     elif config.remat == "dots":
         layer = jax.checkpoint(layer, policy=_is_saved)
-    x, watched = _over_layers(config, layer, x, operands["blocks"])
+    x, watched = _over_layers(config, layer, x, blocks)
     out = final_layer(operands["final_layer"], x, c)
     return unpatchify(out, config.grid_size, config.patch_size), watched
 
