@@ -18,8 +18,8 @@ def test_pairs_of_a_thread_lower(width, heads):
     for scale in (None, shape(B, T)):
         traced = mosaic.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, heads=heads)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-    traced = backward.queries_keys_values.trace(y, shape(3), (norm, norm), rope, *gradients, heads=heads)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        traced = backward.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, *gradients, heads=heads)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_widths_that_a_warpgroup_cannot_share():
