@@ -14,6 +14,7 @@ from terdit_jax.kernels import mosaic
 from terdit_jax.model import block, fused
 from terdit_jax.model.embedders import rope_table
 from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.ternary import activations
 
 B, T, D, HEADS = 2, 8, 256, 4
@@ -145,3 +146,25 @@ def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ter
 
     plain, ours = error(gradients("bfloat16", False)), error(gradients("bfloat16", True))
     assert ours.max() < 0.2 and ours.mean() < 1.2 * plain.mean()
+
+
+def test_each_device_of_a_mesh_runs_its_own_pictures():
+    """Values and gradients, those of vectors that all pictures share among them, are one device's."""
+    x, gain, shift = draws(4, T, D, seed=1, dtype=BF16), draws(4, D, seed=2), draws(4, D, seed=3)
+    y, alphas, rope = (
+        draws(4, T, 3 * D, dtype=BF16),
+        jnp.array([0.5, -2.0, 3.0]),
+        jnp.asarray(rope_table(T, D // HEADS)),
+    )
+    norms = tuple((1 + draws(D, seed=seed), draws(D, seed=seed + 1)) for seed in (1, 3))
+
+    def run(x, gain, shift, y, norms):
+        made = fused.norm_modulate(x, gain, shift), fused.queries_keys_values(y, None, alphas, norms, rope, HEADS)
+        return sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(made))
+
+    gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3, 4)))
+    expected = gradients(x, gain, shift, y, norms)
+    mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "slices": 1}, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        actual = gradients(x, gain, shift, y, norms)
+    assert_near(actual, expected, 1e-3)
