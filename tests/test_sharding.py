@@ -1,5 +1,7 @@
 """Every leaf lies by exactly one rule, and no mesh changes a training step."""
 
+import dataclasses
+
 from golden_models import assert_trees_close, random_params, tiny_config
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ def stored_batch(step):
     }
 
 
-def three_steps(mesh, accumulation_steps=1):
+def three_steps(mesh, accumulation_steps=1, model=MODEL):
     """Losses and gradients of three steps of plain gradient descent, which hides no gradient's size as Adam does."""
 
     @jax.jit
@@ -52,7 +54,7 @@ def three_steps(mesh, accumulation_steps=1):
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
         )
-        sums, grads = loss_and_grads(MODEL, SCHEDULE, params, examples, accumulation_steps)
+        sums, grads = loss_and_grads(model, SCHEDULE, params, examples, accumulation_steps)
         scale = 1e-3 / optax.tree.norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 
@@ -91,6 +93,15 @@ def test_accumulation_on_a_mesh_equals_one_device(one_device):
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         seen = three_steps(mesh, accumulation_steps=4)
+    for ours, expected in zip(seen, one_device, strict=True):
+        assert_trees_close(ours, expected)
+
+
+def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):
+    """Modulations of all layers at once, and layers' gradients stacked, where codes are gathered."""
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        seen = three_steps(mesh, model=dataclasses.replace(MODEL, scan_layers=False))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours, expected)
 
