@@ -308,8 +308,8 @@ def _plot(rows: list[dict], path: str) -> None:
     panels = sorted({key[:2] for key in found if key[-1] == PEER})
     if not panels:
         raise UserError("--plot needs rows of --peers=compiled to compare with")
-    ways = sorted({key[-1] for key in found}, key=_rank)
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), dpi=110, squeeze=False, sharey=True)
+    ways, lines = sorted({key[-1] for key in found}, key=_rank), {}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 4), dpi=110, squeeze=False, sharey=True)
     for axis, (model, pixels) in zip(axes[0], panels, strict=True):
         batches = sorted(key[2] for key in found if (*key[:2], key[3]) == (model, pixels, PEER))
         for number, way in enumerate(ways):
@@ -321,14 +321,18 @@ def _plot(rows: list[dict], path: str) -> None:
             if not points:
                 continue
             style = "--" if way.startswith("torch") else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}", label=_title(way).strip("`"))
+            (lines[way],) = axis.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}")
         axis.set(title=f"{model}, {pixels} px", xlabel="pictures at once", xscale="log", yscale="log")
         axis.set_xticks(batches, map(str, batches))
-        axis.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+        ticks = ("0.125", "0.25", "0.5", "1", "2", "4", "8")
+        axis.set_yticks([float(tick) for tick in ticks], ticks)
+        axis.grid(axis="y", color="0.9")
+        axis.margins(x=0.1)
         axis.minorticks_off()
     axes[0][0].set_ylabel("times as fast as torch.compile, bf16")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    names = [_title(way).strip("`") for way in lines]
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(lines.values(), names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
     figure.savefig(path)
 
 

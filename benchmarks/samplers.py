@@ -314,7 +314,7 @@ def _plot(rows: Rows, path: str) -> None:
 
     names = {
         "line": "Three Gaussians, exact denoiser\nWasserstein-1 distance",
-        "digits_mixture": "Ten Gaussians in 64 dimensions, estimated denoiser\nFrechet distance",
+        "digits_mixture": "Ten Gaussians, estimated denoiser\nFrechet distance",
         "digits": "The digits model\nFrechet distance of classifier features",
     }
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), dpi=110)
@@ -327,17 +327,22 @@ def _plot(rows: Rows, path: str) -> None:
                 if (row["part"], row["method"], row["spacing"]) == (part, method, spacing)
             )
             if mine and max(steps for steps, _ in mine) < 250:
-                panel.plot(*zip(*mine, strict=True), marker="o", color=f"C{number}", label=method)
+                style = {"marker": "os^Dv"[number], "markerfacecolor": "none", "color": f"C{number}"}
+                panel.plot(*zip(*mine, strict=True), label=method, **style)
             elif mine:
                 panel.axhline(mine[-1][1], color=f"C{number}", linestyle="--", label=f"{method}, {mine[-1][0]} steps")
         floors = [row["floor"] for row in rows if row["part"] == part and "floor" in row]
         if floors:
             panel.axhline(max(floors), color="grey", linestyle=":", label="Monte-Carlo floor")
-        panel.set(title=title, xscale="log", yscale="log", xlabel="calls of the network")
+        panel.set(title=title, xscale="log", xlim=(9, 44), xlabel="calls of the network")
+        if part == "digits":  # near each other, and nothing is lost by a scale from zero
+            panel.set_ylim(bottom=0)
+        else:
+            panel.set_yscale("log")
         panel.set_xticks([10, 20, 40])
         panel.xaxis.set_major_formatter("{x:.0f}")
         panel.minorticks_off()
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, **({} if part == "line" else {"loc": (0.07, 0.14), "ncols": 2}))
     figure.tight_layout()
     figure.savefig(path)
 
