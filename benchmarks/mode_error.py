@@ -158,7 +158,7 @@ def relative_errors(eps: np.ndarray, reference: np.ndarray) -> list[float]:
 
 
 def table(rows: list[dict]) -> str:
-    """As docs/benchmarks.md has it."""
+    """As docs/deployment.md has it."""
     lines = ["| Mode | error of eps | Frechet ratio | read as the label asked for |", "|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['frechet_ratio_std']:.3f}" if row["frechet_ratio_std"] is not None else ""

@@ -19,11 +19,12 @@ def options_of(platform, num_devices=8, **fields):
 
 
 def test_what_hides_communication_is_on_where_there_is_some():
-    assert options_of("gpu")["xla_gpu_enable_pipelined_all_gather"] is True
+    assert options_of("gpu")["xla_gpu_enable_latency_hiding_scheduler"] is True
     assert options_of("tpu") and all(name.startswith("xla_") for name in options_of("tpu"))
     for platform in ("gpu", "tpu"):
         alone = options_of(platform, num_devices=1)
-        assert alone == options_of(platform, mesh__overlap=False) and not any("all_gather" in name for name in alone)
+        assert alone == options_of(platform, mesh__overlap=False)
+        assert not any("all_gather" in name or "latency_hiding" in name for name in alone)
     assert not options_of("cpu")
 
 
@@ -33,10 +34,10 @@ def test_gpus_compute_what_a_loop_keeps_once():
 
 
 def test_a_run_s_own_options_come_last():
-    own = "--xla_gpu_enable_pipelined_all_gather=False  --xla_gpu_all_gather_combine_threshold_bytes=1024"
+    own = "--xla_gpu_enable_latency_hiding_scheduler=False  --xla_gpu_all_gather_combine_threshold_bytes=1024"
     options = options_of("gpu", train__compiler_options=own)
-    assert options["xla_gpu_enable_pipelined_all_gather"] is False
-    assert options["xla_gpu_enable_latency_hiding_scheduler"] is True
+    assert options["xla_gpu_enable_latency_hiding_scheduler"] is False
+    assert options["xla_gpu_enable_triton_gemm"] is False
     assert options["xla_gpu_all_gather_combine_threshold_bytes"] == "1024"
     assert options_of("cpu", train__compiler_options="--xla_dump_to=a=b") == {"xla_dump_to": "a=b"}
 

@@ -16,7 +16,6 @@ Options = dict[str, bool | str]
 _OVERLAP: dict[str, Options] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_enable_pipelined_all_gather": True,  # a layer's codes are gathered while the one before it computes
     },
     "tpu": {
         "xla_enable_async_all_gather": True,
