@@ -176,6 +176,8 @@ def _judge_by_classifier() -> None:
             labels, seed=_SEED.value, num_steps=_NUM_STEPS.value, cfg_scale=_CFG_SCALE.value, method=_METHOD.value
         )
         samples = Pictures(images, labels)
+    # Minutes on a CPU where pictures are many.
+    print(f"training a classifier of {len(train.labels):,} pictures to judge {len(samples.labels):,} by", flush=True)
     metrics = proxy_metrics(train, heldout, samples, dataset.metadata.num_classes, _SEED.value)
 
     for name, value in metrics.items():

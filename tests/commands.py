@@ -14,19 +14,20 @@ def no_flags() -> Iterator[None]:
         yield
     finally:
         _take_ours()
-        for flag in before:
+        for module, flag in before:
             flags.FLAGS[flag.name] = flag
+            flags.FLAGS.register_flag_by_module(module, flag)
 
 
-def _take_ours() -> list[flags.Flag]:
-    """Removes the flags that our modules have defined, and returns them."""
+def _take_ours() -> list[tuple[str, flags.Flag]]:
+    """Removes the flags that our modules have defined, and returns them with the modules."""
     found = [
-        flag
+        (module, flag)
         for module, defined in flags.FLAGS.flags_by_module_dict().items()
         if module.startswith(("terdit_jax.", "benchmarks."))
         for flag in defined
         if flag.name in flags.FLAGS and flags.FLAGS[flag.name] is flag
     ]
-    for flag in found:
+    for _, flag in found:
         delattr(flags.FLAGS, flag.name)
     return found

@@ -59,7 +59,7 @@ def test_every_field_arrives_from_the_configuration():
         ternary=False, input_size=16, in_channels=3, patch_size=4, hidden_size=64, depth=2, num_heads=4,
         num_kv_heads=2, ffn_multiple_of=64, num_classes=7, class_dropout_prob=0.2, qk_norm=False,
         positions="rope_1d_sincos_2d", adaln_rms_norm=False, alpha_init="least_squares", dtype="float32",
-        grad_dtype="float32", matmul_dtype="same", remat="dots", attention="xla", scan_layers=False,
+        grad_dtype="float32", matmul_dtype="same", remat="dots", attention="xla", passes="xla", scan_layers=False,
         gather="bfloat16",
     )  # fmt: skip
     assert dataclasses.asdict(from_fields(**fields)) == fields | {"fsdp_rings": ()}

@@ -1,12 +1,17 @@
 """Ways to run: what divides, what should fit, what is ranked first."""
 
 import pytest
-from test_compile import shrunken
+from runs import SHRUNKEN
+from test_compile import shipped
 
 from terdit_jax.aot.suggest import describe_suggestions, find_candidates, suggest
 from terdit_jax.aot.topology import parse_topology
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
+
+
+def shrunken(**fields):
+    return shipped("digits", SHRUNKEN | fields)
 
 
 @pytest.fixture(scope="module")
