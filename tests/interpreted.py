@@ -9,7 +9,7 @@ import pytest
 
 from terdit_jax.kernels import rows
 
-ON_HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")
+ON_HOPPER = rows.run_on(jax.devices()[0])
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ def draws(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+def draw_norms():
+    return tuple({"scale": 1 + draws(D, seed=seed), "bias": draws(D, seed=seed + 1)} for seed in (1, 3))
+
+
 def assert_near(actual, expected, tolerance=0.01):
     """Relative error in norm: sums of numbers that were rounded to bfloat16."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -79,13 +83,12 @@ def test_swiglu():
 
 def test_queries_keys_values():
     alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, D // HEADS))
-    norms = tuple((1 + draws(D, seed=seed), draws(D, seed=seed + 1)) for seed in (1, 3))
+    norms = draw_norms()
 
     def plain(y, norms):
-        named = tuple({"scale": scale, "bias": bias} for scale, bias in norms)
         order = rowwise.rotary_order(HEADS, D // HEADS)
         columns = np.concatenate([order, D + order, np.arange(2 * D, 3 * D)])
-        named = jax.tree.map(lambda leaf: leaf[order], named)
+        named = jax.tree.map(lambda leaf: leaf[order], norms)
         q, k, v = rowwise.queries_keys_values(y[..., columns], None, alphas, named, rope, HEADS)
         back = np.argsort(order)
         return *(a.reshape(B, T, D)[..., back].reshape(a.shape) for a in (q, k)), v
@@ -98,7 +101,7 @@ def test_products_in_8_bits_stand_for_what_scales_make_of_them():
     """Values and gradients are those of the scaled products, which the gradient of the products then is."""
     scale, y = jnp.abs(draws(B, T, seed=7)) + 0.1, draws(B, T, 3 * D, dtype=BF16)
     alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, D // HEADS))
-    norms = tuple((1 + draws(D, seed=seed), draws(D, seed=seed + 1)) for seed in (1, 3))
+    norms = draw_norms()
     x, vectors = draws(B, T, D, seed=1, dtype=BF16), [draws(B, D, seed=seed) for seed in (3, 4, 5)]
     for run in (
         lambda y, scale: fused.add_norm_modulate(x, y[..., :D], scale, *vectors),
@@ -156,7 +159,7 @@ def test_each_device_of_a_mesh_runs_its_own_pictures():
         jnp.array([0.5, -2.0, 3.0]),
         jnp.asarray(rope_table(T, D // HEADS)),
     )
-    norms = tuple((1 + draws(D, seed=seed), draws(D, seed=seed + 1)) for seed in (1, 3))
+    norms = draw_norms()
 
     def run(x, gain, shift, y, norms):
         made = fused.norm_modulate(x, gain, shift), fused.queries_keys_values(y, None, alphas, norms, rope, HEADS)

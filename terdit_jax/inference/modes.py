@@ -13,6 +13,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.kernels import rows
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params
+from terdit_jax.parallel.compiler_options import WITHOUT_TRITON, Options
 
 MODES = {
     "auto": "exact where its weights fit beside the work, small_exact elsewhere",
@@ -72,12 +73,11 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
     )
 
 
-def compiler_options(numerics: Numerics | None) -> dict[str, bool] | None:
-    """For `jax.jit` of what computes in these numbers. In 8 bits on GPUs cuBLAS alone multiplies: XLA would compile and
-    time dozens of Triton kernels for every matmul, for minutes."""
+def compiler_options(numerics: Numerics | None) -> Options | None:
+    """For `jax.jit` of what computes in these numbers: in 8 bits, where Triton costs most, GPUs do without it."""
     if numerics is None or jax.default_backend() != "gpu" or jnp.dtype(numerics.operand).itemsize > 1:
         return None
-    return {"xla_gpu_enable_triton_gemm": False}
+    return WITHOUT_TRITON
 
 
 def _fits(config: DiTConfig, device: jax.Device) -> bool:
@@ -94,7 +94,7 @@ def _eight_bit_dtype(device: jax.Device) -> str:
 
 
 def _has_kernels(config: DiTConfig, device: jax.Device) -> bool:
-    if device.platform != "gpu" or _compute_capability(device)[0] != 9 or config.activation_dtype != jnp.bfloat16:
+    if not rows.run_on(device) or config.activation_dtype != jnp.bfloat16:
         return False
     return rows.supports(config.hidden_size, config.kv_width, config.mlp_width)
 

@@ -4,6 +4,7 @@ A thread holds pieces as wide as the hardware loads, of two features at least: w
 asks no other thread. What is computed with rows is `mosaic`'s and `backward`'s.
 """
 
+import jax
 from jax import Array
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,6 +19,12 @@ LANES = 128  # threads of a warpgroup
 def supports(*widths: int) -> bool:
     """Whether rows of these widths can be cut over the threads of a warpgroup."""
     return all(width % (2 * LANES) == 0 for width in widths)
+
+
+def run_on(device: jax.Device) -> bool:
+    """Whether a device runs the kernels: a Hopper GPU."""
+    # Devices that are only compiled for may not say what they are capable of.
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
 
 
 def load(ref) -> Array:

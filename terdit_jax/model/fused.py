@@ -36,7 +36,7 @@ def fused_block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Arr
     """
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (m[:, part].astype(jnp.float32) for part in range(6))
     attention, feed_forward = operands["attention"], operands["feed_forward"]
-    norms = tuple((attention[name]["scale"], attention[name]["bias"]) for name in ("q_norm", "k_norm"))
+    norms = attention["q_norm"], attention["k_norm"]
     x, h = norm_modulate(x, operands["attention_norm"]["scale"] * (1 + scale), shift)
     y, y_scale, alphas = attention["qkv"].product(h, quantize)
     q, k, v = queries_keys_values(y.reshape(*y.shape[:2], -1), y_scale, alphas, norms, rope, config.num_heads)
@@ -150,7 +150,7 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def queries_keys_values(
-    y: Array, y_scale: Array | None, alphas: Array, norms: tuple[tuple[Array, Array], ...], rope: Array, heads: int
+    y: Array, y_scale: Array | None, alphas: Array, norms: tuple[dict, dict], rope: Array, heads: int
 ) -> tuple[Array, Array, Array]:
     """Queries and keys behind their layer norm and RoPE, and values, as many heads of each.
 
@@ -168,28 +168,20 @@ def queries_keys_values(
     return _queries_keys_values_fwd(y, y_scale, alphas, norms, rope, heads)[0]
 
 
-def _named(norms: tuple[tuple[Array, Array], ...]) -> tuple[dict, ...]:
-    return tuple({"scale": scale, "bias": bias} for scale, bias in norms)
-
-
 def _queries_keys_values_fwd(
     y: Array, y_scale: Array | None, alphas: Array, norms: tuple, rope: Array, heads: int
 ) -> tuple[tuple, tuple]:
-    def run(y: Array, y_scale: Array | None, alphas: Array, norms: tuple, rope: Array) -> tuple[Array, Array, Array]:
-        return mosaic.queries_keys_values(y, y_scale, alphas, _named(norms), rope, heads)
-
     arguments = y, y_scale, alphas, norms, rope
+    run = partial(mosaic.queries_keys_values, heads=heads)
     return _over_batch(run, whole=(2, 3, 4))(*arguments), arguments
 
 
 def _queries_keys_values_bwd(heads: int, residuals: tuple, gradients: tuple[Array, ...]) -> tuple:
-    def run(y: Array, y_scale: Array | None, alphas: Array, norms: tuple, *rest: Array) -> tuple[Array, Array]:
-        return backward.queries_keys_values(y, y_scale, alphas, _named(norms), *rest, heads)
-
+    run = partial(backward.queries_keys_values, heads=heads)
     dy, sums = _over_batch(run, whole=(2, 3, 4))(*residuals, *gradients)
     q_scale, q_bias, k_scale, k_bias = jnp.sum(sums, axis=0)
     _, y_scale, alphas, _, rope = residuals
-    norms = (q_scale, q_bias), (k_scale, k_bias)
+    norms = {"scale": q_scale, "bias": q_bias}, {"scale": k_scale, "bias": k_bias}
     return dy, _no_gradient(y_scale), _no_gradient(alphas), norms, _no_gradient(rope)
 
 

@@ -15,12 +15,11 @@ def attention_implementation(config: DiTConfig) -> str:
 
 def has_fused_passes(config: DiTConfig) -> bool:
     """Whether training runs blocks as `fused.fused_block`: on Hopper GPUs in bfloat16, each with whole rows."""
-    if config.passes == "xla" or config.dtype != "bfloat16" or jax.default_backend() != "gpu":
+    if config.passes == "xla" or config.dtype != "bfloat16" or not rows.run_on(jax.devices()[0]):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["tensor"] > 1:
         return False
     if not config.qk_norm or config.num_kv_heads != config.num_heads:
         return False
-    hopper = jax.devices()[0].compute_capability.startswith("9.")
-    return hopper and rows.supports(config.hidden_size, config.mlp_width)
+    return rows.supports(config.hidden_size, config.mlp_width)

@@ -27,10 +27,12 @@ _OVERLAP: dict[str, Options] = {
 }
 
 
+# Trying Triton's kernels for each matmul takes minutes of compiling, most in 8 bits; cuBLASLt's are chosen in the end.
+WITHOUT_TRITON: Options = {"xla_gpu_enable_triton_gemm": False}
+
 _ALWAYS: dict[str, Options] = {
     "gpu": {
-        # Trying Triton's kernels for each matmul takes minutes of compiling; cuBLASLt's are chosen in the end.
-        "xla_gpu_enable_triton_gemm": False,
+        **WITHOUT_TRITON,
         # A loop over layers would compute each matmul whose result is kept twice, once into the stack of what is kept.
         "xla_gpu_enable_dynamic_slice_fusion": False,
     },
