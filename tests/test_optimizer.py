@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from terdit_jax.config import base_config
@@ -20,7 +21,7 @@ def updates_of(config, params, gradients):
     optimizer = make_optimizer(config)
     update, state, out = jax.jit(optimizer.update), optimizer.init(params), []
     for gradient in gradients:
-        updates, state = update(gradient, state, params)
+        updates, state = update(gradient, state, params, grad_norm=optax.tree.norm(gradient))
         out.append(updates)
     return out
 

@@ -75,7 +75,7 @@ def test_a_spike_teaches_nothing_but_is_logged():
     optimizer = make_optimizer(config)
     _, spikes = judged(noise(30))
     state = init_state(model, optimizer, 0, random_params(model)) | {"spikes": spikes}
-    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args))
+    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args, jnp.float32(1)))
     grads = jax.tree.map(jnp.ones_like, state["params"])
     after = update(state, empty_sums() | {"loss": jnp.float32(5)}, grads)
     for name in ("params", "ema_params", "opt_state", "skipped"):

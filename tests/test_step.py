@@ -23,7 +23,7 @@ from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.quantize import absmean_codes
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import init_state
-from terdit_jax.training.step import apply_gradients, loss_and_grads
+from terdit_jax.training.step import apply_gradients, global_norm, loss_and_grads
 
 SCHEDULE = linear_schedule()
 
@@ -50,7 +50,9 @@ def test_three_golden_training_steps():
     optimizer = make_optimizer(config)
     state = init_state(model, optimizer, 0, golden_params(model, "train_init"))
     run = jitted(model)
-    update = jax.jit(lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads))
+    update = jax.jit(
+        lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads, global_norm(model, grads))
+    )
     seen = 0.0
     for step in range(3):
         sums, grads = run(state["params"], golden_examples(io, step))
@@ -98,7 +100,7 @@ def test_non_finite_update_is_skipped_and_counted():
     state = init_state(model, optimizer, 0, random_params(model))
     sums, grads = jitted(model)(state["params"], random_examples(model, 4))
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
-    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args))
+    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args, global_norm(model, args[-1])))
     after = update(state, sums, bad)
     for name in ("params", "ema_params", "opt_state", "window"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
@@ -137,7 +139,7 @@ def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
     @jax.jit
     def step(state, examples):
         sums, grads = loss_and_grads(model, SCHEDULE, state["params"], examples)
-        return apply_gradients(optimizer, config, state, sums, grads)
+        return apply_gradients(optimizer, config, state, sums, grads, global_norm(model, grads))
 
     for i in range(10):
         state = step(state, random_examples(model, 8, seed=i))

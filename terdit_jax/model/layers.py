@@ -93,7 +93,8 @@ def group_operand(
     if packed:
         codes = [w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]
         return PackedLinear(stack(codes), spread(alphas))
-    made = [ternarize(w, alpha, config.grad_dtype) for w, alpha in zip(weights, alphas, strict=True)]
+    unrolled = not config.scan_layers
+    made = [ternarize(w, alpha, config.grad_dtype, unrolled) for w, alpha in zip(weights, alphas, strict=True)]
     codes, alphas, sinks = (list(kind) for kind in zip(*made, strict=True))
     return TernaryLinear(stack(codes), spread(alphas), stack(sinks), matmul_dtype or config.matmul_dtype)
 

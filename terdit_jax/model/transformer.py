@@ -173,12 +173,12 @@ def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> 
 
 
 def _unstack(leaf: Array) -> tuple[Array, ...]:
-    """The layers of a leaf. Their gradients are stacked at once: XLA would sum as many padded arrays as there are
-    layers, anew in whatever reads them."""
+    """The layers of a leaf. Their gradients are stacked, which XLA does in what reads the stack: it would sum as many
+    padded arrays as there are layers if they were slices'."""
     layers = lambda leaf: tuple(leaf[i] for i in range(leaf.shape[0]))  # noqa: E731
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return layers(leaf)
-    stack = lambda _, grads: (jax.lax.optimization_barrier(jnp.stack(grads)),)  # noqa: E731
+    stack = lambda _, grads: (jnp.stack(grads),)  # noqa: E731
     unstack = jax.custom_vjp(layers)
     unstack.defvjp(lambda leaf: (layers(leaf), None), stack)
     return unstack(leaf)

@@ -30,8 +30,10 @@ def absmean_codes(weight: Array) -> Array:
     return jnp.clip(jnp.round(weight / (gamma + ABSMEAN_EPS)), -1, 1).astype(jnp.int8)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def ternarize(
+    weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32, unrolled: bool = False
+) -> tuple[Array, Array, Array]:
     """Codes of a master weight, its scale, and the sink through which its straight-through gradient returns.
 
     Codes are integers and carry no gradient, so dL/dW = alpha dL/dw, with w = alpha T the weight in use, travels
@@ -43,6 +45,7 @@ def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) 
       weight: (..., out, in) float32.
       alpha: (...,) float32.
       grad_dtype: dtype in which the gradient is produced and crosses the mesh.
+      unrolled: whether gradients come layer by layer, stacked only on paper: each is then summed where it lies.
 
     Returns:
       codes (..., out, in) int8, alpha (...,), kept off zero so that it can be divided by, and sink (..., out, in) of
@@ -52,18 +55,25 @@ def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) 
     return absmean_codes(weight), alpha, jnp.zeros(weight.shape, grad_dtype)
 
 
-def _ternarize_fwd(weight: Array, alpha: Array, grad_dtype: DTypeLike) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-    made = ternarize(weight, alpha, grad_dtype)
+def _ternarize_fwd(
+    weight: Array, alpha: Array, grad_dtype: DTypeLike, unrolled: bool
+) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    made = ternarize(weight, alpha, grad_dtype, unrolled)
     return made, made[:2]
 
 
 def _ternarize_bwd(
-    grad_dtype: DTypeLike, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]
+    grad_dtype: DTypeLike, unrolled: bool, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
     codes, alpha = residuals
     _, through_alpha, dw = cotangents
     dw = dw.astype(jnp.float32)  # masters are float32: Adam's moments need its range; the sum has millions of terms
-    return dw, through_alpha + jnp.sum(dw * codes, axis=(-2, -1)) / alpha
+    along = lambda dw, codes: jnp.sum(dw * codes, axis=(-2, -1))  # noqa: E731
+    if unrolled:
+        sums = jnp.stack([along(*layer) for layer in zip(dw, codes, strict=True)])
+    else:
+        sums = along(dw, codes)
+    return dw, through_alpha + sums / alpha
 
 
 ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)

@@ -112,8 +112,20 @@ def _accumulate(micro: Callable, place: Callable, examples: Examples, steps: int
     return sums, jax.tree.map(lambda total, leaf: (total / steps).astype(leaf.dtype), grads, shapes[1])
 
 
+def global_norm(model: DiTConfig, grads: dict) -> Array:
+    """The root of the sum of all squares, of unrolled layers summed one by one: their stack is then never made."""
+    if not model.scan_layers:
+        grads = grads | {"blocks": jax.tree.map(list, grads["blocks"])}
+    return optax.tree.norm(grads)
+
+
 def apply_gradients(
-    optimizer: optax.GradientTransformation, config: ConfigDict, state: State, sums: dict, grads: dict
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: ConfigDict,
+    state: State,
+    sums: dict,
+    grads: dict,
+    grad_norm: Array,
 ) -> State:
     """The next state; a loss that is a spike, or a loss or gradient that is not finite, leaves parameters, moments and
     EMA as they are, and is counted.
@@ -121,11 +133,10 @@ def apply_gradients(
     optax.apply_if_finite branches with lax.cond, which keeps both branches' states in memory; selecting leaf by leaf
     costs nothing beside the update.
     """
-    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
     spike, spikes = judge_loss(config, state["spikes"], jnp.where(finite, sums["loss"], jnp.nan))
     learn = finite & ~spike
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"], grad_norm=grad_norm)
     params = optax.apply_updates(state["params"], updates)
     decay = ema_decay(config, state["step"])
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema_params"], params)
@@ -171,7 +182,7 @@ def make_train_step(
             class_dropout_prob=model.class_dropout_prob,
         )
         sums, grads = loss_and_grads(model, schedule, state["params"], examples, config.train.accumulation_steps)
-        return apply_gradients(optimizer, config.optimizer, state, sums, grads)
+        return apply_gradients(optimizer, config.optimizer, state, sums, grads, global_norm(model, grads))
 
     return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
 
