@@ -1,5 +1,6 @@
 """What benchmarks share: configurations, versions, turns on devices, their matmul rate and their kernels' times."""
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import fcntl
@@ -22,6 +23,20 @@ def load_config(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
+
+
+def load_changed(text: str) -> ConfigDict:
+    """The configuration of "PATH[@FIELD=VALUE...]", named by its changes too."""
+    path, *changes = text.split("@")
+    config = load_config(path)
+    for change in changes:
+        field, _, value = change.partition("=")
+        try:
+            config.update_from_flattened_dict({field: ast.literal_eval(value)})
+        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+            raise UserError(f"{text}: {change!r} is no FIELD=VALUE of the configuration") from error
+        config.name += f", {field.rpartition('.')[2]}={value}"
+    return config
 
 
 def parse_run(text: str) -> tuple[ConfigDict, list[int] | None]:

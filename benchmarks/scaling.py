@@ -4,11 +4,12 @@ python -m benchmarks.scaling --devices=1,2,4 --at_once=8 --output=scaling.json \
   --configs=configs/terdit_600m.py:64:dots:data,configs/terdit_4b.py:32:dots:fsdp \
   --losses=configs/terdit_600m.py:64:dots --sample_configs=configs/terdit_4b.py
 
-- `--configs`, path:batch a device[:remat[:layout+layout]] each: the training step on each number of devices, with
-  copied parameters (`data`) and with cut ones (`fsdp`) for each --gather, the batch a device the same. Bytes are read
-  from the compiled program (`terdit_jax.parallel.collectives`): what one device sends, of weights gathered and of
-  gradients reduced. "Beyond one device" is the share of a step that one device with the same batch does not need: what
-  communication costs after all that is hidden, less what FSDP saves by updating a part of the parameters.
+- `--configs`, path[@FIELD=VALUE...]:batch a device[:remat[:layout+layout[:gather+gather]]] each: the training step on
+  each number of devices, with copied parameters (`data`) and with cut ones (`fsdp`) for each gather, the batch a device
+  the same. Bytes are read from the compiled program (`terdit_jax.parallel.collectives`): what one device sends, of
+  weights gathered and of gradients reduced. "Beyond one device" is the share of a step that one device with the same
+  batch does not need: what communication costs after all that is hidden, less what FSDP saves by updating a part of
+  the parameters.
 - `--losses`, path:global batch[:remat] each: the first 20 losses on one device and on all, of the same examples. Beside
   them stands one device that sums the gradient of as many parts as there are devices: what rounding alone does.
 - `--sample_configs`: pictures drawn in `fast` from random codes, with --sample_steps steps of the schedule; pictures a
@@ -37,9 +38,9 @@ from benchmarks.machine import on_devices, share_devices, take_turn, versions
 from benchmarks.scaling_rows import measure, measure_losses, measure_sampling
 from terdit_jax.errors import UserError, run_command
 
-_CONFIGS = flags.DEFINE_list("configs", "", "path:batch a device[:remat[:layout+layout]] each.")
+_CONFIGS = flags.DEFINE_list("configs", "", "path[@FIELD=VALUE...]:batch a device[:remat[:layouts[:gathers]]] each.")
 _DEVICES = flags.DEFINE_list("devices", None, "Numbers of devices, the first of them 1; 1 and all if left out.")
-_GATHER = flags.DEFINE_list("gather", ["codes", "bfloat16"], "Values of config.mesh.gather, for FSDP.")
+_GATHER = flags.DEFINE_list("gather", ["codes", "bfloat16"], "Of config.mesh.gather, for FSDP, where none is named.")
 _LAYOUTS = flags.DEFINE_list("layouts", ["data", "fsdp"], "Mesh axes that take the devices, where a config names none.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps a round.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, of which the median counts.", lower_bound=1)
@@ -89,17 +90,20 @@ def plan(configs: list[str], layouts: list[str], gathers: list[str], counts: Seq
     """The rows of each config's training step: one device, then more of them in each layout."""
     rows = []
     for written in configs:
-        path, batch, remat, *own = _parse(written, "--configs", "path:batch a device[:remat[:layout+layout]]")
+        form = "path:batch a device[:remat[:layout+layout[:gather+gather]]]"
+        path, batch, remat, *own = _parse(written, "--configs", form)
+        own_layouts = own[0].split("+") if own else layouts
+        own_gathers = own[1].split("+") if len(own) > 1 else gathers
         common = {"kind": "step", "path": path, "batch": batch, "remat": remat}
-        for layout in own[0].split("+") if own else layouts:
+        for layout in own_layouts:
             if layout not in ("data", "fsdp"):
                 raise UserError(f"--layouts={layout}: choose of data, fsdp")
         for count in counts:
             if count == 1:
                 rows.append({**common, "layout": "one", "gather": "codes", "devices": 1})
                 continue
-            for layout in own[0].split("+") if own else layouts:
-                for gather in gathers if layout == "fsdp" else ["codes"]:
+            for layout in own_layouts:
+                for gather in own_gathers if layout == "fsdp" else ["codes"]:
                     rows.append({**common, "layout": layout, "gather": gather, "devices": count})
     return rows
 

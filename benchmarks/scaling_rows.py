@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks.machine import load_config
+from benchmarks.machine import load_changed
 from benchmarks.random_codes import random_operands
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.inference.lean import bind_schedule, make_lean_operands
@@ -81,7 +81,7 @@ class _Job:
     """A compiled training step of a row, and what it starts from; makes no state before it is asked to."""
 
     def __init__(self, run: dict):
-        self.run, self.config = run, load_config(run["path"])
+        self.run, self.config = run, load_changed(run["path"])
         self.devices = jax.devices()[: run["devices"]]
         config = self.config
         config.train.batch_size = run["batch"] * len(self.devices)
@@ -128,7 +128,7 @@ def measure_sampling(run: dict, turn: Callable[[], object] = lambda: None) -> di
       run: a row of `scaling.plan`; `steps` of the schedule are drawn, which scale as more do.
       turn: waits for the devices.
     """
-    config, devices = load_config(run["path"]), jax.devices()[: run["devices"]]
+    config, devices = load_changed(run["path"]), jax.devices()[: run["devices"]]
     model = dataclasses.replace(DiTConfig.from_config(config), dtype="bfloat16", remat="none")
     settings = config.sample
     settings.update(num_steps=run["steps"], cfg_scale=4.0)

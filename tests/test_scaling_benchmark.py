@@ -8,6 +8,7 @@ import pytest
 from terdit_jax.errors import UserError
 
 with no_flags():
+    from benchmarks.machine import load_changed
     from benchmarks.scaling import compare, deal, plan, plan_losses, plan_sampling, table
     from benchmarks.scaling_rows import measure, measure_losses, measure_sampling
 
@@ -23,12 +24,27 @@ def test_a_plan_has_one_device_first():
         ("a.py", "fsdp", "bfloat16"),
     ]
     assert len(rows) == 8 and rows[4]["remat"] == "block" and rows[4]["batch"] == 4
+    rows = plan(["a.py:8:dots:data+fsdp:codes", "b.py@model.depth=3:4:block:fsdp"], ["data"], ["bfloat16"])
+    assert [(r["layout"], r["gather"]) for r in rows if r["devices"] == 2 and r["path"] == "a.py"] == [
+        ("data", "codes"),
+        ("fsdp", "codes"),
+    ]
+    assert (rows[-1]["path"], rows[-1]["layout"], rows[-1]["gather"]) == ("b.py@model.depth=3", "fsdp", "bfloat16")
 
 
 @pytest.mark.parametrize(("configs", "layouts"), [(["a.py"], ["data"]), (["a.py:x"], ["data"]), (["a.py:8"], ["x"])])
 def test_a_plan_that_cannot_be_is_refused(configs, layouts):
     with pytest.raises(UserError, match="--(configs|layouts)="):
         plan(configs, layouts, ["codes"])
+
+
+def test_a_configuration_is_changed_and_named_so():
+    config = load_changed(f"{DIGITS}@model.depth=3@compute.scan_layers=False")
+    assert (config.model.depth, config.compute.scan_layers) == (3, False)
+    assert config.name == "digits, depth=3, scan_layers=False"
+    for change in ("model.depths=3", "model.depth=x", "model.depth"):
+        with pytest.raises(UserError, match=change):
+            load_changed(f"{DIGITS}@{change}")
 
 
 @pytest.mark.slow
