@@ -17,7 +17,7 @@ _OVERLAP: dict[str, Options] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # Gradients of matrices are summed as they are, each behind arithmetic: put together, they are copied first.
-        "xla_gpu_all_reduce_combine_threshold_bytes": "4000000",
+        "xla_gpu_all_reduce_combine_threshold_bytes": "120000000",
     },
     "tpu": {
         "xla_enable_async_all_gather": True,
