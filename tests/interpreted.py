@@ -24,6 +24,11 @@ def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(rows, "split", lambda row: tuple(row.reshape(-1, 2).astype(jnp.float32).T))
         join = lambda even, odd: jnp.stack([even, odd], axis=-1).ravel().astype(jnp.bfloat16)  # noqa: E731
         monkeypatch.setattr(rows, "join", join)
+        # Calls of the machine are effects to JAX, which rematerialised functions may have none of. They may here; what
+        # they return JAX then keeps, and cuts 8 bits as IEEE had them, whose largest number is 240 and not 448.
+        effects, checkpoint = (pytest.importorskip(f"jax._src.{name}") for name in ("effects", "ad_checkpoint"))
+        monkeypatch.setattr(effects.remat_allowed_effects, "_effect_types", {effects.Effect})
+        monkeypatch.setattr(checkpoint, "_insert_reduce_precision", lambda jaxpr, _: jaxpr)
     with context:
         jax.clear_caches()
         yield

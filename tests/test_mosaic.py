@@ -58,13 +58,30 @@ def test_norm_modulate():
     x, gain, shift = draws(B, T, D, seed=2, dtype=jnp.bfloat16), draws(B, D, seed=3), draws(B, D, seed=4)
     vectors = jnp.stack([jnp.zeros((B, D)), gain, shift])[None]
     expected = rowwise.add_norm_modulate(x, jnp.zeros_like(x), None, vectors, jnp.int32(0), "bfloat16")[1]
-    assert_equal_but_for_rounding(mosaic.norm_modulate(x, gain, shift), expected)
+    assert_equal_but_for_rounding(mosaic.norm_modulate(x, gain, shift, mosaic.Kinds(True, None))[0], expected)
 
 
 def test_swiglu(dtype):
     y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
     y = draws(B, T, 2 * D, dtype=jnp.bfloat16)
     assert_same_pass("swiglu", y, y_scale, jnp.array([0.7, -1.3]), dtype)
+
+
+def test_training_rounds_to_8_bits_what_it_has_rounded_to_bfloat16():
+    """Whichever of the two is stored; and what is stored in bfloat16 alone is the same."""
+    x, y = (draws(B, T, n * D, seed=n, dtype=jnp.bfloat16) for n in (1, 2))
+    y_scale, vectors, eight = jnp.abs(draws(B, T, seed=3)), draws(1, 3, B, D, seed=4), OPERANDS[1]
+    for run in (
+        lambda kinds: mosaic.norm_modulate(x, *vectors[0, 1:], kinds),
+        lambda kinds: mosaic.add_norm_modulate(x, y[..., :D], y_scale, vectors, jnp.int32(0), kinds)[1:],
+        lambda kinds: mosaic.swiglu(y, y_scale, jnp.array([0.7, -1.3]), kinds),
+    ):
+        both, wide, narrow = (run(mosaic.Kinds(*kinds)) for kinds in ((True, eight), (True, None), (False, eight)))
+        assert wide[1:] == (None, None) and narrow[0] is None
+        np.testing.assert_array_equal(both[0], wide[0])
+        for made in (both, narrow):
+            for actual, expected in zip(made[1:], rowwise.quantize(both[0], eight), strict=True):
+                assert_equal_but_for_rounding(actual, expected)
 
 
 def test_quantize(dtype):

@@ -18,7 +18,9 @@ def test_pairs_of_a_thread_lower(width, heads):
     for scale in (None, shape(B, T)):
         traced = mosaic.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, heads=heads)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-        traced = backward.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, *gradients, heads=heads)
+        eight = None if scale is None else "float8_e4m3fn"
+        arguments = y, scale, shape(3), (norm, norm), rope, *gradients
+        traced = backward.queries_keys_values.trace(*arguments, heads=heads, eight=eight)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.diffusion.guidance import guided
+from terdit_jax.model import block
 from terdit_jax.model.transformer import (
     abstract_model,
     abstract_params,
@@ -138,6 +139,21 @@ def test_remat_policies_rematerialise():
 
     none, dots, block = (residual_bytes(remat) for remat in ("none", "dots", "block"))
     assert block < dots < none
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_fused_layers_keep_no_rows_in_8_bits(monkeypatch, remat):
+    """The backward pass reads rows in bfloat16; kernels that only a GPU runs are traced here as it would run them."""
+    monkeypatch.setattr(block, "has_fused_passes", lambda config: True)
+    config = tiny_config(hidden_size=256, attention="xla", dtype="bfloat16", matmul_dtype="float8_e4m3fn", remat=remat)
+    x_t, t, y = inputs(config)
+
+    def run(params):
+        return forward(config, make_operands(config, params), x_t, t, y)
+
+    _, pullback = jax.eval_shape(lambda params: jax.vjp(run, params), abstract_params(config))
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size]
+    assert jnp.bfloat16 in [leaf.dtype for leaf in kept] and jnp.float8_e4m3fn not in [leaf.dtype for leaf in kept]
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(8, 8), (8, 2)])

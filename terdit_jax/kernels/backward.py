@@ -13,13 +13,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from terdit_jax.kernels import mosaic, rows
-from terdit_jax.kernels.mosaic import EPS
+from terdit_jax.kernels.mosaic import EPS, Kinds
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("eight",))
 def add_norm_modulate(
-    x: Array, y: Array | None, y_scale: Array | None, gate: Array | None, gain: Array, dx: Array, dh: Array
-) -> tuple[Array, Array | None, Array]:
+    x: Array,
+    y: Array | None,
+    y_scale: Array | None,
+    gate: Array | None,
+    gain: Array,
+    dx: Array,
+    dh: Array,
+    dh_scale: Array | None,
+    eight: DTypeLike | None = None,
+) -> tuple[Array | None, ...]:
     """Of x' = x + gate y_scale y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
 
     Args:
@@ -29,30 +37,35 @@ def add_norm_modulate(
       gate: (B, D) float32, or None.
       gain: (B, D) float32.
       dx: (B, T, D) bfloat16, the gradient of x'.
-      dh: (B, T, D) bfloat16, that of h.
+      dh: (B, T, D) bfloat16, that of h once it is multiplied by its scale.
+      dh_scale: (B, T) float32, or None.
+      eight: dtype of 8 bits in which the gradient of y_scale y is also to be, if at all.
 
     Returns:
-      dL/dx and the gradient of y_scale y, (B, T, D) bfloat16; the sums over tokens dL/dshift, dL/dgain and, if there
-      was something to add, dL/dgate, (B, 2 or 3, D) float32.
+      dL/dx (B, T, D) bfloat16; the gradient of y_scale y (B, T, D) in bfloat16, in 8 bits, and its scale (B, T), None
+      each if there is none; the sums over tokens dL/dshift, dL/dgain and, if there was something to add, dL/dgate,
+      (B, 2 or 3, D) float32.
     """
     width, count, gated = x.shape[-1], _rows_of_block(x.shape), y is not None
 
-    def body(x_ref, y_ref, y_scale_ref, gate_ref, gain_ref, dx_ref, dh_ref, dx_out, dy_out, sums_out):
+    def body(x_ref, y_ref, y_scale_ref, gate_ref, gain_ref, dx_ref, dh_ref, dh_scale_ref, dx_out, *outs):
+        *dy_outs, sums_out = outs
         image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
 
         def step(index, sums):
             token = block * count + index
             x, dh = (rows.load(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
+            scale = 1.0 if dh_scale_ref is None else dh_scale_ref[image, token]  # in factors: rows are registers
             dn = dh * rows.load(gain_ref.at[image])
             squares, along = jnp.sum(x * x), jnp.sum(dn * x)
             inverse = jax.lax.rsqrt(squares * (1 / width) + EPS)
             n = x * inverse
             slope = along * inverse * (1 / width)
-            total = rows.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * inverse
+            total = rows.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * (inverse * scale)
             dx_out[image, token] = total.astype(jnp.bfloat16)
-            new = [sums[0] + dh, sums[1] + dh * n]
+            new = [sums[0] + dh * scale, sums[1] + dh * n * scale]
             if gated:
-                dy_out[image, token] = (total * rows.load(gate_ref.at[image])).astype(jnp.bfloat16)
+                mosaic.store_operand([total * rows.load(gate_ref.at[image])], dy_outs, image, token)
                 y = rows.load(y_ref.at[image, token]).astype(jnp.float32)
                 new.append(sums[2] + total * (y if y_scale_ref is None else y * y_scale_ref[image, token]))
             return tuple(new)
@@ -63,31 +76,75 @@ def add_norm_modulate(
             sums_out[image, block, k] = total
 
     B, blocks = x.shape[0], x.shape[1] // count
-    outputs = [x, x if gated else None, jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32)]
-    outputs = [None if out is None else jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
-    dx, dy, sums = mosaic.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh], outputs)
-    return dx, dy, jnp.sum(sums, axis=1)
+    outputs = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        *mosaic.operand_types(x, Kinds(gated, eight)),
+        jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32),
+    ]
+    *made, sums = mosaic.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh, dh_scale], outputs)
+    return *made, jnp.sum(sums, axis=1)
 
 
-@jax.jit
-def swiglu(y: Array, y_scale: Array | None, alphas: Array, dh: Array) -> Array:
+@partial(jax.jit, static_argnames=("eight",))
+def add_gated(
+    y: Array, y_scale: Array | None, gate: Array, dx: Array, eight: DTypeLike | None = None
+) -> tuple[Array | None, ...]:
+    """Of x' = x + gate y_scale y, whose gradient of x is that of x'. Arguments as of `add_norm_modulate`.
+
+    Returns:
+      The gradient of y_scale y (B, T, D) in bfloat16, in 8 bits, and its scale (B, T); dL/dgate (B, D) float32.
+    """
+    width, count = y.shape[-1], _rows_of_block(y.shape)
+
+    def body(y_ref, y_scale_ref, gate_ref, dx_ref, *outs):
+        *dy_outs, sums_out = outs
+        image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
+        gate = rows.load(gate_ref.at[image])
+
+        def step(index, total):
+            token = block * count + index
+            dx, y = (rows.load(ref.at[image, token]).astype(jnp.float32) for ref in (dx_ref, y_ref))
+            mosaic.store_operand([dx * gate], dy_outs, image, token)
+            return total + dx * (y if y_scale_ref is None else y * y_scale_ref[image, token])
+
+        zeros = rows.strided(jnp.zeros((width,), jnp.float32))
+        sums_out[image, block] = jax.lax.fori_loop(0, count, step, zeros)
+
+    B, blocks = y.shape[0], y.shape[1] // count
+    sums = jax.ShapeDtypeStruct((B, blocks, width), jnp.float32)
+    outputs = [*mosaic.operand_types(y, Kinds(True, eight)), sums]
+    *made, sums = mosaic.call(body, (B, blocks), [y, y_scale, gate, dx], outputs)
+    return *made, jnp.sum(sums, axis=1)
+
+
+@partial(jax.jit, static_argnames=("eight",))
+def swiglu(
+    y: Array,
+    y_scale: Array | None,
+    alphas: Array,
+    dh: Array,
+    dh_scale: Array | None,
+    eight: DTypeLike | None = None,
+) -> tuple[Array | None, ...]:
     """Of h = silu(alpha_0 a) alpha_1 b with y_scale y = (a, b).
 
     Args:
       y: (B, T, 2 F) bfloat16 products.
       y_scale: (B, T) float32, what each token of y stands for, or None.
       alphas: (2,) float32.
-      dh: (B, T, F) bfloat16.
+      dh: (B, T, F) bfloat16, the gradient of h once it is multiplied by its scale.
+      dh_scale: (B, T) float32, or None.
+      eight: dtype of 8 bits in which the gradient is also to be, if at all.
 
     Returns:
-      The gradient of y_scale y, (B, T, 2 F) bfloat16.
+      The gradient of y_scale y, (B, T, 2 F) in bfloat16 and in 8 bits, and its scale (B, T).
     """
     width = y.shape[-1] // 2
     parts = mosaic.parts_of_row(width)
     part = width // parts
     count = mosaic.rows_of_block(y.shape)
 
-    def body(y_ref, y_scale_ref, alphas_ref, dh_ref, dy_out):
+    def body(y_ref, y_scale_ref, alphas_ref, dh_ref, dh_scale_ref, dy_out, *eight_outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
 
@@ -95,21 +152,35 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dh: Array) -> Array:
         def _(index):
             token = tokens + index
             scale = 1.0 if y_scale_ref is None else y_scale_ref[image, token]
-            for k in range(parts):
+            dh_scale = 1.0 if dh_scale_ref is None else dh_scale_ref[image, token]
+
+            def load(k):
                 first, second = (pl.ds(start + k * part, part) for start in (0, width))
-                a, b = (rows.load(y_ref.at[image, token, at]).astype(jnp.float32) for at in (first, second))
-                dh = rows.load(dh_ref.at[image, token, first]).astype(jnp.float32)
+                sources = (y_ref, first), (y_ref, second), (dh_ref, first)
+                return first, second, [rows.load(ref.at[image, token, at]) for ref, at in sources]
+
+            loaded = (load(k) for k in range(parts))
+            if eight is not None:
+                loaded = list(loaded)  # a row of gradients in registers leaves room for few warpgroups: all at once
+            das, dbs = [], []
+            for first, second, pieces in loaded:
+                a, b, dh = (piece.astype(jnp.float32) for piece in pieces)
                 a, b = a * (alpha_a * scale), b * (alpha_b * scale)
                 sigmoid = 1 / (1 + jnp.exp(-a))
-                da = dh * b * sigmoid * (1 + a * (1 - sigmoid)) * alpha_a
-                dy_out[image, token, first] = da.astype(jnp.bfloat16)
-                dy_out[image, token, second] = (dh * a * sigmoid * alpha_b).astype(jnp.bfloat16)
+                da = dh * b * sigmoid * (1 + a * (1 - sigmoid)) * (alpha_a * dh_scale)
+                db = dh * a * sigmoid * (alpha_b * dh_scale)
+                for d, at, kept in ((da, first, das), (db, second, dbs)):
+                    d = d.astype(jnp.bfloat16)
+                    dy_out[image, token, at] = d
+                    kept.append(d)
+            if eight is not None:
+                mosaic.store_operand([d.astype(jnp.float32) for d in das + dbs], eight_outs, image, token)
 
-    out = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    return mosaic.call(body, (y.shape[0], y.shape[1] // count), [y, y_scale, alphas, dh], [out])[0]
+    outputs = mosaic.operand_types(y, Kinds(True, eight))
+    return mosaic.call(body, (y.shape[0], y.shape[1] // count), [y, y_scale, alphas, dh, dh_scale], outputs)
 
 
-@partial(jax.jit, static_argnames=("heads",))
+@partial(jax.jit, static_argnames=("heads", "eight"))
 def queries_keys_values(
     y: Array,
     y_scale: Array | None,
@@ -120,7 +191,8 @@ def queries_keys_values(
     dk: Array,
     dv: Array,
     heads: int,
-) -> tuple[Array, Array]:
+    eight: DTypeLike | None = None,
+) -> tuple[Array | None, ...]:
     """Of queries and keys behind their layer norm and RoPE, and values, as many heads of each.
 
     Args:
@@ -131,10 +203,11 @@ def queries_keys_values(
       rope: (2, T, head_dim / 2).
       dq, dk, dv: (B, T, heads, head_dim) bfloat16.
       heads: their number.
+      eight: dtype of 8 bits in which the gradient of y_scale y is also to be, if at all.
 
     Returns:
-      The gradient of y_scale y (B, T, 3 D) bfloat16, and the sums over tokens of the gradients of queries' scale and
-      bias and keys' scale and bias, (B', 4, D) float32 with B' parts of the batch.
+      The gradient of y_scale y (B, T, 3 D) in bfloat16 and in 8 bits, and its scale (B, T); the sums over tokens of the
+      gradients of queries' scale and bias and keys' scale and bias, (B', 4, D) float32 with B' parts of the batch.
     """
     B, T, total = y.shape
     width = total // 3
@@ -142,7 +215,7 @@ def queries_keys_values(
     gains = [norm["scale"] for norm in norms]
     gradients = [d.reshape(B, T, width) for d in (dq, dk, dv)]
 
-    def body(y_ref, y_scale_ref, alphas_ref, rope_ref, gain_refs, d_refs, dy_out, sums_out):
+    def body(y_ref, y_scale_ref, alphas_ref, rope_ref, gain_refs, d_refs, dy_out, eight_out, scale_out, sums_out):
         token, block = jax.lax.axis_index("block"), jax.lax.axis_index("image")
 
         def norm_rotate(which):
@@ -165,8 +238,11 @@ def queries_keys_values(
                 d = [part * factor for part, factor in zip(d, gain, strict=True)]
                 mean = jnp.sum(d[0] + d[1]) * (1 / width)
                 along = jnp.sum(d[0] * n[0] + d[1] * n[1]) * (1 / width)
-                dy = ((a - mean - b * along) * (inverse * alpha) for a, b in zip(d, n, strict=True))
-                dy_out[image, token, at] = rows.join(*dy)
+                dy = rows.join(*((a - mean - b * along) * (inverse * alpha) for a, b in zip(d, n, strict=True)))
+                dy_out[image, token, at] = dy
+                if eight is not None:  # where the scale will be, the largest magnitude so far
+                    peak = mosaic.largest([dy.astype(jnp.float32)])
+                    scale_out[image, token] = jnp.maximum(scale_out[image, token], peak) if which else peak
                 return sums
 
             zeros = rows.strided_half(jnp.zeros((width // 2,), jnp.float32))
@@ -181,35 +257,26 @@ def queries_keys_values(
         def _(index):
             image = block * count + index
             d = rows.load(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
-            dy_out[image, token, pl.ds(2 * width, width)] = d.astype(jnp.bfloat16)
+            d = d.astype(jnp.bfloat16)
+            dy_out[image, token, pl.ds(2 * width, width)] = d
+            if eight is not None:
+                # Queries' and keys' parts come back from the cache, each thread's as it has stored them.
+                parts = [rows.load(dy_out.at[image, token, pl.ds(which * width, width)]) for which in range(2)]
+                parts = [part.astype(jnp.float32) for part in (*parts, d)]
+                peak = jnp.maximum(scale_out[image, token], mosaic.largest(parts[2:]))
+                scale = mosaic.scale_of(peak, eight)
+                scale_out[image, token] = scale
+                for which, part in enumerate(parts):
+                    eight_out[image, token, pl.ds(which * width, width)] = (part * (1 / scale)).astype(eight)
 
     blocks = B // count
     outputs = [
-        jax.ShapeDtypeStruct(y.shape, y.dtype),
+        *mosaic.operand_types(y, Kinds(True, eight)),
         jax.ShapeDtypeStruct((blocks, T, 4, 2, width // 2), jnp.float32),
     ]
     arguments = [y, y_scale, alphas, mosaic.rotary_table(rope, heads), gains, gradients]
-    dy, sums = mosaic.call(body, (blocks, T), arguments, outputs)
-    return dy, jnp.sum(sums, axis=1).swapaxes(-1, -2).reshape(blocks, 4, width)
-
-
-@partial(jax.jit, static_argnames=("dtype",))
-def quantize(dy: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """As `ternary.activations.quantize` of (B, T, N) bfloat16, N as large as a row of SwiGLU's gradients."""
-    width = dy.shape[-1]
-    parts, count = mosaic.parts_of_row(width), mosaic.rows_of_block(dy.shape)
-    part = width // parts
-
-    def body(dy_ref, h_out, scale_out):
-        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
-
-        @pl.loop(0, count)
-        def _(index):
-            token = tokens + index
-            pieces = [rows.load(dy_ref.at[image, token, pl.ds(k * part, part)]) for k in range(parts)]
-            mosaic.store_operand([piece.astype(jnp.float32) for piece in pieces], h_out, scale_out, image, token)
-
-    return mosaic.call(body, (dy.shape[0], dy.shape[1] // count), [dy], mosaic.operand_types(dy, dtype))
+    *made, sums = mosaic.call(body, (blocks, T), arguments, outputs)
+    return *made, jnp.sum(sums, axis=1).swapaxes(-1, -2).reshape(blocks, 4, width)
 
 
 def _rows_of_block(shape: tuple[int, ...]) -> int:

@@ -5,8 +5,10 @@ kernels of each, with float32 rows in memory between. Every pass is a jitted fun
 Nothing in them is specific to Hopper but fp8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax import Array
@@ -26,15 +28,22 @@ ENOUGH_BLOCKS = 1024  # a Hopper GPU has 132 cores, each of which runs several
 _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
+class Kinds(NamedTuple):
+    """What training's passes store of the rows that they make: these in bfloat16, and what those are in 8 bits."""
+
+    wide: bool
+    eight: DTypeLike | None
+
+
 @partial(jax.jit, static_argnames=("dtype",))
 def add_norm_modulate(
-    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike
-) -> tuple[Array, Array, Array | None]:
-    """As `rowwise.add_norm_modulate`; x is bfloat16."""
+    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike | Kinds
+) -> tuple[Array | None, ...]:
+    """As `rowwise.add_norm_modulate`; x is bfloat16. For training, behind x what `Kinds` says, and the scale."""
     width = x.shape[-1]
     count = rows_of_block(x.shape)
 
-    def body(x_ref, y_ref, y_scale_ref, vectors_ref, site_ref, x_out, h_out, scale_out):
+    def body(x_ref, y_ref, y_scale_ref, vectors_ref, site_ref, x_out, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         gate, gain, shift = (rows.load(vectors_ref.at[site_ref[0], which, image]) for which in range(3))
 
@@ -50,7 +59,7 @@ def add_norm_modulate(
             x_out[image, token] = x
             x = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
-            store_operand([x * inverse * gain + shift], h_out, scale_out, image, token)
+            store_operand([x * inverse * gain + shift], outs, image, token)
 
         pipelined(count, load, process)
 
@@ -58,39 +67,40 @@ def add_norm_modulate(
     return call(body, (x.shape[0], x.shape[1] // count), arguments, [_like(x, jnp.bfloat16), *operand_types(x, dtype)])
 
 
-@jax.jit
-def norm_modulate(x: Array, gain: Array, shift: Array) -> Array:
-    """x / sqrt(mean(x^2) + 1e-5) * gain + shift: (B, T, D) bfloat16, (B, D) and (B, D) float32 -> (B, T, D)."""
+@partial(jax.jit, static_argnames=("kinds",))
+def norm_modulate(x: Array, gain: Array, shift: Array, kinds: Kinds) -> tuple[Array | None, ...]:
+    """x / sqrt(mean(x^2) + 1e-5) * gain + shift: (B, T, D) bfloat16, (B, D) and (B, D) float32 -> (B, T, D) of `kinds`
+    and (B, T)."""
     width = x.shape[-1]
     count = rows_of_block(x.shape)
 
-    def body(x_ref, gain_ref, shift_ref, h_out):
+    def body(x_ref, gain_ref, shift_ref, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         gain, shift = rows.load(gain_ref.at[image]), rows.load(shift_ref.at[image])
 
         def process(index, x):
             x = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
-            h_out[image, tokens + index] = (x * inverse * gain + shift).astype(jnp.bfloat16)
+            store_operand([x * inverse * gain + shift], outs, image, tokens + index)
 
         pipelined(count, lambda index: rows.load(x_ref.at[image, tokens + index]), process)
 
-    return call(body, (x.shape[0], x.shape[1] // count), [x, gain, shift], [_like(x, jnp.bfloat16)])[0]
+    return call(body, (x.shape[0], x.shape[1] // count), [x, gain, shift], operand_types(x, kinds))
 
 
 @partial(jax.jit, static_argnames=("dtype",))
-def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """As `rowwise.swiglu`."""
+def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Kinds) -> tuple[Array | None, ...]:
+    """As `rowwise.swiglu`. For training, what `Kinds` says, and the scale."""
     width = y.shape[-1] // 2
     like = jax.ShapeDtypeStruct((*y.shape[:2], width), y.dtype)
     outputs = operand_types(like, dtype)
     # In 8 bits a warpgroup needs a row's largest magnitude, so all its parts; otherwise several share a row.
-    whole = outputs[1] is not None
+    whole = outputs[-1] is not None
     parts = parts_of_row(width, 8 if whole else 4)
     part = width // parts
     together, count = (parts, 1) if whole else (1, rows_of_block(y.shape))
 
-    def body(y_ref, y_scale_ref, alphas_ref, h_out, scale_out):
+    def body(y_ref, y_scale_ref, alphas_ref, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         first = jax.lax.axis_index("part") * (together * part)
         alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
@@ -107,7 +117,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
                 a = a.astype(jnp.float32) * (alpha_a * scale)
                 b = b.astype(jnp.float32) * (alpha_b * scale)
                 pieces.append(a * (1 / (1 + jnp.exp(-a))) * b)  # a reciprocal is one instruction
-            store_operand(pieces, h_out, scale_out, image, tokens + index, first)
+            store_operand(pieces, outs, image, tokens + index, first)
 
         pipelined(count, load, process)
 
@@ -119,9 +129,9 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
 def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
     """As `ternary.activations.quantize`, which is also `rowwise`'s."""
 
-    def body(x_ref, h_out, scale_out):
+    def body(x_ref, *outs):
         image, token = jax.lax.axis_index("image"), jax.lax.axis_index("block")
-        store_operand([rows.load(x_ref.at[image, token]).astype(jnp.float32)], h_out, scale_out, image, token)
+        store_operand([rows.load(x_ref.at[image, token]).astype(jnp.float32)], outs, image, token)
 
     return call(body, x.shape[:2], [x], operand_types(x, dtype))
 
@@ -240,24 +250,48 @@ def pipelined(count: int, load: Callable, process: Callable) -> None:
     jax.lax.fori_loop(0, count, step, load(0))
 
 
-def store_operand(pieces: list[Array], h_out, scale_out, image: Array, token: Array, start: Array | int = 0) -> None:
-    """A row, or a stretch of it from `start` on, in pieces of one size: quantised by its largest magnitude if it has a
-    scale."""
+def store_operand(pieces: list[Array], outs: Sequence, image: Array, token: Array, start: Array | int = 0) -> None:
+    """Stores a row, or a stretch of it from `start` on, in pieces of one size: in what `operand_types` has, None or a
+    place each. If it has a scale, it is quantised by its largest magnitude, for training as bfloat16 has it."""
+
+    def put(out, pieces: list[Array]) -> None:
+        (size,) = pieces[0].shape
+        for k, piece in enumerate(pieces):
+            out[image, token, pl.ds(start + k * size, size)] = piece.astype(out.dtype)
+
+    *wide, h_out, scale_out = outs
+    if wide:
+        pieces = [piece.astype(jnp.bfloat16) for piece in pieces]
+        if wide[0] is not None:
+            put(wide[0], pieces)
     if scale_out is not None:
-        peaks = jnp.abs(pieces[0])
-        for piece in pieces[1:]:  # one reduction over the threads for all pieces
-            peaks = jnp.maximum(peaks, jnp.abs(piece))
-        scale = jnp.maximum(jnp.max(peaks), TINY) * (1 / float(jnp.finfo(h_out.dtype).max))
+        pieces = [piece.astype(jnp.float32) for piece in pieces]
+        scale = scale_of(largest(pieces), h_out.dtype)
         scale_out[image, token] = scale
         pieces = [piece * (1 / scale) for piece in pieces]
-    (size,) = pieces[0].shape
-    for k, piece in enumerate(pieces):
-        h_out[image, token, pl.ds(start + k * size, size)] = piece.astype(h_out.dtype)
+    if h_out is not None:
+        put(h_out, pieces)
 
 
-def operand_types(like, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct | None]:
+def largest(pieces: list[Array]) -> Array:
+    """The largest magnitude in pieces of a row: one reduction over the threads for all."""
+    return jnp.max(functools.reduce(jnp.maximum, (jnp.abs(piece) for piece in pieces)))
+
+
+def scale_of(peak: Array, dtype: DTypeLike) -> Array:
+    """What one of `dtype` stands for in a row with this largest magnitude."""
+    return jnp.maximum(peak, TINY) * (1 / float(jnp.finfo(dtype).max))
+
+
+def operand_types(like, dtype: DTypeLike | Kinds) -> list[jax.ShapeDtypeStruct | None]:
+    """An operand and its scale, None without one; of `Kinds` the row in bfloat16 and in 8 bits, None if not stored."""
+    wide = []
+    if isinstance(dtype, Kinds):
+        wide, dtype = [_like(like, jnp.bfloat16) if dtype.wide else None], dtype.eight
+        if dtype is None:
+            return [*wide, None, None]
     eight = jnp.dtype(dtype).itemsize == 1
-    return [_like(like, dtype), jax.ShapeDtypeStruct(like.shape[:2], jnp.float32) if eight else None]
+    return [*wide, _like(like, dtype), jax.ShapeDtypeStruct(like.shape[:2], jnp.float32) if eight else None]
 
 
 def _like(array, dtype: DTypeLike) -> jax.ShapeDtypeStruct:

@@ -28,6 +28,7 @@ from terdit_jax.model.embedders import (
 from terdit_jax.model.layers import linear
 from terdit_jax.parallel.gather import gather_operands
 from terdit_jax.parallel.sharding import constrain, constrain_tree
+from terdit_jax.ternary.linear import SCALE
 
 
 class DiT(nnx.Module):
@@ -156,6 +157,8 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
 
 def _is_saved(primitive, *arguments, **parameters) -> bool:
     """What the policy `dots` keeps of a layer: what matmuls and cuDNN's attention return. The rest is cheap to redo."""
+    if primitive.name == "name":
+        return parameters["name"] == SCALE
     if primitive.name.startswith("dot_product_attention_fwd"):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)

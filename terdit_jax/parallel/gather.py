@@ -21,10 +21,9 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, partition_spec, path_name
-from terdit_jax.ternary.activations import quantize
+from terdit_jax.ternary.activations import Rows
 from terdit_jax.ternary.linear import (
     SAME,
-    Quantize,
     TernaryLinear,
     code_product,
     input_gradient,
@@ -61,12 +60,12 @@ class GatheredLinear:
 
     def __call__(self, x: Array) -> Array:
         """(B, ..., in) -> (B, ..., n, out) in x's dtype; B is cut over data and fsdp."""
-        return scale_product(*self.product(x))
+        return scale_product(*self.product(Rows(x)))
 
-    def product(self, x: Array, quantize: Quantize = quantize) -> tuple[Array, Array | None, Array]:
+    def product(self, x: Rows) -> tuple[Rows, Array]:
         """As `TernaryLinear.product`."""
-        y, scale = gathered_matmul(self.spec, self.rings, self.operand, quantize, x, self.codes, self.sink)
-        return y, scale, lax.stop_gradient(self.alpha)
+        y = gathered_matmul(self.spec, self.rings, self.operand, x, self.codes, self.sink)
+        return y, lax.stop_gradient(self.alpha)
 
 
 def gather_operands(operands: dict, kind: str, rings: tuple[int, ...] = ()) -> dict:
@@ -107,35 +106,29 @@ def gather_operands(operands: dict, kind: str, rings: tuple[int, ...] = ()) -> d
     return jtu.tree_map_with_path(gathered, operands, is_leaf=lambda leaf: isinstance(leaf, TernaryLinear))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def gathered_matmul(
-    spec: PartitionSpec, rings: tuple[int, ...], operand: str, quantize: Quantize, x: Array, codes: Array, sink: Array
-) -> tuple[Array, Array | None]:
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Rows, codes: Array, sink: Array
+) -> Rows:
     """As `ternary.linear.ternary_matmul`, with codes and sink as `GatheredLinear` has them."""
-    return code_product(x, _whole(spec, rings, codes), operand, quantize)
+    return code_product(x, _whole(spec, rings, codes), operand)
 
 
 def _gathered_matmul_fwd(
-    spec: PartitionSpec, rings: tuple[int, ...], operand: str, quantize: Quantize, x: Array, codes: Array, sink: Array
-) -> tuple[tuple, tuple]:
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, x: Rows, codes: Array, sink: Array
+) -> tuple[Rows, tuple]:
     # Kept for the backward pass is the part, not what was gathered. The matmul stands here itself: inside a call of
     # `gathered_matmul`, policies of rematerialisation would not see it.
-    y = code_product(x, _whole(spec, rings, codes), operand, quantize)
-    return y, (x, codes, jnp.zeros((0,), sink.dtype))
+    y = code_product(x, _whole(spec, rings, codes), operand)
+    return y, (x.kept(), codes, jnp.zeros((0,), sink.dtype))
 
 
 def _gathered_matmul_bwd(
-    spec: PartitionSpec,
-    rings: tuple[int, ...],
-    operand: str,
-    quantize: Quantize,
-    residuals: tuple[Array, ...],
-    gradients: tuple[Array, Array | None],
-) -> tuple[Array, np.ndarray, Array]:
+    spec: PartitionSpec, rings: tuple[int, ...], operand: str, residuals: tuple, dy: Rows
+) -> tuple[Rows, np.ndarray, Array]:
     x, codes, sink = residuals
-    dy, _ = gradients
-    dx = input_gradient(dy, _whole(spec, rings, codes), operand, quantize)
-    dw = _scattered_weight_gradient(spec, rings, x, dy, sink.dtype)
+    dx = input_gradient(x, dy, _whole(spec, rings, codes), operand)
+    dw = _scattered_weight_gradient(spec, rings, x.values, dy.values, sink.dtype)
     return dx, np.zeros(codes.shape, jax.dtypes.float0), dw
 
 

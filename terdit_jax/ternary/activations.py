@@ -3,11 +3,39 @@
 Codes -1, 0 and 1 are exact in 8 bits, so these are the only numbers that a ternary matmul in 8 bits rounds.
 """
 
+from flax import struct
 from jax import Array
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 TINY = 1e-12  # keeps the scale of a row of zeros from being zero
+
+
+@struct.dataclass
+class Rows:
+    """A row a token on its way into or out of a matmul under training. values: (..., W), eight: (..., W) of 8 bits or
+    None, scale: (...,) float32 or None.
+
+    An operand is `values`, and in 8 bits scale times `eight`; without `eight`, the matmul rounds it itself. A product
+    is scale times `values`, or `values` without a scale; its `eight` are zeros that nobody reads.
+
+    Derivatives turn one into the other: what is passed back to a product (of scale times `values`) is an operand of
+    the backward matmuls, and what is passed back to an operand is their product. So the passes that make a gradient
+    round it, and those that read one scale it, where otherwise both would take passes of their own.
+    """
+
+    values: Array
+    eight: Array | None = None
+    scale: Array | None = None
+
+    def in_8_bits(self, dtype: DTypeLike, num_axes: int = 1) -> tuple[Array, Array]:
+        """What an operand is in 8 bits, and its scale: as it comes with them, or else as `quantize` makes them."""
+        return (self.eight, self.scale) if self.eight is not None else quantize(self.values, dtype, num_axes)
+
+    def kept(self, scale: Array | None = None) -> "Rows":
+        """What a backward pass keeps: `values`, of `eight` no more than that there are some, and `scale` if it reads
+        that."""
+        return Rows(self.values, None if self.eight is None else jnp.zeros((0,), self.eight.dtype), scale)
 
 
 def quantize(h: Array, dtype: DTypeLike, num_axes: int = 1) -> tuple[Array, Array | None]:

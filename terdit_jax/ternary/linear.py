@@ -4,22 +4,21 @@ Each make is a pytree that is called on activations and computes n maps of the s
 modules in `model/` own the parameters and say which maps share an input.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from flax import struct
 import jax
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from terdit_jax.ternary.activations import quantize
+from terdit_jax.ternary.activations import Rows, quantize
 from terdit_jax.ternary.packing import unpack
 
-Quantize = Callable[..., tuple[Array, Array | None]]  # as `activations.quantize`
-
 SAME = "same"  # a matmul's operands are of the activations' dtype
+SCALE = "scale"  # name under which policies of rematerialisation know a product's scale
 
 
 @struct.dataclass
@@ -32,9 +31,9 @@ class FullLinear:
         """(..., in) -> (..., n, out) in x's dtype."""
         return _matmul(x, self.weight)
 
-    def product(self, x: Array, quantize: Quantize = quantize) -> tuple[Array, None, Array]:
+    def product(self, x: Rows) -> tuple[Rows, Array]:
         """As `TernaryLinear.product`."""
-        return self(x), None, jnp.ones(self.weight.shape[0])
+        return Rows(self(x.values)), jnp.ones(self.weight.shape[0])
 
 
 @struct.dataclass
@@ -50,15 +49,11 @@ class TernaryLinear:
 
     def __call__(self, x: Array) -> Array:
         """(..., in) -> (..., n, out) in x's dtype."""
-        return scale_product(*self.product(x))
+        return scale_product(*self.product(Rows(x)))
 
-    def product(self, x: Array, quantize: Quantize = quantize) -> tuple[Array, Array | None, Array]:
-        """y (..., n, out) in x's dtype, scale (...,) float32 or None, and alpha (n,) float32: scale y stands for x T^T.
-
-        What is passed back to y has to be the gradient of scale y, and `quantize.ternarize` sees to alpha's.
-        """
-        y, scale = ternary_matmul(self.operand, quantize, x, self.codes, self.sink)
-        return y, scale, lax.stop_gradient(self.alpha)
+    def product(self, x: Rows) -> tuple[Rows, Array]:
+        """x T^T, a product (..., n, out), and alpha (n,) float32, to whose gradient `quantize.ternarize` sees."""
+        return ternary_matmul(self.operand, x, self.codes, self.sink), lax.stop_gradient(self.alpha)
 
 
 @struct.dataclass
@@ -70,7 +65,7 @@ class PackedLinear:
 
     def __call__(self, x: Array) -> Array:
         """(..., in) -> (..., n, out) in x's dtype; equals TerDiT's trained layer bit for bit."""
-        return scale_product(_matmul(x, unpack(self.packed).astype(x.dtype)), None, self.alpha)
+        return scale_product(Rows(_matmul(x, unpack(self.packed).astype(x.dtype))), self.alpha)
 
 
 Linear = FullLinear | TernaryLinear | PackedLinear
@@ -81,55 +76,78 @@ def _matmul(x: Array, weight: Array) -> Array:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (2,)), ((), ())), preferred_element_type=x.dtype)
 
 
-def scale_product(y: Array, scale: Array | None, alpha: Array) -> Array:
-    """alpha scale y of `TernaryLinear.product` in y's dtype. In float32, behind the sum: only activations round."""
-    if scale is not None:
-        y = _stands_for(y, scale)
-    return (y.astype(jnp.float32) * alpha[:, None]).astype(y.dtype)
+def scale_product(y: Rows, alpha: Array) -> Array:
+    """alpha times a product (..., n, out), in its dtype. In float32, behind the sum: only activations round."""
+    values = y.values if y.scale is None else _stands_for(y)
+    return (values.astype(jnp.float32) * alpha[:, None]).astype(values.dtype)
 
 
 @jax.custom_vjp
-def _stands_for(y: Array, scale: Array) -> Array:
-    """scale y: (..., n, out), (...,) -> (..., n, out). Its gradient passes to y as it is, see `ternary_matmul`."""
-    return (y.astype(jnp.float32) * scale[..., None, None]).astype(y.dtype)
+def _stands_for(y: Rows) -> Array:
+    """What a product (..., n, out) stands for; its gradient passes to `values` as it is."""
+    return scaled(y.values, y.scale[..., None], y.values.dtype)
 
 
-_stands_for.defvjp(lambda y, scale: (_stands_for(y, scale), scale), lambda scale, dy: (dy, jnp.zeros_like(scale)))
+def _stands_for_bwd(y: Rows, dy: Array) -> tuple[Rows]:
+    return (as_operand(y, dy, *((None, None) if y.eight is None else quantize(dy, y.eight.dtype, num_axes=2))),)
 
 
-def code_product(x: Array, codes: Array, operand: str = SAME, quantize: Quantize = quantize) -> tuple:
+_stands_for.defvjp(lambda y: (_stands_for(y), y.kept(y.scale)), _stands_for_bwd)
+
+
+def scaled(values: Array, scale: Array, dtype: DTypeLike) -> Array:
+    """(..., W) times (...,) float32, in `dtype`."""
+    return (values.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+def as_operand(y: Rows, dy: Array, eight: Array | None, scale: Array | None) -> Rows:
+    """What is passed back to a product y (..., n, out): its gradient, and that in 8 bits if y has them."""
+    dy = dy.reshape(y.values.shape)
+    if y.eight is None:
+        return Rows(dy, None, None if y.scale is None else jnp.zeros_like(y.scale))
+    return Rows(dy, eight.reshape(dy.shape), scale)
+
+
+def code_product(x: Rows, codes: Array, operand: str = SAME) -> Rows:
     """x T^T.
 
     Args:
-      x: (..., in) activations.
+      x: (..., in) operand.
       codes: (n, out, in) of any dtype; they are exact in every float dtype and in 8 bits.
       operand: dtype in which they are multiplied: x's, or one of 8 bits, in which each token of x is rounded on a scale
         of its own.
-      quantize: who rounds them.
 
     Returns:
-      (..., n, out) in x's dtype, and (...,) float32 that it is to be multiplied by, or None.
+      A product (..., n, out) in x's dtype, in 8 bits with a scale.
     """
+    dtype = x.values.dtype
     if operand == SAME:
-        return _matmul(x, codes.astype(x.dtype)), None
-    rows, scale = quantize(x, operand)
-    return _in_8_bits(rows, codes, (((x.ndim - 1,), (2,)), ((), ())), x.dtype).astype(x.dtype), scale
+        return Rows(_matmul(x.values, codes.astype(dtype)))
+    eight, scale = x.in_8_bits(operand)
+    y = _in_8_bits(eight, codes, (((eight.ndim - 1,), (2,)), ((), ())), dtype).astype(dtype)
+    return Rows(y, None if x.eight is None else jnp.zeros(y.shape, x.eight.dtype), checkpoint_name(scale, SCALE))
 
 
-def input_gradient(dy: Array, codes: Array, operand: str = SAME, quantize: Quantize = quantize) -> Array:
-    """dL/dx of `code_product`: (..., n, out), (n, out, in) -> (..., in) in dy's dtype."""
-    maps = (((dy.ndim - 2, dy.ndim - 1), (0, 1)), ((), ()))
+def input_gradient(x: Rows, dy: Rows, codes: Array, operand: str = SAME) -> Rows:
+    """dL/dx of `code_product`: of x its shape and dtypes, (..., n, out), (n, out, in) -> (..., in).
+
+    The product has its scale beside it if x has a place for that, and is multiplied by it otherwise.
+    """
+    dtype = dy.values.dtype
+    maps = (((dy.values.ndim - 2, dy.values.ndim - 1), (0, 1)), ((), ()))
     if operand == SAME:
-        return lax.dot_general(dy, codes.astype(dy.dtype), maps, preferred_element_type=dy.dtype)
-    rows, scale = quantize(dy, operand, num_axes=2)
-    dx = _in_8_bits(rows, codes, maps, dy.dtype)
-    return (dx.astype(jnp.float32) * scale[..., None]).astype(dy.dtype)
+        return Rows(lax.dot_general(dy.values, codes.astype(dtype), maps, preferred_element_type=dtype))
+    eight, scale = dy.in_8_bits(operand, num_axes=2)
+    dx = _in_8_bits(eight, codes, maps, dtype)
+    if x.eight is None:
+        return Rows(scaled(dx, scale, dtype))
+    return Rows(dx, jnp.zeros(dx.shape, x.eight.dtype), scale)
 
 
-def _in_8_bits(rows: Array, codes: Array, dimension_numbers: tuple, dtype: DTypeLike) -> Array:
-    """The product of rows and codes in the rows' dtype; sums of whole numbers stay whole, others come in `dtype`."""
-    kept = jnp.int32 if rows.dtype == jnp.int8 else dtype
-    return lax.dot_general(rows, codes.astype(rows.dtype), dimension_numbers, preferred_element_type=kept)
+def _in_8_bits(eight: Array, codes: Array, dimension_numbers: tuple, dtype: DTypeLike) -> Array:
+    """Rows times codes in the rows' dtype; sums of whole numbers stay whole, others come in `dtype`."""
+    kept = jnp.int32 if eight.dtype == jnp.int8 else dtype
+    return lax.dot_general(eight, codes.astype(eight.dtype), dimension_numbers, preferred_element_type=kept)
 
 
 def weight_gradient(x: Array, dy: Array, dtype: DTypeLike) -> Array:
@@ -138,37 +156,31 @@ def weight_gradient(x: Array, dy: Array, dtype: DTypeLike) -> Array:
     return lax.dot_general(dy, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def ternary_matmul(operand: str, quantize: Quantize, x: Array, codes: Array, sink: Array) -> tuple[Array, Array | None]:
-    """x T^T as y and what it is to be multiplied by, with dL/dsink = dL/dT. As alpha is applied behind the product,
-    that is alpha dL/dw of the weight in use, w = alpha T, which the straight-through estimator takes for dL/dW.
-
-    The gradient of y is taken to be that of scale y: so it need not be scaled to and fro.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ternary_matmul(operand: str, x: Rows, codes: Array, sink: Array) -> Rows:
+    """x T^T, with dL/dsink = dL/dT. As alpha is applied behind the product, that is alpha dL/dw of the weight in use,
+    w = alpha T, which the straight-through estimator takes for dL/dW.
 
     Args:
-      operand: dtype of the products y and dL/dx (`code_product`); dL/dT is formed of x as it is.
-      quantize: who rounds to that dtype, as `activations.quantize` does.
-      x: (..., in) activations.
+      operand: dtype of the products y and dL/dx (`code_product`); dL/dT is formed of x and dL/dy as they are.
+      x: (..., in) operand.
       codes: (n, out, in) int8.
       sink: (n, out, in); not read, its dtype is the dtype in which the weight gradient is formed.
 
     Returns:
-      (..., n, out) in x's dtype, and (...,) float32 or None.
+      A product (..., n, out) in x's dtype.
     """
-    return code_product(x, codes, operand, quantize)
+    return code_product(x, codes, operand)
 
 
-def _ternary_matmul_fwd(operand: str, quantize: Quantize, x: Array, codes: Array, sink: Array) -> tuple[tuple, tuple]:
-    return code_product(x, codes, operand, quantize), (x, codes, jnp.zeros((0,), sink.dtype))
+def _ternary_matmul_fwd(operand: str, x: Rows, codes: Array, sink: Array) -> tuple[Rows, tuple]:
+    return code_product(x, codes, operand), (x.kept(), codes, jnp.zeros((0,), sink.dtype))
 
 
-def _ternary_matmul_bwd(
-    operand: str, quantize: Quantize, residuals: tuple[Array, ...], gradients: tuple[Array, Array | None]
-) -> tuple[Array, np.ndarray, Array]:
+def _ternary_matmul_bwd(operand: str, residuals: tuple, dy: Rows) -> tuple[Rows, np.ndarray, Array]:
     x, codes, sink = residuals
-    dy, _ = gradients
-    dw = weight_gradient(x, dy, sink.dtype)
-    return input_gradient(dy, codes, operand, quantize), np.zeros(codes.shape, jax.dtypes.float0), dw
+    dw = weight_gradient(x.values, dy.values, sink.dtype)
+    return input_gradient(x, dy, codes, operand), np.zeros(codes.shape, jax.dtypes.float0), dw
 
 
 ternary_matmul.defvjp(_ternary_matmul_fwd, _ternary_matmul_bwd)
