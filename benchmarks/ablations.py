@@ -288,30 +288,31 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Loss by quarter of the timesteps, relative to the first variant's; Frechet distances beside."""
+    """Loss by quarter of the timesteps, a line a seed, in the colours of the names below; Frechet distances there."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
-    figure, panels = plt.subplots(1, 5, figsize=(17, 3.6), dpi=110, width_ratios=[1, 1, 1, 1, 1.3])
-    for panel, quarter, span in zip(panels, QUARTERS, _SPANS, strict=False):
-        for name in names:
-            curves = [row["curve"] for row in rows if row["variant"] == name and "curve" in row]
-            if curves:
-                mean = np.mean([np.array(curve[quarter], float) for curve in curves], axis=0)
-                panel.plot(curves[0]["step"], mean, label=name, color=f"C{names.index(name)}", linewidth=1.2)
-        panel.set(title=f"loss, t {span}", xlabel="step", yscale="log")
-    panels[0].legend(fontsize=6)
+    layout = [[*QUARTERS], ["distance"] * 4]
+    figure, panels = plt.subplot_mosaic(layout, figsize=(12, 6), dpi=110, layout="constrained")
+    for quarter, span in zip(QUARTERS, _SPANS, strict=True):
+        for row in rows:
+            if "curve" in row:
+                values = np.array(row["curve"][quarter], float)
+                panels[quarter].plot(row["curve"]["step"], values, color=f"C{names.index(row['variant'])}", linewidth=1)
+        panels[quarter].set(title=f"loss, t {span}", xlabel="step", yscale="log")
+    bars = panels["distance"]
     for place, name in enumerate(names):
         values = [row["frechet_distance"] for row in rows if row["variant"] == name]
-        panels[-1].barh(place, np.mean(values), color=f"C{place}", alpha=0.6)
-        panels[-1].plot(values, [place] * len(values), "k.", markersize=4)
-    panels[-1].set_yticks(range(len(names)), names, fontsize=7)
-    panels[-1].invert_yaxis()
-    panels[-1].set(title="Frechet distance, classifier features", xscale="log")
-    figure.tight_layout()
+        bars.barh(place, np.mean(values), color=f"C{place}", alpha=0.6)
+        bars.plot(values, [place] * len(values), "k.", markersize=4)
+    bars.set_yticks(range(len(names)), names)
+    for place, label in enumerate(bars.get_yticklabels()):
+        label.set_color(f"C{place}")
+    bars.invert_yaxis()
+    bars.set(title="Frechet distance in a classifier's features: each seed, and their mean", xscale="log")
     figure.savefig(path)
 
 

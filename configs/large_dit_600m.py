@@ -37,7 +37,6 @@ def get_config() -> ConfigDict:
     config.compute.dtype = "bfloat16"
     config.compute.grad_dtype = "bfloat16"
     config.compute.remat = "dots"
-    config.compute.scan_layers = False  # unrolled: faster on GPUs by the copies that a loop makes
 
     config.mesh.data = -1
     config.mesh.fsdp = 1

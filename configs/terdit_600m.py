@@ -5,10 +5,10 @@ python -m terdit_jax.main --config=configs/terdit_600m.py --workdir=runs/terdit_
 Data: latents of the Stable Diffusion VAE in data/imagenet256, made from ImageNet's archive (docs/data.md) by
 python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae=sd-vae-ft-ema --output=data/imagenet256
 --config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
-Hardware: state (float32 weights, two moments, EMA) 9.8 GB, whole on each chip; --config.mesh.fsdp=8 cuts it for chips
-with 16 GB. At most 128-way fsdp.
-Hours: not yet run. 448M images are 210 H200-hours at 593 images/s, which PyTorch reaches on one H200 (torch.compile,
-bf16, batch 64).
+Hardware: state (float32 weights, two moments, EMA) 9.8 GB, cut over all chips, which is faster too than a copy on each:
+7.9 times one H200 on eight, 7.4 with --config.mesh.data=-1 --config.mesh.fsdp=1 (docs/benchmarks.md). Beyond 128 chips
+add --config.mesh.data=2 or more.
+Hours: not yet run. 448M images are 180 H200-hours at 690 images/s (batch 64), 24 hours on eight of them.
 Expected: not yet run. The paper's FID is 4.34 with guidance (scale 1.5, 50,000 samples).
 """
 
@@ -37,10 +37,9 @@ def get_config() -> ConfigDict:
     config.compute.dtype = "bfloat16"
     config.compute.grad_dtype = "bfloat16"
     config.compute.remat = "dots"
-    config.compute.scan_layers = False  # unrolled: faster on GPUs by the copies that a loop makes
 
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
 
     config.data.dir = "data/imagenet256"
     config.data.horizontal_flip = True
@@ -54,7 +53,7 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 1_750_000  # 448M images
     config.train.batch_size = 256
 
-    config.checkpoint.every = 10_000  # nine minutes on eight H200s at the rate above
+    config.checkpoint.every = 10_000  # eight minutes on eight H200s at that rate
     config.checkpoint.keep = 3
     config.checkpoint.keep_every = 250_000
     config.log.every = 100

@@ -124,7 +124,7 @@ def test_it_survives_json(overrides, step):
 def test_the_model_fields_are_those_of_the_configuration():
     assert set(describe(small_config()).to_dict()["model"]) == set(base_config().model)
     # How a model is computed is the reader's choice and not described.
-    model = dataclasses.replace(small_config(), dtype="bfloat16", scan_layers=False)
+    model = dataclasses.replace(small_config(), dtype="bfloat16", layers="unrolled")
     assert Description.from_dict(describe(model).to_dict(), "a").model == describe(small_config()).model
 
 

@@ -182,13 +182,13 @@ def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(m
         # Of alphas' gradients, those of queries and keys are zero but for rounding: norms undo what they do.
         return [leaf for leaf in jax.tree.leaves(jax.jit(jax.grad(run))(params)) if leaf.size > 8]
 
-    ours = gradients(**low, scan_layers=False)
-    for fields in ({"remat": "dots", "scan_layers": True}, {"remat": "block", "scan_layers": False}):
+    ours = gradients(**low, layers="unrolled")
+    for fields in ({"remat": "dots", "layers": "scanned"}, {"remat": "block", "layers": "unrolled"}):
         assert_near(gradients(**low, **fields), ours)
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "slices": 1}, jax.devices()[:2])):
-        assert_near(gradients(**low, remat="dots", scan_layers=True), ours, 0.02)
+        assert_near(gradients(**low, remat="dots", layers="scanned"), ours, 0.02)
     monkeypatch.setattr(fused, "EIGHT", None)
-    exact, plain = gradients(), gradients(**low, scan_layers=False)
+    exact, plain = gradients(), gradients(**low, layers="unrolled")
 
     def error(leaves):
         return np.mean([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in zip(leaves, exact, strict=True)])

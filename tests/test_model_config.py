@@ -59,7 +59,7 @@ def test_every_field_arrives_from_the_configuration():
         ternary=False, input_size=16, in_channels=3, patch_size=4, hidden_size=64, depth=2, num_heads=4,
         num_kv_heads=2, ffn_multiple_of=64, num_classes=7, class_dropout_prob=0.2, qk_norm=False,
         positions="rope_1d_sincos_2d", adaln_rms_norm=False, alpha_init="least_squares", dtype="float32",
-        grad_dtype="float32", matmul_dtype="same", remat="dots", attention="xla", passes="xla", scan_layers=False,
+        grad_dtype="float32", matmul_dtype="same", remat="dots", attention="xla", passes="xla", layers="unrolled",
         gather="bfloat16",
     )  # fmt: skip
     assert dataclasses.asdict(from_fields(**fields)) == fields | {"fsdp_rings": ()}
@@ -143,7 +143,7 @@ def test_work_of_600m_by_hand():
         {},
         {"ternary": False, "qk_norm": False},
         {"num_heads": 8, "num_kv_heads": 2, "in_channels": 3, "patch_size": 4, "num_classes": 1000},
-        {"hidden_size": 1536, "depth": 1, "scan_layers": False},  # wider than the condition
+        {"hidden_size": 1536, "depth": 1, "layers": "unrolled"},  # wider than the condition
     ],
 )
 def test_work_is_that_of_the_matmuls_in_the_traced_model(fields):

@@ -39,9 +39,9 @@ def test_a_plan_that_cannot_be_is_refused(configs, layouts):
 
 
 def test_a_configuration_is_changed_and_named_so():
-    config = load_changed(f"{DIGITS}@model.depth=3@compute.scan_layers=False")
-    assert (config.model.depth, config.compute.scan_layers) == (3, False)
-    assert config.name == "digits, depth=3, scan_layers=False"
+    config = load_changed(f"{DIGITS}@model.depth=3@compute.layers='unrolled'")
+    assert (config.model.depth, config.compute.layers) == (3, "unrolled")
+    assert config.name == "digits, depth=3, layers='unrolled'"
     for change in ("model.depths=3", "model.depth=x", "model.depth"):
         with pytest.raises(UserError, match=change):
             load_changed(f"{DIGITS}@{change}")

@@ -101,7 +101,7 @@ def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):
     """Modulations of all layers at once, and layers' gradients stacked, where codes are gathered."""
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
-        seen = three_steps(mesh, model=dataclasses.replace(MODEL, scan_layers=False))
+        seen = three_steps(mesh, model=dataclasses.replace(MODEL, layers="unrolled"))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours, expected)
 

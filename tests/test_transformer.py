@@ -117,7 +117,7 @@ def test_scan_equals_loop_and_remat_changes_nothing(ternary):
     params = random_params(config)
     loss, grads = loss_and_grads(config, params)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
-    for change in ({"scan_layers": False}, {"remat": "block"}, {"remat": "dots"}):
+    for change in ({"layers": "unrolled"}, {"remat": "block"}, {"remat": "dots"}):
         other = dataclasses.replace(config, **change)
         assert other != config
         other_loss, other_grads = loss_and_grads(other, params)

@@ -116,7 +116,7 @@ def lower_sample(
     """
     config.mesh.update(data=len(devices), fsdp=1, tensor=1)
     model, mesh = _prepare(config, topology, devices)
-    model = dataclasses.replace(model, remat="none")
+    model = dataclasses.replace(model, remat="none", layers="scanned")
     numerics = choose_numerics(mode, model, mesh)
     operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
     if numerics:
@@ -140,6 +140,8 @@ def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) 
     if config.compute.attention == "auto":
         # cuDNN's attention can only be compiled where cuDNN and a GPU are.
         config.compute.attention = "xla"
+    if config.compute.layers == "auto":
+        config.compute.layers = "unrolled" if topology.is_gpu else "scanned"
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh, devices)
     check_heads(model.num_kv_heads, mesh)

@@ -165,8 +165,8 @@ def load_model(
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")).name
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    scan = not on_cpu or weights.model.depth > _UNROLLED_ON_CPU
-    config = dataclasses.replace(weights.model, dtype=dtype, scan_layers=scan)
+    layers = "unrolled" if on_cpu and weights.model.depth <= _UNROLLED_ON_CPU else "scanned"
+    config = dataclasses.replace(weights.model, dtype=dtype, layers=layers)
     mesh = mesh or single_device_mesh()
     check_heads(config.num_kv_heads, mesh)
     numerics = choose_numerics(mode, config, mesh)

@@ -40,7 +40,7 @@ class DiTConfig:
     remat: str = "none"
     attention: str = "auto"
     passes: str = "auto"
-    scan_layers: bool = True
+    layers: str = "auto"
     gather: str = "codes"
     fsdp_rings: tuple[int, ...] = ()  # of the devices, not of the configuration: `parallel.mesh.fsdp_rings`
 
@@ -97,6 +97,7 @@ class DiTConfig:
             ("remat", ("none", "block", "dots")),
             ("attention", ("auto", "xla", "cudnn")),
             ("passes", ("auto", "xla")),
+            ("layers", ("auto", "scanned", "unrolled")),
         ):
             _one_of(f"compute.{field}", getattr(self, field), choices)
         _require(

@@ -1,4 +1,5 @@
-"""Which implementation of attention, and of the passes between a block's matmuls, runs on the devices at hand."""
+"""Which implementation of attention, of the passes between a block's matmuls and of the way through the layers runs on
+the devices at hand."""
 
 import jax
 
@@ -11,6 +12,14 @@ def attention_implementation(config: DiTConfig) -> str:
     if config.attention == "auto":
         return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
     return config.attention
+
+
+def scans_layers(config: DiTConfig) -> bool:
+    """Whether one compiled block is scanned over the depth. Unrolled, a step takes longer to compile, and on GPUs a
+    tenth less to run: a loop copies into stacks what is kept for the backward pass, and gradients."""
+    if config.layers == "auto":
+        return jax.default_backend() != "gpu"
+    return config.layers == "scanned"
 
 
 def has_fused_passes(config: DiTConfig) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.implementations import scans_layers
 from terdit_jax.ternary.linear import FullLinear, PackedLinear, TernaryLinear
 from terdit_jax.ternary.linear import Linear as Operand
 from terdit_jax.ternary.packing import pack
@@ -93,7 +94,7 @@ def group_operand(
     if packed:
         codes = [w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]
         return PackedLinear(stack(codes), spread(alphas))
-    unrolled = not config.scan_layers
+    unrolled = not scans_layers(config)
     made = [ternarize(w, alpha, config.grad_dtype, unrolled) for w, alpha in zip(weights, alphas, strict=True)]
     codes, alphas, sinks = (list(kind) for kind in zip(*made, strict=True))
     return TernaryLinear(stack(codes), spread(alphas), stack(sinks), matmul_dtype or config.matmul_dtype)

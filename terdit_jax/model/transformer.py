@@ -25,6 +25,7 @@ from terdit_jax.model.embedders import (
     sincos_2d_table,
     unpatchify,
 )
+from terdit_jax.model.implementations import scans_layers
 from terdit_jax.model.layers import linear
 from terdit_jax.parallel.gather import gather_operands
 from terdit_jax.parallel.sharding import constrain, constrain_tree
@@ -138,7 +139,7 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
 
     blocks = dict(operands["blocks"])
     modulate = lambda adaln: modulation(adaln, c, dtype)  # noqa: E731
-    if not config.scan_layers:
+    if not scans_layers(config):
         # Of all layers by one matmul: they depend on the condition alone.
         blocks["adaLN_modulation"], modulate = jax.vmap(modulate)(blocks["adaLN_modulation"]), lambda m: m
 
@@ -165,7 +166,7 @@ def _is_saved(primitive, *arguments, **parameters) -> bool:
 
 
 def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> tuple[Array, dict]:
-    if config.scan_layers:
+    if scans_layers(config):
         return jax.lax.scan(layer, x, blocks)
     watched = []
     leaves, structure = jax.tree.flatten(blocks)

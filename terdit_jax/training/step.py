@@ -18,6 +18,7 @@ import optax
 from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.implementations import scans_layers
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.compiler_options import compiler_options
 from terdit_jax.parallel.mesh import fsdp_rings
@@ -114,7 +115,7 @@ def _accumulate(micro: Callable, place: Callable, examples: Examples, steps: int
 
 def global_norm(model: DiTConfig, grads: dict) -> Array:
     """The root of the sum of all squares, of unrolled layers summed one by one: their stack is then never made."""
-    if not model.scan_layers:
+    if not scans_layers(model):
         grads = grads | {"blocks": jax.tree.map(list, grads["blocks"])}
     return optax.tree.norm(grads)
 
