@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import locked, on_devices, versions
+from benchmarks.machine import locked, on_devices
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import Classifier, make_classifier, train_classifier
@@ -39,6 +39,7 @@ from terdit_jax.interop.published import Leaves
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.ternary.quantize import least_squares_alpha
+from terdit_jax.versions import versions
 
 _CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "Configuration of a ternary model of pictures.")
 _DATA = flags.DEFINE_string("data", "data/cifar10", "Its data set.")

@@ -23,7 +23,6 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from benchmarks.machine import versions
 from terdit_jax.errors import run_command
 from terdit_jax.evaluation import inception
 from terdit_jax.evaluation.features import FeatureNetwork, PictureFeatures, collect_features
@@ -32,6 +31,7 @@ from terdit_jax.evaluation.picture_source import PictureSource
 from terdit_jax.evaluation.statistics import Moments
 from terdit_jax.evaluation.suite import INCEPTION, Reference, feature_statistics, inception_extract, suite_metrics
 from terdit_jax.parallel.mesh import local_mesh
+from terdit_jax.versions import versions
 
 _QUICK = flags.DEFINE_bool("quick", False, "Few and small pictures.")
 _NUM_PICTURES = flags.DEFINE_integer("num_pictures", 50_000, "Pictures.", lower_bound=16)

@@ -27,9 +27,10 @@ from absl import flags
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run, versions
+from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run
 from benchmarks.random_codes import random_operands
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models: PATH[:input_size=N][@BATCH/BATCH...], in this order.")
 _MODES = flags.DEFINE_list("modes", "exact,fast,small,small_exact", "Ours; MODE:xla leaves the kernels out.")

@@ -9,7 +9,6 @@ figure is the median turn of each. Stored records are random latents with their 
 from collections.abc import Iterator, Sequence
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -29,6 +28,7 @@ from terdit_jax.training.loop import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step
+from terdit_jax.versions import versions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The model and its data.* settings, as of terdit_jax.main.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Batch size; the config's own if not given.", lower_bound=1)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     content = {
         "command": " ".join(["python -m benchmarks.input_pipeline", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions(*packages),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "config": config.name,

@@ -1,10 +1,9 @@
-"""What benchmarks share: configurations, versions, turns on devices, their matmul rate and their kernels' times."""
+"""What benchmarks share: configurations, turns on devices, their matmul rate and their kernels' times."""
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import fcntl
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -54,15 +53,6 @@ def parse_run(text: str) -> tuple[ConfigDict, list[int] | None]:
         config.model.input_size = int(size)
         config.name = f"{config.name}_{8 * int(size)}"
     return config, [int(batch) for batch in batches.split("/")] if batches else None
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def measure_matmul_rate(size: int = 8192, repeats: int = 30) -> float:

@@ -21,7 +21,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from benchmarks.machine import load_config, versions
+from benchmarks.machine import load_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.runtime import load_model
@@ -30,6 +30,7 @@ from terdit_jax.interop.description import describe_run as describe
 from terdit_jax.interop.published import Layout, published_layout
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.training.resume import describe_run
+from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Configuration files of ternary models.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Denoising steps.", lower_bound=1)

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import versions
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError, run_command
@@ -36,6 +35,7 @@ from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.versions import versions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run of a ternary model on a data set of pictures.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 2000, "Pictures of a set.", lower_bound=2)

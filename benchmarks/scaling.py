@@ -34,9 +34,10 @@ import time
 
 from absl import flags
 
-from benchmarks.machine import on_devices, share_devices, take_turn, versions
+from benchmarks.machine import on_devices, share_devices, take_turn
 from benchmarks.scaling_rows import measure, measure_losses, measure_sampling
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", "", "path[@FIELD=VALUE...]:batch a device[:remat[:layouts[:gathers]]] each.")
 _DEVICES = flags.DEFINE_list("devices", None, "Numbers of devices, the first of them 1; 1 and all if left out.")

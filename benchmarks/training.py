@@ -22,13 +22,14 @@ import time
 from absl import flags
 import jax
 
-from benchmarks.machine import kernel_times, load_config, measure_matmul_rate, versions
+from benchmarks.machine import kernel_times, load_config, measure_matmul_rate
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.training.loop import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import abstract_state, make_state
 from terdit_jax.training.step import make_train_step
+from terdit_jax.versions import versions
 
 _RUNS = flags.DEFINE_list("runs", None, "config:batch[:NAME=VALUE...] each, NAME of config.compute.")
 _PEERS = flags.DEFINE_list("peers", "", "PyTorch's, of benchmarks.torch_training.")

@@ -12,7 +12,6 @@ fails if they are another network's. TFLOP are counted from shapes and read agai
 from collections.abc import Callable, Iterator, Sequence
 import datetime
 from functools import partial
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -37,6 +36,7 @@ from terdit_jax.model.vae import (
     encode_flops,
     encoder_params,
 )
+from terdit_jax.versions import versions
 
 _ALL = "jax:bfloat16,torch:default,jax:float32,decode:bfloat16,decode:float32,torch:max-autotune-no-cudagraphs"
 _RUNS = flags.DEFINE_list("runs", _ALL, "jax:DTYPE, torch:MODE (of torch.compile, or eager) and decode:DTYPE.")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         "command": " ".join(["python -m benchmarks.vae", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "python": sys.version.split()[0],
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": versions(*_PACKAGES),
         "tflop_a_picture": encode_flops(_config(), _side(), _side()) / 1e12,
         "rows": [],
     }
@@ -316,13 +316,6 @@ def _longest(times: dict[str, float]) -> dict[str, float]:
 
 def _cell(value: float | None, format_spec: str) -> str:
     return "" if value is None else format(value, format_spec)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ The last one, without a reference, gives no FID (docs/evaluation.md). Flags and 
 """
 
 from collections.abc import Iterator, Sequence
-import contextlib
-import importlib.metadata
 import json
 import time
 import zipfile
@@ -44,6 +42,7 @@ from terdit_jax.inference.runtime import load_model
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.parallel.mesh import initialize_processes, local_mesh, make_mesh
 from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.versions import versions
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
 _DRAWN_AT_ONCE = 256
@@ -116,7 +115,7 @@ def _judge_by_suite() -> None:
     facts = {
         "num_samples": samples.count, "num_reference_pictures": 0 if reference.pool is None else len(reference.pool),
         "network": {"name": network.name, "file": network.source, "sha256": network.sha256},
-        "versions": _versions("terdit-jax", "jax", "numpy"),
+        "versions": versions("terdit-jax", "jax", "numpy"),
         "device": jax.devices()[0].device_kind, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
     flag_values = (_SAMPLES, _WORKDIR, _REFERENCE, _HALF_DISTANCES)
@@ -206,15 +205,6 @@ def _load_samples(path: str, channels: int) -> Pictures:
     if channels == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
         images = images[..., :1]  # terdit_jax.sample writes grey pictures as evaluators want them, in three channels
     return Pictures(images.astype(np.float32) / 127.5 - 1, labels)
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed, which a checkout that runs in place is not."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,6 @@ Reports are plain dictionaries, the same in JSON; all sizes are bytes of one chi
 from collections import defaultdict
 from collections.abc import Iterator
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from terdit_jax.aot.topology import Topology
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.chips import GIB
 from terdit_jax.parallel.collectives import Collective, mesh_axes, read_collectives, sent_bytes
+from terdit_jax.versions import versions
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -168,13 +168,7 @@ def _speed(program: Program, topology: Topology, roofline: Roofline) -> dict:
 
 def _versions(topology: Topology) -> dict[str, str]:
     compiler = "jaxlib" if topology.chip is None else "jax-cuda13-plugin" if topology.is_gpu else "libtpu"
-    versions = {}
-    for name in ("jax", "flax", compiler):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return versions("jax", "flax", compiler)
 
 
 def _needed_bytes(message: str) -> float | None:
