@@ -7,8 +7,8 @@ Data: latents of the Stable Diffusion VAE, 64x64x4, in data/imagenet512, made fr
 --config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 68 GB, cut over all chips. Beyond 256 chips add
 --config.mesh.data=2 or more: the narrowest matrix has 256 columns to cut.
-Hours: not yet run. 696M images are 16,400 EFLOP: 9,600 H200-hours at the 474 TFLOP/s that PyTorch reaches on one H200
-with 4.2B at 256 px (84 images/s; torch.compile, bf16, batch 32).
+Hours: not yet run. 696M images are 9,100 H200-hours at 21.2 images/s on one (batch 8), 1,090 hours on eight of them
+(178 images/s).
 Expected: not yet run. The paper's FID is 2.81 with guidance (50,000 samples).
 """
 
