@@ -21,6 +21,7 @@ import pytest
 
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.model import block
+from terdit_jax.model.implementations import scans_layers
 from terdit_jax.model.transformer import (
     abstract_model,
     abstract_params,
@@ -123,6 +124,25 @@ def test_scan_equals_loop_and_remat_changes_nothing(ternary):
         other_loss, other_grads = loss_and_grads(other, params)
         assert_close(other_loss, np.asarray(loss))
         assert_trees_close(other_grads, grads)
+
+
+@pytest.mark.parametrize(
+    ("layers", "backend", "scans"),
+    [
+        ("auto", "gpu", False),
+        ("auto", "tpu", True),
+        ("auto", "cpu", True),
+        ("scanned", "gpu", True),
+        ("unrolled", "tpu", False),
+    ],
+)
+def test_layers_are_unrolled_on_gpus_unless_told_otherwise(monkeypatch, layers, backend, scans):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = tiny_config(layers=layers)
+    assert scans_layers(config) is scans
+    x_t, t, y = inputs(config)
+    traced = jax.make_jaxpr(lambda p: forward(config, make_operands(config, p), x_t, t, y))(abstract_params(config))
+    assert any(eqn.primitive.name == "scan" for eqn in traced.eqns) is scans
 
 
 def test_remat_policies_rematerialise():
