@@ -166,34 +166,48 @@ def test_rows_of_attention_are_rounded_by_a_pass_of_their_own():
     np.testing.assert_array_equal(gradient, (h.astype(jnp.float32) * scale[..., None]).astype(BF16))
 
 
-@pytest.mark.parametrize("kernels", [2], indirect=True)
-def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(monkeypatch):
-    """No further from float32. Scanned or not, whatever is rematerialised, and on a mesh, they are the same."""
-    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, attention="xla")
-    low = {"dtype": "bfloat16", "grad_dtype": "bfloat16", "matmul_dtype": fused.EIGHT}
+IN_8_BITS = {"dtype": "bfloat16", "grad_dtype": "bfloat16", "matmul_dtype": fused.EIGHT}
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Of a network whose blocks are fused in bfloat16, by fields of its configuration."""
+    config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, attention="xla", layers="unrolled")
     params = random_params(config)
     x_t, t, y = draws(B, 4, 4, 4, seed=5), jnp.array([20, 700]), jnp.array([1, 10])
     target = draws(B, 4, 4, 8, seed=6)
     monkeypatch.setattr(block, "has_fused_passes", lambda config: config.dtype == "bfloat16")
 
-    def gradients(**fields):
+    def run(**fields):
         made = dataclasses.replace(config, **fields)
-        run = lambda p: jnp.mean((forward(made, make_operands(made, p), x_t, t, y) - target) ** 2)  # noqa: E731
+        loss = lambda p: jnp.mean((forward(made, make_operands(made, p), x_t, t, y) - target) ** 2)  # noqa: E731
         # Of alphas' gradients, those of queries and keys are zero but for rounding: norms undo what they do.
-        return [leaf for leaf in jax.tree.leaves(jax.jit(jax.grad(run))(params)) if leaf.size > 8]
+        return [leaf for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)) if leaf.size > 8]
 
-    ours = gradients(**low, layers="unrolled")
-    for fields in ({"remat": "dots", "layers": "scanned"}, {"remat": "block", "layers": "unrolled"}):
-        assert_near(gradients(**low, **fields), ours)
-    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "slices": 1}, jax.devices()[:2])):
-        assert_near(gradients(**low, remat="dots", layers="scanned"), ours, 0.02)
+    return run
+
+
+@pytest.mark.parametrize("kernels", [2], indirect=True)
+def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(monkeypatch, gradients):
+    """No further from float32."""
+    ours = gradients(**IN_8_BITS)
     monkeypatch.setattr(fused, "EIGHT", None)
-    exact, plain = gradients(), gradients(**low, layers="unrolled")
+    exact, plain = gradients(), gradients(**IN_8_BITS)
 
     def error(leaves):
         return np.mean([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in zip(leaves, exact, strict=True)])
 
     assert 0.01 < error(ours) < 1.1 * error(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [2], indirect=True)
+def test_gradients_in_8_bits_are_the_same_scanned_rematerialised_or_on_a_mesh(gradients):
+    ours = gradients(**IN_8_BITS)
+    for fields in ({"remat": "dots", "layers": "scanned"}, {"remat": "block"}):
+        assert_near(gradients(**IN_8_BITS, **fields), ours)
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "slices": 1}, jax.devices()[:2])):
+        assert_near(gradients(**IN_8_BITS, remat="dots", layers="scanned"), ours, 0.02)
 
 
 @pytest.mark.parametrize("kernels", [2], indirect=True)
