@@ -182,6 +182,7 @@ def train(name: str, seed: str) -> dict:
     }
     place = workdir(name, seed)
     command = [sys.executable, "-m", "terdit_jax.main", f"--config={_CONFIG.value}", f"--workdir={place}"]
+    went_on = (place / "metrics.jsonl").exists()
     begin = time.perf_counter()
     subprocess.run([*command, *(f"--config.{field}={value}" for field, value in fields.items())], check=True)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
@@ -193,7 +194,7 @@ def train(name: str, seed: str) -> dict:
         "heldout_loss": heldout.get("heldout_loss"),
         "heldout_loss_ema": heldout.get("heldout_loss_ema"),
         "images_per_second": float(np.median(rates)) if rates else None,
-        "train_seconds": round(time.perf_counter() - begin, 1),
+        "train_seconds": None if went_on else round(time.perf_counter() - begin, 1),
     }
 
 
