@@ -119,6 +119,7 @@ def assert_in_8_bits(rows, num_axes=1):
     assert np.mean(rows.eight.astype(jnp.float32) != eight.astype(jnp.float32)) < 0.01
 
 
+@pytest.mark.parametrize("kernels", [2], indirect=True)
 def test_products_in_8_bits_stand_for_what_scales_make_of_them():
     """Values and gradients are those of the scaled products, and the gradients come in 8 bits besides. What is passed
     back to an operand may have a scale: it stands for what that makes of it."""
@@ -211,7 +212,7 @@ def test_gradients_in_8_bits_are_the_same_scanned_rematerialised_or_on_a_mesh(gr
 
 
 @pytest.mark.parametrize("kernels", [2], indirect=True)
-@pytest.mark.parametrize("ternary", [True, False])
+@pytest.mark.parametrize("ternary", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_network_of_fused_blocks_has_the_plain_ones_gradients(monkeypatch, ternary):
     """In bfloat16, no further from float32 than plain blocks are."""
     config = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, ternary=ternary, attention="xla")
