@@ -69,7 +69,7 @@ def measure_run(run: str) -> dict:
     config = load_config(path)
     config.train.batch_size = int(batch_size)
     for name, value in (option.split("=") for option in options):
-        config.compute[name] = {"True": True, "False": False}.get(value, value)
+        config.compute[name] = value
     config.data.synthetic = True
     setup = set_up(config, "/tmp/benchmarks_training")
     step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0)

@@ -20,6 +20,7 @@ from terdit_jax.inference.lean import bind_schedule, make_lean_operands
 from terdit_jax.inference.modes import choose_numerics
 from terdit_jax.inference.sampling import make_draw
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.implementations import layers_on
 from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.compiler_options import Options, check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
@@ -141,7 +142,7 @@ def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) 
         # cuDNN's attention can only be compiled where cuDNN and a GPU are.
         config.compute.attention = "xla"
     if config.compute.layers == "auto":
-        config.compute.layers = "unrolled" if topology.is_gpu else "scanned"
+        config.compute.layers = layers_on(devices[0].platform)
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh, devices)
     check_heads(model.num_kv_heads, mesh)

@@ -15,11 +15,15 @@ def attention_implementation(config: DiTConfig) -> str:
 
 
 def scans_layers(config: DiTConfig) -> bool:
-    """Whether one compiled block is scanned over the depth. Unrolled, a step takes longer to compile, and on GPUs a
-    tenth less to run: a loop copies into stacks what is kept for the backward pass, and gradients."""
-    if config.layers == "auto":
-        return jax.default_backend() != "gpu"
-    return config.layers == "scanned"
+    """Whether one compiled block is scanned over the depth."""
+    layers = layers_on(jax.default_backend()) if config.layers == "auto" else config.layers
+    return layers == "scanned"
+
+
+def layers_on(platform: str) -> str:
+    """What `config.layers` "auto" is there. Unrolled, a step takes longer to compile, and on GPUs a tenth less to run:
+    a loop copies into stacks what is kept for the backward pass, and gradients."""
+    return "unrolled" if platform == "gpu" else "scanned"
 
 
 def has_fused_passes(config: DiTConfig) -> bool:

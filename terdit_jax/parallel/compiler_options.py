@@ -16,7 +16,7 @@ Options = dict[str, bool | str]
 _OVERLAP: dict[str, Options] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Gradients of matrices are summed as they are, each behind arithmetic: put together, they are copied first.
+        # Gradients that all devices sum: small ones are sent slowly, and those that are put together are copied first.
         "xla_gpu_all_reduce_combine_threshold_bytes": "120000000",
     },
     "tpu": {
