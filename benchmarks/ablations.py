@@ -67,6 +67,11 @@ VARIANTS = {
     "eight_bit": {"model.alpha_init": "least_squares", "compute.matmul_dtype": "float8_e4m3fn"},
     "no_drop": {"model.alpha_init": "normal", "optimizer.drop_step": 0},
     "least_squares_no_adaln_norm": {"model.alpha_init": "least_squares", "model.adaln_rms_norm": False},
+    "eight_bit_no_adaln_norm": {
+        "model.alpha_init": "least_squares",
+        "model.adaln_rms_norm": False,
+        "compute.matmul_dtype": "float8_e4m3fn",
+    },
     TERNARISED: None,  # the weights of FULL, judged beside it
 }
 QUARTERS = tuple(f"loss_t{k}of4" for k in range(1, 5))

@@ -86,7 +86,7 @@ def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_for
 
 def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:
     """Shift, scale and gate of attention, then of the feed-forward, of all layers: c (R, C') -> (L, R, 6, D)."""
-    layer = lambda _, layer: (None, modulation(layer, c, config.activation_dtype))  # noqa: E731
+    layer = lambda _, layer: (None, modulation(layer, layer["linear"](c.astype(config.activation_dtype))))  # noqa: E731
     return jax.lax.scan(layer, None, operands["modulation"]["linear"])[1]
 
 

@@ -75,12 +75,13 @@ def feed_forward(operands: dict, x: Array) -> Array:
     return operands["down"](constrain(hidden, "batch", "tokens", "mlp"))[..., 0, :]
 
 
-def modulation(operands: dict, c: Array, dtype: jnp.dtype) -> Array:
-    """c (B, C') -> (B, 6, D): shift, scale and gate of attention, then of the feed-forward."""
-    out = operands["linear"](c.astype(dtype))[..., 0, :].astype(jnp.float32) + operands["bias"]
+def modulation(operands: dict, y: Array) -> Array:
+    """y (B, 1, 6 D), what the linear map makes of the condition -> (B, 6, D): shift, scale and gate of attention, then
+    of the feed-forward."""
+    out = y[:, 0].astype(jnp.float32) + operands["bias"]
     if "norm" in operands:
         out = rms_norm(out, operands["norm"]["scale"])
-    return constrain(out.astype(dtype).reshape(c.shape[0], 6, -1), "batch", None, None)
+    return constrain(out.astype(y.dtype).reshape(y.shape[0], 6, -1), "batch", None, None)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:

@@ -10,6 +10,7 @@ from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
 from terdit_jax.model.block import Block, block, modulation
 from terdit_jax.model.config import DiTConfig
@@ -29,7 +30,7 @@ from terdit_jax.model.implementations import scans_layers
 from terdit_jax.model.layers import linear
 from terdit_jax.parallel.gather import gather_operands
 from terdit_jax.parallel.sharding import constrain, constrain_tree
-from terdit_jax.ternary.linear import SCALE
+from terdit_jax.ternary.linear import SCALE, Linear
 
 
 class DiT(nnx.Module):
@@ -138,10 +139,10 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
 
     blocks = dict(operands["blocks"])
-    modulate = lambda adaln: modulation(adaln, c, dtype)  # noqa: E731
+    modulate = lambda adaln: modulation(adaln, adaln["linear"](c.astype(dtype)))  # noqa: E731
     if not scans_layers(config):
-        # Of all layers by one matmul: they depend on the condition alone.
-        blocks["adaLN_modulation"], modulate = jax.vmap(modulate)(blocks["adaLN_modulation"]), lambda m: m
+        blocks["adaLN_modulation"] = _modulations(blocks["adaLN_modulation"], c.astype(dtype))
+        modulate = lambda m: m  # noqa: E731
 
     def layer(x: Array, layer_operands: dict) -> tuple[Array, dict]:
         x, kinds = block(config, layer_operands, x, modulate(layer_operands["adaLN_modulation"]), rope)
@@ -174,6 +175,41 @@ def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> 
         x, seen = layer(x, structure.unflatten(one))
         watched.append(seen)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *watched)
+
+
+def _modulations(operands: dict, c: Array) -> Array:
+    """`modulation` of all layers, (L, B, 6, D). They depend on the condition alone, so one matmul makes them; their
+    gradients come layer by layer, and devices of a mesh sum those of one layer while others are still to come."""
+    operands = dict(operands)
+    made = _by_one_matmul(operands.pop("linear"), c)
+    leaves, structure = jax.tree.flatten(operands)
+    layers = zip(*(_unstack(leaf) for leaf in leaves), strict=True)
+    return jnp.stack([modulation(structure.unflatten(one), y) for one, y in zip(layers, made, strict=True)])
+
+
+@jax.custom_vjp
+def _by_one_matmul(linear: Linear, c: Array) -> tuple[Array, ...]:
+    """What each of the layers' maps, stacked in front, makes of c (B, C'): (B, n, out) each."""
+    return tuple(jax.vmap(lambda one: one(c))(linear))
+
+
+def _by_one_matmul_bwd(residuals: tuple[Linear, Array], dys: tuple[Array, ...]) -> tuple[Linear, Array]:
+    linear, c = residuals
+
+    def pull(layer: int, dy: Array) -> tuple[Linear, Array]:
+        one = jax.tree.map(lambda leaf: leaf[layer], linear)
+        return jax.vjp(lambda one, c: one(c), one, c)[1](dy)
+
+    def stack(leaf: Array, *gradients: Array) -> Array | np.ndarray:
+        integer = not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return np.zeros(leaf.shape, jax.dtypes.float0) if integer else jnp.stack(gradients)
+
+    dlinears, dcs = zip(*(pull(layer, dy) for layer, dy in enumerate(dys)), strict=True)
+    dc = jnp.sum(jnp.stack(dcs).astype(jnp.float32), axis=0).astype(c.dtype)
+    return jax.tree.map(stack, linear, *dlinears), dc
+
+
+_by_one_matmul.defvjp(lambda linear, c: (_by_one_matmul(linear, c), (linear, c)), _by_one_matmul_bwd)
 
 
 def _unstack(leaf: Array) -> tuple[Array, ...]:

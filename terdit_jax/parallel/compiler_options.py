@@ -16,8 +16,10 @@ Options = dict[str, bool | str]
 _OVERLAP: dict[str, Options] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Gradients that all devices sum: small ones are sent slowly, and those that are put together are copied first.
+        # Gradients that all devices sum: small ones are sent slowly, so they leave together, each from where it lies;
+        # the pass would copy them into one array first and out of it behind.
         "xla_gpu_all_reduce_combine_threshold_bytes": "120000000",
+        "xla_disable_hlo_passes": "all-reduce-contiguous",
     },
     "tpu": {
         "xla_enable_async_all_gather": True,
