@@ -145,6 +145,29 @@ def test_layers_are_unrolled_on_gpus_unless_told_otherwise(monkeypatch, layers, 
     assert any(eqn.primitive.name == "scan" for eqn in traced.eqns) is scans
 
 
+def test_unrolled_layers_get_the_gradients_of_their_modulation_one_by_one():
+    """A gradient that one product makes of all layers' waits for the whole backward pass, and with it its sum over a
+    mesh; the forward product, which waits for nothing, stays one."""
+    config = tiny_config(layers="unrolled")
+    params = abstract_params(config)
+    weight = params["blocks"]["adaLN_modulation"]["weight"].shape[1:]
+    x_t, t, y = inputs(config)
+    loss = lambda p: jnp.mean(forward(config, make_operands(config, p), x_t, t, y))  # noqa: E731
+    shapes = list(product_shapes(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert shapes.count((1, *weight)) == config.depth and (config.depth, 1, *weight) not in shapes
+    assert shapes.count((len(y), config.depth, 1, weight[0])) == 1
+
+
+def product_shapes(jaxpr):
+    """Of what every dot_general in a jaxpr and the ones it calls makes."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for inner in (getattr(value, "jaxpr", value) for value in equation.params.values()):
+            if hasattr(inner, "eqns"):
+                yield from product_shapes(inner)
+
+
 def test_remat_policies_rematerialise():
     """The flag must reach the compiled program: checkpointed blocks hold fewer residuals."""
     params = abstract_params(tiny_config())
