@@ -43,8 +43,8 @@ def base_config() -> ConfigDict:
             "dtype": "bfloat16",  # activations and matmul operands; parameters stay float32
             "grad_dtype": "bfloat16",  # gradients of ternary matrices as they cross the mesh; the others' have `dtype`
             # Of matmuls with ternary matrices, but for the matrices' own gradient: same (as dtype) | float8_e4m3fn
-            # (Hopper GPUs) | int8 (TPUs, older GPUs). 8 bits round activations, token by token: in docs/ablations.md the
-            # loss stays within 1% without the RMSNorm behind adaLN, and is 4 to 21% higher with it.
+            # (Hopper GPUs) | int8 (TPUs, older GPUs). 8 bits round activations, token by token. In docs/ablations.md
+            # the loss stays within 1% without the RMSNorm behind adaLN, and is 4 to 21% higher with it.
             "matmul_dtype": "same",
             "remat": "none",  # none | block | dots
             "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn

@@ -10,7 +10,6 @@ The last one, without a reference, gives no FID (docs/evaluation.md). Flags and 
 from collections.abc import Iterator, Sequence
 import json
 import time
-import zipfile
 
 from absl import flags
 from etils import epath
@@ -20,7 +19,7 @@ import numpy as np
 from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
-from terdit_jax.errors import UserError, run_command
+from terdit_jax.errors import NPZ_DAMAGE, UserError, run_command
 from terdit_jax.evaluation import efficientnet
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
 from terdit_jax.evaluation.judge import read_pictures
@@ -198,7 +197,7 @@ def _load_samples(path: str, channels: int) -> Pictures:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except NPZ_DAMAGE as error:
         raise UserError(f"--samples={path}: not an npz with arr_0 and labels ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")

@@ -16,15 +16,13 @@ from PIL import Image, UnidentifiedImageError
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
-from terdit_jax.errors import UserError
+from terdit_jax.errors import NPZ_DAMAGE, UserError
 from terdit_jax.inference.pictures import to_uint8
 
 ARRAY = "arr_0"
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _READ_AT_ONCE = 256  # records of a data set, and what is skipped of an array
 _THREADS = 16  # that decode files
-# What reading a damaged npz may raise.
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _open_npz(path: Path) -> PictureSource:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
             shape, column_major, dtype = _read_header(member)
-    except _DAMAGE as error:
+    except NPZ_DAMAGE as error:
         raise UserError(f"{path}: not an npz with pictures in {ARRAY} ({_line(error)})") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or column_major or 0 in shape:
         raise UserError(
@@ -90,7 +88,7 @@ def _open_npz(path: Path) -> PictureSource:
                     count = min(size, stop - start)
                     pictures = np.frombuffer(_read_exactly(member, row * count), np.uint8).reshape(count, *shape[1:])
                     yield _in_color(pictures)
-        except _DAMAGE as error:
+        except NPZ_DAMAGE as error:
             raise UserError(f"{path}: {ARRAY} is damaged ({_line(error)})") from error
 
     return PictureSource(str(path), shape[0], (*shape[1:3], 3), stream)

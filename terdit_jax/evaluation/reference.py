@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 
-from terdit_jax.errors import UserError
+from terdit_jax.errors import NPZ_DAMAGE, UserError
 from terdit_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 from terdit_jax.evaluation.picture_source import ARRAY
 from terdit_jax.evaluation.statistics import Statistics
@@ -18,7 +18,6 @@ from terdit_jax.evaluation.statistics import Statistics
 KEYS = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
 STORED_PICTURES = 10_000  # that a reference keeps, as the published ones do
 _ASYMMETRY = 1e-6  # of a covariance, over its largest value: float32 files are off by rounding
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
 
 
 def stored_keys(path: str | os.PathLike) -> set[str]:
@@ -26,7 +25,7 @@ def stored_keys(path: str | os.PathLike) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except _DAMAGE as error:
+    except NPZ_DAMAGE as error:
         raise UserError(f"{path}: not an npz ({type(error).__name__}: {str(error)[:100]})") from error
 
 
@@ -50,7 +49,7 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
                     _check(f"{path}: {covariance_key}", covariance, (width, width))
                     _check_covariance(f"{path}: {covariance_key}", covariance)
                     found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
-    except _DAMAGE as error:
+    except NPZ_DAMAGE as error:
         raise UserError(f"{path}: not a reference ({type(error).__name__}: {str(error)[:100]})") from error
     return found
 

@@ -18,12 +18,10 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from terdit_jax.errors import UserError
+from terdit_jax.errors import NPZ_DAMAGE, UserError
 from terdit_jax.inference.pictures import save_png
 
 PLAN_FILE = "plan.json"
-# What reading a damaged npz may raise.
-_DAMAGE = (OSError, ValueError, KeyError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile)
 _WRITERS = 16  # threads that compress PNGs
 
 
@@ -80,15 +78,7 @@ class Shards:
             if pictures.dtype != np.uint8 or not len(pictures) == len(labels) == self.sizes[number]:
                 raise ValueError(f"it holds {pictures.dtype} {pictures.shape}")
             return pictures, labels
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            EOFError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-        ) as error:
+        except NPZ_DAMAGE as error:
             # Every member of an npz carries a CRC, which reading it checks.
             logging.error("SHARD %s IS DAMAGED (%s): it is drawn again", path, error)
             return None
