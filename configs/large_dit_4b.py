@@ -9,8 +9,8 @@ python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae
 --config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 68 GB, cut over all chips. Beyond 256 chips add
 --config.mesh.data=2 or more: the narrowest matrix has 256 columns to cut.
-Hours: not yet run. 604M images are 2,000 H200-hours at the 84 images/s that PyTorch reaches on one H200 with its twin
-(torch.compile, bf16, batch 32), where full precision ran at the same speed.
+Hours: not yet run. 604M images are 2,030 H200-hours at the 82.7 images/s that the same model reaches in PyTorch on one
+H200 (torch.compile, bf16, batch 32; docs/benchmarks.md).
 Expected: not yet run. The paper's FID for Large-DiT-4.2B is 2.10 with guidance (50,000 samples).
 """
 

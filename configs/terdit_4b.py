@@ -8,7 +8,7 @@ python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae
 --config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 68 GB, cut over all chips. Beyond 256 chips add
 --config.mesh.data=2 or more: the narrowest matrix has 256 columns to cut.
-Hours: not yet run. 604M images are 1,800 H200-hours at 92 images/s on one (batch 32), 224 hours on eight of them (750
+Hours: not yet run. 604M images are 1,840 H200-hours at 91 images/s on one (batch 32), 224 hours on eight of them (750
 images/s).
 Expected: not yet run. The paper's FID is 2.42 with guidance (scale 1.5, 50,000 samples), 9.66 without.
 """
