@@ -199,5 +199,7 @@ def test_the_step_of_4b_gathers_two_bits_a_ternary_parameter(topology):
         gathered = sum(row["sent"] for row in report["collectives"] if row["kind"] == "all-gather")
         received = 2 * count_params(program.model)["ternary"] * (1 - 1 / machine.num_chips)
         bits[gather], sent[gather] = 8 * gathered / received, report["sent"]
-    assert 1.99 < bits["codes"] <= 2.1 and 15.9 < bits["bfloat16"] < 16.1
+    # Unrolled, as on GPUs, the codes of all layers' adaLN, 14% of the parameters, are gathered once for both passes.
+    once = 0.93 if machine.is_gpu else 1.0
+    assert 1.99 * once < bits["codes"] <= 2.1 and 15.9 * once < bits["bfloat16"] < 16.1
     assert sent["bfloat16"] / sent["codes"] >= 2.2

@@ -178,7 +178,7 @@ def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> 
 
 
 def _modulations(operands: dict, c: Array) -> Array:
-    """`modulation` of all layers, (L, B, 6, D). They depend on the condition alone, so one matmul makes them; their
+    """`modulation` of all layers, (L, B, 6, D). They depend on the condition alone, so one matmul makes them; weights'
     gradients come layer by layer, and devices of a mesh sum those of one layer while others are still to come."""
     operands = dict(operands)
     made = _by_one_matmul(operands.pop("linear"), c)
@@ -196,16 +196,16 @@ def _by_one_matmul(linear: Linear, c: Array) -> tuple[Array, ...]:
 def _by_one_matmul_bwd(residuals: tuple[Linear, Array], dys: tuple[Array, ...]) -> tuple[Linear, Array]:
     linear, c = residuals
 
-    def pull(layer: int, dy: Array) -> tuple[Linear, Array]:
+    def of_layer(layer: int, dy: Array) -> Linear:
         one = jax.tree.map(lambda leaf: leaf[layer], linear)
-        return jax.vjp(lambda one, c: one(c), one, c)[1](dy)
+        return jax.vjp(lambda one: one(c), one)[1](dy)[0]
 
     def stack(leaf: Array, *gradients: Array) -> Array | np.ndarray:
         integer = not jnp.issubdtype(leaf.dtype, jnp.floating)
         return np.zeros(leaf.shape, jax.dtypes.float0) if integer else jnp.stack(gradients)
 
-    dlinears, dcs = zip(*(pull(layer, dy) for layer, dy in enumerate(dys)), strict=True)
-    dc = jnp.sum(jnp.stack(dcs).astype(jnp.float32), axis=0).astype(c.dtype)
+    dlinears = [of_layer(layer, dy) for layer, dy in enumerate(dys)]
+    (dc,) = jax.vjp(lambda c: jax.vmap(lambda one: one(c))(linear), c)[1](jnp.stack(dys))
     return jax.tree.map(stack, linear, *dlinears), dc
 
 
