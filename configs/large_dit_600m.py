@@ -9,8 +9,8 @@ python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae
 --config.data.synthetic=True trains on random latents instead, for bring-up and for speed.
 Hardware: state (float32 weights, two moments, EMA) 9.8 GB, whole on each chip; --config.mesh.fsdp=8 cuts it for chips
 with 16 GB.
-Hours: not yet run. 448M images are 215 H200-hours at the 579 images/s that the same model reaches in PyTorch on one H200
-(torch.compile, bf16, batch 64; docs/benchmarks.md).
+Hours: not yet run. 448M images are 215 H200-hours at the 579 images/s that the same model reaches in PyTorch on one
+H200 (torch.compile, bf16, batch 64; docs/benchmarks.md).
 Expected: not yet run; the paper reports no result for this size.
 """
 

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, how a command reports it, and what others a damaged file raises.
+"""The one exception that a user's mistake raises, and how a command reports it.
 
 Commands catch it, print its single line and exit with status 2; every other exception is a bug of ours
 and keeps its traceback.
@@ -8,23 +8,8 @@ from collections.abc import Callable, Sequence
 import os
 import sys
 import traceback
-import zipfile
-import zlib
 
 from absl import app, flags, logging
-
-# What zipfile and numpy raise while they read a damaged or forged npz.
-NPZ_DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 class UserError(Exception):

@@ -19,7 +19,7 @@ import numpy as np
 from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
-from terdit_jax.errors import NPZ_DAMAGE, UserError, run_command
+from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation import efficientnet
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
 from terdit_jax.evaluation.judge import read_pictures
@@ -39,6 +39,7 @@ from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.interop.vae_weights import load_vae
+from terdit_jax.npz import reading
 from terdit_jax.parallel.mesh import initialize_processes, local_mesh, make_mesh
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.versions import versions
@@ -194,11 +195,8 @@ def _open_pictures(path: str) -> Dataset:
 
 
 def _load_samples(path: str, channels: int) -> Pictures:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["arr_0"], arrays["labels"]
-    except NPZ_DAMAGE as error:
-        raise UserError(f"--samples={path}: not an npz with arr_0 and labels ({error})") from error
+    with reading(f"--samples={path}: not an npz with arr_0 and labels"), np.load(path, allow_pickle=False) as arrays:
+        images, labels = arrays["arr_0"], arrays["labels"]
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
     if channels == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():

@@ -17,7 +17,7 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
-from terdit_jax.inference.sampling import draw_all, make_draw
+from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.interop.weights import start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.mesh import initialize_processes
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if config.train.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
+    check_settings(config.sample)
     setup = set_up(config, _WORKDIR.value)
     start, draw = config.train.init_from, _drawer(setup)
     judge = None

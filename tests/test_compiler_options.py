@@ -20,6 +20,7 @@ def options_of(platform, num_devices=8, **fields):
 
 def test_what_hides_communication_is_on_where_there_is_some():
     assert options_of("gpu")["xla_gpu_enable_latency_hiding_scheduler"] is True
+    assert options_of("gpu")["xla_disable_hlo_passes"] == "all-reduce-contiguous"  # XLA takes names of no pass as well
     assert options_of("tpu") and all(name.startswith("xla_") for name in options_of("tpu"))
     for platform in ("gpu", "tpu"):
         alone = options_of(platform, num_devices=1)

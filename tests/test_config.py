@@ -20,14 +20,14 @@ NOT_NEGATIVE = {
 SHARES = {"optimizer.b1": 1.0, "optimizer.b2": -0.1, "optimizer.ema_decay": 1.0}
 RULES = [
     *((field, value, "must be positive and finite") for field, value in POSITIVE.items()),
-    *((field, value, "must not be negative") for field, value in NOT_NEGATIVE.items()),
+    *((field, value, "must be finite and not negative") for field, value in NOT_NEGATIVE.items()),
     *((field, value, "must be in [0, 1)") for field, value in SHARES.items()),
     ("optimizer.learning_rate", float("nan"), "must be positive and finite"),
     ("optimizer.learning_rate", float("inf"), "must be positive and finite"),
     ("checkpoint.keep", 1, "must be at least 2"),
     ("seed", -1, "must lie in [0, 2**32)"),
     ("seed", 2**32, "must lie in [0, 2**32)"),
-    ("sample.cfg_scale", float("nan"), "must not be negative"),
+    ("sample.cfg_scale", float("nan"), "must be finite and not negative"),
     ("optimizer.ema_decay", float("nan"), "must be in [0, 1)"),
 ]
 

@@ -105,15 +105,22 @@ def test_what_holds_no_pictures_is_refused(tmp_path):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_damaged_npz_is_refused_when_it_is_read(tmp_path, save):
-    path = tmp_path / "a.npz"
-    save(path, arr_0=pictures(3000) // 64)  # of few values, which deflate does not just store
+    """Wherever it is damaged: what numpy's parser makes of a header is an exception of many kinds."""
+    path, images = tmp_path / "a.npz", pictures(3000) // 64  # of few values, which deflate does not just store
+    save(path, arr_0=images)
     sound = path.read_bytes()
-    for start in range(2_000, len(sound) - 2_000, len(sound) // 20):
+    refused = 0
+    starts = [*range(0, 200, 5), *range(200, len(sound) - 200, len(sound) // 20)]
+    for start in starts:
         damaged = bytearray(sound)
-        damaged[start : start + 100] = bytes(value ^ 85 for value in damaged[start : start + 100])
+        damaged[start : start + 5] = bytes(value ^ 85 for value in damaged[start : start + 5])
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="a.npz: arr_0 is damaged"):
-            streamed(open_pictures(path), 0, 3000, 100)
+        try:
+            assert (streamed(open_pictures(path), 0, 3000, 100) == images).all()  # none of its bytes matters
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > len(starts) // 2
 
 
 def test_files_of_several_sizes_and_damaged_ones_are_named(tmp_path):

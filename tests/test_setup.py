@@ -43,6 +43,20 @@ def test_a_sound_configuration_makes_the_workdir(digits, tmp_path):
         ({"train__num_steps": -1}, "train.num_steps=-1: must be positive"),
         ({"mesh__data": 3}, "does not multiply out to the 8 devices"),
         ({"mesh__data": 1, "mesh__tensor": 8}, "tensor=8 does not divide the 4 kv heads"),
+        ({"mesh__fsdp": 8, "model__hidden_size": 36, "model__num_heads": 2}, "fsdp=8 does not divide dimension 36 of"),
+        (
+            {"mesh__data": 4, "mesh__fsdp": 2, "model__num_heads": 16, "model__num_kv_heads": 1},
+            "no multiple of 4 each to be packed: set config.mesh.gather=bfloat16",
+        ),
+        (
+            {"compute__attention": "cudnn", "compute__dtype": "bfloat16"},
+            "attention='cudnn' runs on GPUs, and there is none",
+        ),
+        (
+            {"compute__attention": "cudnn", "compute__dtype": "float32"},
+            "attention='cudnn': takes bfloat16 and heads of",
+        ),
+        ({"optimizer__weight_decay": float("inf")}, "weight_decay=inf: must be finite and not negative"),
         ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         ({"train__compiler_options": "--xla_no_such=1"}, "No such compile option: 'xla_no_such'"),
         ({"data__dir": ""}, "config.data.dir is empty"),

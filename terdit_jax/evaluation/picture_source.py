@@ -16,8 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
-from terdit_jax.errors import NPZ_DAMAGE, UserError
+from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import to_uint8
+from terdit_jax.npz import reading
 
 ARRAY = "arr_0"
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -66,11 +67,9 @@ def open_pictures(path: str | os.PathLike) -> PictureSource:
 
 
 def _open_npz(path: Path) -> PictureSource:
-    try:
+    with reading(f"{path}: not an npz with pictures in {ARRAY}"):
         with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
             shape, column_major, dtype = _read_header(member)
-    except NPZ_DAMAGE as error:
-        raise UserError(f"{path}: not an npz with pictures in {ARRAY} ({_line(error)})") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or column_major or 0 in shape:
         raise UserError(
             f"{path}: {ARRAY} is {dtype} {shape}, expected uint8 (N, H, W, 3) with values from 0 to 255: pictures in"
@@ -79,7 +78,7 @@ def _open_npz(path: Path) -> PictureSource:
     row = int(np.prod(shape[1:]))
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        try:
+        with reading(f"{path}: {ARRAY} is damaged"):
             with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
                 _read_header(member)
                 for start in range(0, first, _READ_AT_ONCE):
@@ -88,8 +87,6 @@ def _open_npz(path: Path) -> PictureSource:
                     count = min(size, stop - start)
                     pictures = np.frombuffer(_read_exactly(member, row * count), np.uint8).reshape(count, *shape[1:])
                     yield _in_color(pictures)
-        except NPZ_DAMAGE as error:
-            raise UserError(f"{path}: {ARRAY} is damaged ({_line(error)})") from error
 
     return PictureSource(str(path), shape[0], (*shape[1:3], 3), stream)
 

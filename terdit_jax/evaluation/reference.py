@@ -10,10 +10,11 @@ import zipfile
 
 import numpy as np
 
-from terdit_jax.errors import NPZ_DAMAGE, UserError
+from terdit_jax.errors import UserError
 from terdit_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 from terdit_jax.evaluation.picture_source import ARRAY
 from terdit_jax.evaluation.statistics import Statistics
+from terdit_jax.npz import reading
 
 KEYS = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
 STORED_PICTURES = 10_000  # that a reference keeps, as the published ones do
@@ -22,11 +23,8 @@ _ASYMMETRY = 1e-6  # of a covariance, over its largest value: float32 files are 
 
 def stored_keys(path: str | os.PathLike) -> set[str]:
     """The names of the arrays in an npz. Raises UserError if it is none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except NPZ_DAMAGE as error:
-        raise UserError(f"{path}: not an npz ({type(error).__name__}: {str(error)[:100]})") from error
+    with reading(f"{path}: not an npz"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
@@ -37,20 +35,17 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
         is not symmetric with variances of at least 0.
     """
     keys, found = stored_keys(path), {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for feature, (mean_key, covariance_key, width) in KEYS.items():
-                given = [key for key in (mean_key, covariance_key) if key in keys]
-                if len(given) == 1:
-                    raise UserError(f"{path}: has {given[0]} but not its pair: {mean_key} and {covariance_key}")
-                if given:
-                    mean, covariance = arrays[mean_key], arrays[covariance_key]
-                    _check(f"{path}: {mean_key}", mean, (width,))
-                    _check(f"{path}: {covariance_key}", covariance, (width, width))
-                    _check_covariance(f"{path}: {covariance_key}", covariance)
-                    found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
-    except NPZ_DAMAGE as error:
-        raise UserError(f"{path}: not a reference ({type(error).__name__}: {str(error)[:100]})") from error
+    with reading(f"{path}: not a reference"), np.load(path, allow_pickle=False) as arrays:
+        for feature, (mean_key, covariance_key, width) in KEYS.items():
+            given = [key for key in (mean_key, covariance_key) if key in keys]
+            if len(given) == 1:
+                raise UserError(f"{path}: has {given[0]} but not its pair: {mean_key} and {covariance_key}")
+            if given:
+                mean, covariance = arrays[mean_key], arrays[covariance_key]
+                _check(f"{path}: {mean_key}", mean, (width,))
+                _check(f"{path}: {covariance_key}", covariance, (width, width))
+                _check_covariance(f"{path}: {covariance_key}", covariance)
+                found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
     return found
 
 

@@ -18,8 +18,9 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from terdit_jax.errors import NPZ_DAMAGE, UserError
+from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import save_png
+from terdit_jax.npz import reading
 
 PLAN_FILE = "plan.json"
 _WRITERS = 16  # threads that compress PNGs
@@ -71,16 +72,16 @@ class Shards:
         if not path.exists():
             return None
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with reading(f"SHARD {path} IS DAMAGED"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["fingerprint"]) != self._fingerprint:
                     raise ValueError("it is of other settings")
                 pictures, labels = arrays["arr_0"], arrays["labels"]
-            if pictures.dtype != np.uint8 or not len(pictures) == len(labels) == self.sizes[number]:
-                raise ValueError(f"it holds {pictures.dtype} {pictures.shape}")
+                if pictures.dtype != np.uint8 or not len(pictures) == len(labels) == self.sizes[number]:
+                    raise ValueError(f"it holds {pictures.dtype} {pictures.shape}")
             return pictures, labels
-        except NPZ_DAMAGE as error:
+        except UserError as error:
             # Every member of an npz carries a CRC, which reading it checks.
-            logging.error("SHARD %s IS DAMAGED (%s): it is drawn again", path, error)
+            logging.error("%s: it is drawn again", error)
             return None
 
     def write(self, number: int, pictures: np.ndarray, labels: np.ndarray) -> None:

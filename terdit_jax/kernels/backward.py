@@ -1,7 +1,7 @@
 """The backward passes of `mosaic`'s kernels, for training: a row of each array is read once and written once.
 
 Sums over tokens, for the gradients of what tokens share, leave as one part a block. The cut over a warpgroup's
-threads and the barriers are as in `mosaic`; what the passes compute is `rowwise`'s.
+threads and the barriers are as in `mosaic`; what they compute are the gradients of `model.fused`'s functions.
 """
 
 from functools import partial
@@ -263,7 +263,8 @@ def queries_keys_values(
                 # Queries' and keys' parts come back from the cache, each thread's as it has stored them.
                 parts = [rows.load(dy_out.at[image, token, pl.ds(which * width, width)]) for which in range(2)]
                 parts = [part.astype(jnp.float32) for part in (*parts, d)]
-                peak = jnp.maximum(scale_out[image, token], mosaic.largest(parts[2:]))
+                before = scale_out[image, token]  # read by all ahead of the barriers in `largest`, written behind them
+                peak = jnp.maximum(before, mosaic.largest(parts[2:]))
                 scale = mosaic.scale_of(peak, eight)
                 scale_out[image, token] = scale
                 for which, part in enumerate(parts):

@@ -127,7 +127,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Ki
 
 @partial(jax.jit, static_argnames=("dtype",))
 def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """As `ternary.activations.quantize`, which is also `rowwise`'s."""
+    """As `ternary.activations.quantize`, which is also `rowwise`'s, to float8 or to bfloat16."""
 
     def body(x_ref, *outs):
         image, token = jax.lax.axis_index("image"), jax.lax.axis_index("block")

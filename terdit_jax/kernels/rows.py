@@ -94,7 +94,7 @@ def _array(registers: np.ndarray, make, size: int, vec_size: int):
 
 def _piece(width: int) -> int:
     """Neighbouring numbers of a row that a thread holds."""
-    return next(n for n in (8, 4, 2, 1) if width % (LANES * n) == 0)
+    return next(n for n in (8, 4, 2) if width % (LANES * n) == 0)
 
 
 def _layout(width: int):

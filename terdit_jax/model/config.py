@@ -101,6 +101,11 @@ class DiTConfig:
         ):
             _one_of(f"compute.{field}", getattr(self, field), choices)
         _require(
+            self.attention != "cudnn" or (self.dtype == "bfloat16" and self.head_dim % 8 == 0 and self.head_dim <= 256),
+            f"compute.attention='cudnn': takes bfloat16 and heads of at most 256 features, a multiple of 8; here it is "
+            f"{self.dtype} and {self.head_dim}: give 'auto'",
+        )
+        _require(
             self.ternary or self.matmul_dtype == "same",
             f"compute.matmul_dtype={self.matmul_dtype!r}: is of ternary models, not of full precision; give 'same'",
         )

@@ -51,6 +51,8 @@ def fused_block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Arr
     y, alphas = feed_forward["w13"].product(h)
     fed, down_alpha = feed_forward["down"].product(swiglu(y, alphas, apart))
     x = constrain(add_gated(x, fed, ffn_gate * down_alpha), "batch", "tokens", None)
+    # Watched only: gradients of `Rows` must come from one reader.
+    attended, fed = jax.lax.stop_gradient((attended, fed))
     kinds = {"attention": scale_product(attended, out_alpha), "feed_forward": scale_product(fed, down_alpha)}
     return x, {name: a[:, :, 0] for name, a in kinds.items()} | {"residual": x}
 
@@ -83,8 +85,8 @@ def _norm_modulate_fwd(
 
 def _norm_modulate_bwd(_, __, residuals: tuple, gradients: tuple[Array, Rows]) -> tuple[Array, Array, Array]:
     dx, dh = gradients
-    run = lambda x, gain, *d: backward.add_norm_modulate(x, None, None, None, gain, *d)[::4]  # noqa: E731
-    dx, sums = _over_batch(run)(*residuals, dx, dh.values, dh.scale)
+    run = lambda x, gain, *d: backward.add_norm_modulate(x, None, None, None, gain, *d)  # noqa: E731
+    dx, *_, sums = _over_batch(run)(*residuals, dx, dh.values, dh.scale)
     return dx, sums[:, 1], sums[:, 0]
 
 

@@ -8,10 +8,11 @@ from terdit_jax.model.config import DiTConfig
 
 
 def attention_implementation(config: DiTConfig) -> str:
-    """cuDNN's fused attention takes 16-bit inputs on GPUs; XLA's is right everywhere."""
-    if config.attention == "auto":
-        return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
-    return config.attention
+    """cuDNN's fused attention takes 16-bit inputs on GPUs, of heads that it knows; XLA's is right everywhere."""
+    if config.attention != "auto":
+        return config.attention
+    known = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return "cudnn" if jax.default_backend() == "gpu" and known else "xla"
 
 
 def scans_layers(config: DiTConfig) -> bool:

@@ -21,7 +21,8 @@ class Rows:
 
     Derivatives turn one into the other: what is passed back to a product (of scale times `values`) is an operand of
     the backward matmuls, and what is passed back to an operand is their product. So the passes that make a gradient
-    round it, and those that read one scale it, where otherwise both would take passes of their own.
+    round it, and those that read one scale it, where otherwise both would take passes of their own. Neither form can
+    be added to another: what is differentiated reads an operand or a product once.
     """
 
     values: Array

@@ -1,6 +1,7 @@
 """A run's configuration, devices and data, checked against each other before anything is written."""
 
 import dataclasses
+from functools import partial
 
 from etils import epath
 import jax
@@ -14,10 +15,12 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_shards, check_heads
 from terdit_jax.training.optimizer import make_optimizer
+from terdit_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Setup:
     mesh: Mesh
     dataset: AnyDataset
     schedule: Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
 
 def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
@@ -42,15 +45,19 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     validate(config)
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer)
     check_division(config, model, mesh)
+    check_arrays(model, optimizer, mesh)
     check_options(compiler_options(config, mesh), jax.local_devices()[0])
+    if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
+        raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     dataset = _open_data(config, model)
     workdir = epath.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (OSError, ImportError) as error:
         raise UserError(f"cannot write --workdir={workdir}: {getattr(error, 'strerror', None) or error}") from error
-    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
+    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), optimizer)
 
 
 def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
@@ -62,6 +69,13 @@ def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
             f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
         )
     check_heads(model.num_kv_heads, mesh)
+
+
+def check_arrays(model: DiTConfig, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> None:
+    """Raises UserError if an array of the state or of the forward pass cannot be cut as the mesh asks for."""
+    state = abstract_state(model, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(partial(make_operands, model), state["params"])
 
 
 def _open_data(config: ConfigDict, model: DiTConfig) -> AnyDataset:

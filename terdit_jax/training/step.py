@@ -165,11 +165,24 @@ def make_train_step(
     config: ConfigDict,
     model: DiTConfig,
     schedule: Schedule,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     latent_scale: float,
 ) -> Callable[[State, dict], State]:
-    """The jitted step (state, global batch) -> state. The given state's memory is reused; do not read it again."""
+    """The jitted step (state, global batch) -> state. The given state's memory is reused; do not read it again.
+
+    Args:
+      config: the run's; read are its batch size, microbatches, seed, optimizer's averages and compiler options.
+      model: the architecture.
+      schedule: the 1000-step process.
+      optimizer: of `make_optimizer`.
+      mesh: where state and batch lie.
+      latent_scale: what stored latents are multiplied by.
+
+    Raises:
+      UserError: `config.train.compiler_options` is no list of --name=value; when called, a matrix too narrow for
+        `mesh.gather` "codes".
+    """
     model = dataclasses.replace(model, fsdp_rings=fsdp_rings(mesh))
 
     def train_step(state: State, batch: dict[str, Array]) -> State:
