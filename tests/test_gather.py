@@ -129,14 +129,18 @@ MODEL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def compiled_step():
+    return compile_step(MODEL)
+
+
+def compile_step(model):
     """Loss and gradients of the model on eight devices of fsdp, and its collectives."""
     mesh = mesh_of(1, 8, 1)
-    params = abstract_sharded(abstract_params(MODEL), mesh)
-    picture = jax.ShapeDtypeStruct((16, *MODEL.sample_shape), jnp.float32, sharding=batch_sharding(mesh))
+    params = abstract_sharded(abstract_params(model), mesh)
+    picture = jax.ShapeDtypeStruct((16, *model.sample_shape), jnp.float32, sharding=batch_sharding(mesh))
     number = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=batch_sharding(mesh))
     examples = {"x_0": picture, "x_t": picture, "noise": picture, "t": number, "y": number}
     with jax.set_mesh(mesh):
-        lowered = jax.jit(partial(loss_and_grads, MODEL, linear_schedule())).lower(params, examples)
+        lowered = jax.jit(partial(loss_and_grads, model, linear_schedule())).lower(params, examples)
     return lowered.as_text(), read_collectives(lowered.compile().as_text())
 
 
@@ -154,6 +158,13 @@ def test_a_compiled_step_gathers_two_bits_a_ternary_parameter(compiled_step):
     scattered = [c for c in collectives if c.kind == "reduce-scatter" and c.trips == MODEL.depth]
     total = sent_bytes(weights) + sent_bytes(scattered) / 2
     assert (total + 7 * sent_bytes(weights)) / total >= 2.2
+
+
+def test_unrolled_layers_gather_no_map_twice_that_both_passes_can_share():
+    """On CPUs that is all; of adaLN, gathered for all layers at once but differentiated one by one, it is on GPUs too."""
+    _, collectives = compile_step(dataclasses.replace(MODEL, layers="unrolled"))
+    gathered = 4 * sum(c.bytes * c.trips for c in collectives if c.kind == "all-gather" and c.dtype == "u8")
+    assert gathered == count_params(MODEL)["ternary"]
 
 
 def test_a_compiled_step_scatters_every_weight_gradient_once(compiled_step):

@@ -72,7 +72,8 @@ class Shards:
         if not path.exists():
             return None
         try:
-            with reading(f"SHARD {path} IS DAMAGED"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            refusal = f"SHARD {path} IS DAMAGED"
+            with reading(refusal), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["fingerprint"]) != self._fingerprint:
                     raise ValueError("it is of other settings")
                 pictures, labels = arrays["arr_0"], arrays["labels"]
