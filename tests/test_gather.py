@@ -161,7 +161,7 @@ def test_a_compiled_step_gathers_two_bits_a_ternary_parameter(compiled_step):
 
 
 def test_unrolled_layers_gather_no_map_twice_that_both_passes_can_share():
-    """On CPUs that is all; of adaLN, gathered for all layers at once but differentiated one by one, it is on GPUs too."""
+    """On CPUs that is all; on GPUs adaLN, gathered for all layers at once though differentiated one by one."""
     _, collectives = compile_step(dataclasses.replace(MODEL, layers="unrolled"))
     gathered = 4 * sum(c.bytes * c.trips for c in collectives if c.kind == "all-gather" and c.dtype == "u8")
     assert gathered == count_params(MODEL)["ternary"]
