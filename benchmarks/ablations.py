@@ -59,19 +59,17 @@ _OUTPUT = flags.DEFINE_string("output", "ablations.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "VARIANT:SEED, in this process; prints its rows. Or classifier.")
 
 TERNARISED, FULL = "ternarised_afterwards", "full_precision"
+AS_PUBLISHED, LEAST_SQUARES = ({"model.alpha_init": start} for start in ("normal", "least_squares"))
+NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
 VARIANTS = {
     FULL: {"model.ternary": False},
-    "ternary": {"model.alpha_init": "normal"},  # as published
-    "no_adaln_norm": {"model.alpha_init": "normal", "model.adaln_rms_norm": False},
-    "least_squares": {"model.alpha_init": "least_squares"},
-    "eight_bit": {"model.alpha_init": "least_squares", "compute.matmul_dtype": "float8_e4m3fn"},
-    "no_drop": {"model.alpha_init": "normal", "optimizer.drop_step": 0},
-    "least_squares_no_adaln_norm": {"model.alpha_init": "least_squares", "model.adaln_rms_norm": False},
-    "eight_bit_no_adaln_norm": {
-        "model.alpha_init": "least_squares",
-        "model.adaln_rms_norm": False,
-        "compute.matmul_dtype": "float8_e4m3fn",
-    },
+    "ternary": AS_PUBLISHED,
+    "no_adaln_norm": AS_PUBLISHED | NO_NORM,
+    "least_squares": LEAST_SQUARES,
+    "eight_bit": LEAST_SQUARES | EIGHT_BIT,
+    "no_drop": AS_PUBLISHED | {"optimizer.drop_step": 0},
+    "least_squares_no_adaln_norm": LEAST_SQUARES | NO_NORM,
+    "eight_bit_no_adaln_norm": LEAST_SQUARES | NO_NORM | EIGHT_BIT,
     TERNARISED: None,  # the weights of FULL, judged beside it
 }
 QUARTERS = tuple(f"loss_t{k}of4" for k in range(1, 5))

@@ -66,14 +66,14 @@ def make_peer(peer: str, fields: dict) -> nn.Module:
     with torch.no_grad():
         for tensor in network.parameters():
             tensor.normal_(0, 0.02, generator=generator)
-        if peer == "compiled_fp8":  # no graph is kept, and with it no weight in float32
-            for block in network.layers:
-                for owner in (block.attention, block.feed_forward):
-                    for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
-                        if isinstance(owner, nn.ModuleDict) and name in owner:
-                            owner[name] = Fp8Linear(owner[name].weight)
-                        elif not isinstance(owner, nn.ModuleDict) and hasattr(owner, name):
-                            setattr(owner, name, Fp8Linear(getattr(owner, name).weight))
+    if peer == "compiled_fp8":
+        for block in network.layers:
+            for owner in (block.attention, block.feed_forward):
+                for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
+                    if isinstance(owner, nn.ModuleDict) and name in owner:
+                        owner[name] = Fp8Linear(owner[name].weight)
+                    elif not isinstance(owner, nn.ModuleDict) and hasattr(owner, name):
+                        setattr(owner, name, Fp8Linear(getattr(owner, name).weight))
     return network if public else torch.compile(network, dynamic=False)
 
 
@@ -82,6 +82,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
+        weight = weight.detach()  # no graph is kept, and with it no weight in float32
         self.scale = (weight.abs().amax(1, keepdim=True).float() / 448).T.contiguous()  # (1, out)
         self.weight = (weight.float() / self.scale.T).to(torch.float8_e4m3fn)
 

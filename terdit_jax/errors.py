@@ -41,6 +41,11 @@ def exit_with(message: str) -> None:
     os._exit(2)
 
 
+def in_a_line(error: Exception) -> str:
+    """Kind and beginning of an exception, for a UserError that tells the reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
 def end_if_one_of_several() -> None:
     """Within an exception's handler: prints its traceback and ends this process with status 1, if it is one of several.
 

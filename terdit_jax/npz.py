@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, in_a_line
 
 
 @contextlib.contextmanager
@@ -18,4 +18,4 @@ def reading(refusal: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{refusal} ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from error
+        raise UserError(f"{refusal} ({in_a_line(error)})") from error

@@ -6,6 +6,7 @@ from golden_models import tiny_config
 import jax
 import jax.numpy as jnp
 import pytest
+from traced import products
 
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
@@ -156,16 +157,12 @@ def test_work_is_that_of_the_matmuls_in_the_traced_model(fields):
 
 
 def matmul_flops(jaxpr):
-    """Two for each multiplication of every dot_general in a jaxpr and the ones it calls."""
+    """Two for each multiplication of every dot_general."""
     total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = 1
-            for axis in contracted:
-                terms *= equation.invars[0].aval.shape[axis]
-            total += 2 * equation.outvars[0].aval.size * terms
-        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
-        inner = (getattr(value, "jaxpr", value) for value in equation.params.values())
-        total += repeats * sum(matmul_flops(value) for value in inner if hasattr(value, "eqns"))
+    for product, repeats in products(jaxpr):
+        (contracted, _), _ = product.params["dimension_numbers"]
+        terms = 1
+        for axis in contracted:
+            terms *= product.invars[0].aval.shape[axis]
+        total += repeats * 2 * product.outvars[0].aval.size * terms
     return total

@@ -19,6 +19,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced import products
 
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.model import block
@@ -156,21 +157,11 @@ def test_unrolled_layers_get_the_gradients_of_their_modulation_one_by_one():
     loss = lambda p: jnp.mean(forward(config, make_operands(config, p), x_t, t, y))  # noqa: E731
     traced = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
     needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))
-    shapes = list(product_shapes(needed))
+    shapes = [product.outvars[0].aval.shape for product, _ in products(needed)]
     assert shapes.count((1, *weight)) == config.depth and (config.depth, 1, *weight) not in shapes
     # Forward, and back to the condition, it is one product of all.
     assert shapes.count((len(y), config.depth, 1, weight[0])) == 1
     assert shapes.count((config.depth, len(y), weight[1])) == 1
-
-
-def product_shapes(jaxpr):
-    """Of what every dot_general in a jaxpr and the ones it calls makes."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation.outvars[0].aval.shape
-        for inner in (getattr(value, "jaxpr", value) for value in equation.params.values()):
-            if hasattr(inner, "eqns"):
-                yield from product_shapes(inner)
 
 
 def test_remat_policies_rematerialise():

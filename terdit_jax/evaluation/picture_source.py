@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.npz import reading
 
@@ -131,7 +131,7 @@ def _read_picture(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is no picture that can be read ({_line(error)})") from error
+        raise UserError(f"{file} is no picture that can be read ({in_a_line(error)})") from error
 
 
 def _open_dataset(path: Path) -> PictureSource:
@@ -150,7 +150,3 @@ def _open_dataset(path: Path) -> PictureSource:
 
 def _in_color(pictures: np.ndarray) -> np.ndarray:
     return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"

@@ -35,17 +35,17 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
         is not symmetric with variances of at least 0.
     """
     keys, found = stored_keys(path), {}
-    with reading(f"{path}: not a reference"), np.load(path, allow_pickle=False) as arrays:
-        for feature, (mean_key, covariance_key, width) in KEYS.items():
-            given = [key for key in (mean_key, covariance_key) if key in keys]
-            if len(given) == 1:
-                raise UserError(f"{path}: has {given[0]} but not its pair: {mean_key} and {covariance_key}")
-            if given:
+    for feature, (mean_key, covariance_key, width) in KEYS.items():
+        given = [key for key in (mean_key, covariance_key) if key in keys]
+        if len(given) == 1:
+            raise UserError(f"{path}: has {given[0]} but not its pair: {mean_key} and {covariance_key}")
+        if given:
+            with reading(f"{path}: not a reference"), np.load(path, allow_pickle=False) as arrays:
                 mean, covariance = arrays[mean_key], arrays[covariance_key]
-                _check(f"{path}: {mean_key}", mean, (width,))
-                _check(f"{path}: {covariance_key}", covariance, (width, width))
-                _check_covariance(f"{path}: {covariance_key}", covariance)
-                found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
+            _check(f"{path}: {mean_key}", mean, (width,))
+            _check(f"{path}: {covariance_key}", covariance, (width, width))
+            _check_covariance(f"{path}: {covariance_key}", covariance)
+            found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
     return found
 
 

@@ -101,7 +101,7 @@ class DiTConfig:
         ):
             _one_of(f"compute.{field}", getattr(self, field), choices)
         _require(
-            self.attention != "cudnn" or (self.dtype == "bfloat16" and self.head_dim % 8 == 0 and self.head_dim <= 256),
+            self.attention != "cudnn" or self.fits_cudnn(256),
             f"compute.attention='cudnn': takes bfloat16 and heads of at most 256 features, a multiple of 8; here it is "
             f"{self.dtype} and {self.head_dim}: give 'auto'",
         )
@@ -114,6 +114,10 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def fits_cudnn(self, widest_head: int) -> bool:
+        """Whether cuDNN's attention, on a GPU that takes heads of up to so many features, takes the model's."""
+        return self.dtype == "bfloat16" and self.head_dim % 8 == 0 and self.head_dim <= widest_head
 
     @property
     def kv_width(self) -> int:

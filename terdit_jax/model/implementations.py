@@ -11,8 +11,7 @@ def attention_implementation(config: DiTConfig) -> str:
     """cuDNN's fused attention takes 16-bit inputs on GPUs, of heads that it knows; XLA's is right everywhere."""
     if config.attention != "auto":
         return config.attention
-    known = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and known else "xla"
+    return "cudnn" if jax.default_backend() == "gpu" and config.fits_cudnn(128) else "xla"
 
 
 def scans_layers(config: DiTConfig) -> bool:

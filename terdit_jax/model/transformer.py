@@ -10,7 +10,6 @@ from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
-import numpy as np
 
 from terdit_jax.model.block import Block, block, modulation
 from terdit_jax.model.config import DiTConfig
@@ -138,11 +137,10 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
     c = condition(operands, t, y)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
 
-    blocks = dict(operands["blocks"])
-    modulate = lambda adaln: modulation(adaln, adaln["linear"](c.astype(dtype)))  # noqa: E731
-    if not scans_layers(config):
-        blocks["adaLN_modulation"] = _modulations(blocks["adaLN_modulation"], c.astype(dtype))
-        modulate = lambda m: m  # noqa: E731
+    if scans_layers(config):
+        layers, modulate = operands["blocks"], lambda adaln: modulation(adaln, adaln["linear"](c.astype(dtype)))
+    else:
+        layers, modulate = _unrolled(operands["blocks"], c.astype(dtype)), lambda m: m
 
     def layer(x: Array, layer_operands: dict) -> tuple[Array, dict]:
         x, kinds = block(config, layer_operands, x, modulate(layer_operands["adaLN_modulation"]), rope)
@@ -152,7 +150,7 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
         layer = jax.checkpoint(layer)
     elif config.remat == "dots":
         layer = jax.checkpoint(layer, policy=_is_saved)
-    x, watched = _over_layers(config, layer, x, blocks)
+    x, watched = _over_layers(config, layer, x, layers)
     out = final_layer(operands["final_layer"], x, c)
     return unpatchify(out, config.grid_size, config.patch_size), watched
 
@@ -166,50 +164,43 @@ def _is_saved(primitive, *arguments, **parameters) -> bool:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
 
-def _over_layers(config: DiTConfig, layer: Callable, x: Array, blocks: dict) -> tuple[Array, dict]:
+def _over_layers(config: DiTConfig, layer: Callable, x: Array, layers: dict | list[dict]) -> tuple[Array, dict]:
     if scans_layers(config):
-        return jax.lax.scan(layer, x, blocks)
+        return jax.lax.scan(layer, x, layers)
     watched = []
-    leaves, structure = jax.tree.flatten(blocks)
-    for one in zip(*(_unstack(leaf) for leaf in leaves), strict=True):
-        x, seen = layer(x, structure.unflatten(one))
+    for one in layers:
+        x, seen = layer(x, one)
         watched.append(seen)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *watched)
 
 
-def _modulations(operands: dict, c: Array) -> Array:
-    """`modulation` of all layers, (L, B, 6, D). They depend on the condition alone, so one matmul makes them; weights'
-    gradients come layer by layer, and devices of a mesh sum those of one layer while others are still to come."""
-    operands = dict(operands)
-    made = _by_one_matmul(operands.pop("linear"), c)
-    leaves, structure = jax.tree.flatten(operands)
-    layers = zip(*(_unstack(leaf) for leaf in leaves), strict=True)
-    return jnp.stack([modulation(structure.unflatten(one), y) for one, y in zip(layers, made, strict=True)])
+def _unrolled(blocks: dict, c: Array) -> list[dict]:
+    """Each layer's operands, in whose adaLN's place its `modulation` stands. These depend on the condition alone, so
+    that one matmul makes them of all layers; their weights' gradients come layer by layer, and devices of a mesh sum
+    those of one layer while others are still to come."""
+    leaves, structure = jax.tree.flatten(blocks)
+    layers = [structure.unflatten(one) for one in zip(*(_unstack(leaf) for leaf in leaves), strict=True)]
+    adalns = [layer["adaLN_modulation"] for layer in layers]
+    made = _by_one_matmul(blocks["adaLN_modulation"]["linear"], [adaln["linear"] for adaln in adalns], c)
+    modulations = [modulation(adaln, y) for adaln, y in zip(adalns, made, strict=True)]
+    return [layer | {"adaLN_modulation": m} for layer, m in zip(layers, modulations, strict=True)]
 
 
 @jax.custom_vjp
-def _by_one_matmul(linear: Linear, c: Array) -> tuple[Array, ...]:
-    """What each of the layers' maps, stacked in front, makes of c (B, C'): (B, n, out) each."""
-    return tuple(jax.vmap(lambda one: one(c))(linear))
+def _by_one_matmul(stacked: Linear, layers: list[Linear], c: Array) -> tuple[Array, ...]:
+    """What each of the maps, given stacked and one by one, makes of c (B, C'): (B, n, out) each. The gradients of the
+    maps go to the latter."""
+    return tuple(jax.vmap(lambda one: one(c))(stacked))
 
 
-def _by_one_matmul_bwd(residuals: tuple[Linear, Array], dys: tuple[Array, ...]) -> tuple[Linear, Array]:
-    linear, c = residuals
-
-    def of_layer(layer: int, dy: Array) -> Linear:
-        one = jax.tree.map(lambda leaf: leaf[layer], linear)
-        return jax.vjp(lambda one: one(c), one)[1](dy)[0]
-
-    def stack(leaf: Array, *gradients: Array) -> Array | np.ndarray:
-        integer = not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return np.zeros(leaf.shape, jax.dtypes.float0) if integer else jnp.stack(gradients)
-
-    dlinears = [of_layer(layer, dy) for layer, dy in enumerate(dys)]
-    (dc,) = jax.vjp(lambda c: jax.vmap(lambda one: one(c))(linear), c)[1](jnp.stack(dys))
-    return jax.tree.map(stack, linear, *dlinears), dc
+def _by_one_matmul_bwd(residuals: tuple, dys: tuple[Array, ...]) -> tuple[None, list[Linear], Array]:
+    stacked, layers, c = residuals
+    dlayers = [jax.vjp(lambda one: one(c), one)[1](dy)[0] for one, dy in zip(layers, dys, strict=True)]
+    (dc,) = jax.vjp(lambda c: jax.vmap(lambda one: one(c))(stacked), c)[1](jnp.stack(dys))
+    return None, dlayers, dc
 
 
-_by_one_matmul.defvjp(lambda linear, c: (_by_one_matmul(linear, c), (linear, c)), _by_one_matmul_bwd)
+_by_one_matmul.defvjp(lambda *arguments: (_by_one_matmul(*arguments), arguments), _by_one_matmul_bwd)
 
 
 def _unstack(leaf: Array) -> tuple[Array, ...]:

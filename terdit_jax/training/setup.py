@@ -15,12 +15,11 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import make_operands
+from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
-from terdit_jax.parallel.sharding import batch_shards, check_heads
+from terdit_jax.parallel.sharding import abstract_sharded, batch_shards, check_heads
 from terdit_jax.training.optimizer import make_optimizer
-from terdit_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +44,8 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     validate(config)
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer)
     check_division(config, model, mesh)
-    check_arrays(model, optimizer, mesh)
+    check_arrays(model, mesh)
     check_options(compiler_options(config, mesh), jax.local_devices()[0])
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
@@ -57,7 +55,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
         workdir.mkdir(parents=True, exist_ok=True)
     except (OSError, ImportError) as error:
         raise UserError(f"cannot write --workdir={workdir}: {getattr(error, 'strerror', None) or error}") from error
-    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), optimizer)
+    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
 
 
 def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
@@ -71,11 +69,11 @@ def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
     check_heads(model.num_kv_heads, mesh)
 
 
-def check_arrays(model: DiTConfig, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> None:
-    """Raises UserError if an array of the state or of the forward pass cannot be cut as the mesh asks for."""
-    state = abstract_state(model, optimizer, mesh)
+def check_arrays(model: DiTConfig, mesh: Mesh) -> None:
+    """Raises UserError if a parameter, or what the forward pass makes of it, cannot be cut as the mesh asks for."""
+    params = abstract_sharded(abstract_params(model), mesh)
     with jax.set_mesh(mesh):
-        jax.eval_shape(partial(make_operands, model), state["params"])
+        jax.eval_shape(partial(make_operands, model), params)
 
 
 def _open_data(config: ConfigDict, model: DiTConfig) -> AnyDataset:
