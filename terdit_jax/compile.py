@@ -25,6 +25,7 @@ from terdit_jax.config import read_flag
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.modes import MODES
 from terdit_jax.parallel.mesh import AXES
+from terdit_jax.paths import define_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/terdit_4b.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"The machine: {EXAMPLES}.")
@@ -34,9 +35,9 @@ _MODE = flags.DEFINE_enum("mode", "exact", list(MODES), "Of inference, with --wh
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --what=sample.", lower_bound=1)
 _SUGGEST = flags.DEFINE_bool("suggest", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
 _TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute or more each.", lower_bound=1)
-_TABLE = flags.DEFINE_string("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
-_MEASURED = flags.DEFINE_string("measured", None, "With --table: JSON of benchmarks/training.py to compare with.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report; local or gs://.")
+_TABLE = define_path("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
+_MEASURED = define_path("measured", None, "With --table: JSON of benchmarks/training.py to compare with.")
+_OUTPUT = define_path("output", None, "JSON file for the report; local or gs://.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,11 +6,13 @@ fields and wrong types, `validate` refuses values that cannot work before anythi
 
 from collections.abc import Callable
 import math
+import os
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from terdit_jax.errors import UserError
+from terdit_jax.paths import as_path
 
 
 def base_config() -> ConfigDict:
@@ -138,7 +140,12 @@ def read_flag(flag: flags.FlagHolder) -> ConfigDict | None:
       UserError: a file that cannot be loaded.
     """
     try:
-        return flag.value and flag.value.copy_and_resolve_references()
+        config = flag.value and flag.value.copy_and_resolve_references()
+        for field in _PATHS if config else ():
+            section, _, name = field.rpartition(".")
+            if value := config[section][name]:
+                config[section][name] = os.fspath(as_path(value, f"config.{field}"))
+        return config
     except OSError as error:
         path = config_flags.get_config_filename(flags.FLAGS[flag.name])
         raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
@@ -155,6 +162,7 @@ _NOT_NEGATIVE = (
     "log.heldout_every", "log.samples_every", "log.score_every", "sample.cfg_scale",
     "sample.cfg_channels", "sample.cfg_t_min",
 )  # fmt: skip
+_PATHS = ("data.dir", "train.init_from", "train.compilation_cache")
 _SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
 
 

@@ -11,13 +11,19 @@ import traceback
 
 from absl import app, flags, logging
 
+from terdit_jax.streams import steady_streams
+
 
 class UserError(Exception):
     """Input that cannot be used. The message is one line: the offending value, then what to do."""
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2."""
+    """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2.
+
+    Ctrl-C ends it with one line and status 130. A failing standard output does not end it (`streams`).
+    """
+    streams = steady_streams()
 
     def guarded(argv: Sequence[str]) -> None:
         try:
@@ -26,19 +32,25 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except UserError as error:
             exit_with(str(error))
+        except KeyboardInterrupt:
+            exit_with("interrupted by Ctrl-C", status=130)
         except Exception:
             end_if_one_of_several()
             raise
 
-    app.run(guarded, flags_parser=_parse_flags)
+    try:
+        app.run(guarded, flags_parser=_parse_flags)
+    finally:
+        for stream in streams:
+            stream.finish()
 
 
-def exit_with(message: str) -> None:
-    """Prints `error: message` on one line of standard error and ends the process with status 2."""
+def exit_with(message: str, status: int = 2) -> None:
+    """Prints `error: message` on one line of standard error and ends the process at once with this status."""
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Background threads (asynchronous saves, prefetch) must not turn a clear answer into a hang.
-    os._exit(2)
+    os._exit(status)
 
 
 def in_a_line(error: Exception) -> str:
@@ -62,13 +74,21 @@ def end_if_one_of_several() -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_expand_home(argv))
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # the libraries' notes at INFO would bury our lines
         return rest
-    except flags.Error as error:
+    except (flags.Error, UserError) as error:
         exit_with(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown or mistyped config field with these.
         exit_with(str(error.args[0]) if error.args else type(error).__name__)
     raise AssertionError("unreachable")
+
+
+def _expand_home(argv: Sequence[str]) -> list[str]:
+    """The arguments with `~` expanded in --config, whose flag is not ours to parse."""
+    return [
+        f"--config={os.path.expanduser(argument.partition('=')[2])}" if argument.startswith("--config=~") else argument
+        for argument in argv
+    ]

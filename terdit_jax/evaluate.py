@@ -41,20 +41,21 @@ from terdit_jax.inference.runtime import load_model
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.npz import reading
 from terdit_jax.parallel.mesh import initialize_processes, local_mesh, make_mesh
+from terdit_jax.paths import define_path
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.versions import versions
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
 _DRAWN_AT_ONCE = 256
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run that a classifier of its data judges.")
-_SAMPLES = flags.DEFINE_string(
+_WORKDIR = define_path("workdir", None, "Directory of the run that a classifier of its data judges.")
+_SAMPLES = define_path(
     "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of pictures, or workdir of a run that draws them."
 )
-_REFERENCE = flags.DEFINE_string("reference", None, "npz of statistics or pictures, folder of pictures, or data set.")
-_SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "npz to write of the reference's statistics.")
+_REFERENCE = define_path("reference", None, "npz of statistics or pictures, folder of pictures, or data set.")
+_SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the reference's statistics.")
 _FEATURES = flags.DEFINE_enum("features", INCEPTION, [INCEPTION, efficientnet.NAME], "Network; the second is a proxy.")
-_INCEPTION = flags.DEFINE_string("inception", None, "Weights of Inception, .pth or .pb; fetched if not given.")
+_INCEPTION = define_path("inception", None, "Weights of Inception, .pth or .pb; fetched if not given.")
 _HALF_DISTANCES = flags.DEFINE_bool("half_distances", False, "Precision and recall in float16, as the ADM evaluator.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", lower_bound=2)
@@ -63,8 +64,8 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
-_VAE = flags.DEFINE_string("vae", None, "Folder of the autoencoder, for a run that draws latents.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; a new one.")
+_VAE = define_path("vae", None, "Folder of the autoencoder, for a run that draws latents.")
+_OUTPUT = define_path("output", None, "JSON file to write; a new one.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,17 +17,18 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.interop.exports import FORMATS, export
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights, open_weights
+from terdit_jax.paths import define_path
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.")
-_MODEL = flags.DEFINE_string("model", None, "In its place: an artifact, a published checkpoint, or safetensors.")
+_WORKDIR = define_path("workdir", None, "A training run.")
+_MODEL = define_path("model", None, "In its place: an artifact, a published checkpoint, or safetensors.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newest sound one if left out.")
 _EMA = flags.DEFINE_bool("ema", True, "The averaged weights; --noema for those of the last step.")
 _FORMAT = flags.DEFINE_enum("format", "packed", FORMATS, "packed: the artifact of docs/format.md; torch: a folder.")
 _MASTERS = flags.DEFINE_bool("masters", False, "float32 master weights instead of ternary ones (torch, safetensors).")
 _COMPRESS = flags.DEFINE_bool("compress", False, "Deflate the 2-bit planes (packed).")
-_OUTPUT = flags.DEFINE_string("output", None, "What to write; must not exist.")
+_OUTPUT = define_path("output", None, "What to write; must not exist.")
 _REPORT = flags.DEFINE_bool("report", False, "Print how large the model is, part by part, and write nothing.")
 
 

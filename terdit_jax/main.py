@@ -21,13 +21,14 @@ from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.interop.weights import start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.mesh import initialize_processes
+from terdit_jax.paths import define_path
 from terdit_jax.training.loop import DrawGrid, train
 from terdit_jax.training.profile import parse_steps
 from terdit_jax.training.setup import Setup, set_up
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/digits.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
-_HEARTBEAT = flags.DEFINE_string(
+_WORKDIR = define_path("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
+_HEARTBEAT = define_path(
     "heartbeat",
     "",
     "File that every process renews while it makes steps; WORKDIR/heartbeat.json, by the first, if empty.",

@@ -26,19 +26,20 @@ from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import save_png, to_uint8
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.parallel.mesh import initialize_processes
+from terdit_jax.paths import define_path
 
 _SOURCE = flags.DEFINE_enum(
     "source", None, ["digits", "folder", "tar", "tfds"],
     "digits: embedded; folder: one folder a class; tar: ImageNet's train archive, or a folder of tars, one a class; "
     "tfds: a TFDS data set of pictures with classes.",
 )  # fmt: skip
-_INPUT = flags.DEFINE_string("input", None, "The folder, the archive, or the name of the TFDS data set.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets; its own default if left out.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the data set, new or unfinished; with --inspect a .png.")
+_INPUT = define_path("input", None, "The folder, the archive, or the name of the TFDS data set.")
+_DATA_DIR = define_path("data_dir", None, "Where TFDS keeps its data sets; its own default if left out.")
+_OUTPUT = define_path("output", None, "Directory of the data set, new or unfinished; with --inspect a .png.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Height and width of the centre crop; 32, or 256 with --vae.")
 _CHANNELS = flags.DEFINE_integer("channels", None, "3 (RGB) or 1 (grey); 3 if not given.")
 _HELDOUT_SHARE = flags.DEFINE_float("heldout_share", None, "Share held out where the source has no such split.")
-_VAE = flags.DEFINE_string(
+_VAE = define_path(
     "vae", None, "Stores latents of this autoencoder: a folder, or a name such as stabilityai/sd-vae-ft-ema."
 )
 _DTYPE = flags.DEFINE_enum(
@@ -49,7 +50,7 @@ _MIRROR = flags.DEFINE_bool("mirror", None, "Also store each mirrored picture; b
 _MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.01, "Abort when more than this share cannot be decoded.")
 _SHARD_MB = flags.DEFINE_float("shard_mb", 256, "Size of a shard in MiB, before compression.", lower_bound=1e-3)
 _WORKER = flags.DEFINE_string("worker", None, "K/N: make every N-th shard from the K-th on, K from 0.")
-_INSPECT = flags.DEFINE_string("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
+_INSPECT = define_path("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 48, "Records that --inspect looks at.", lower_bound=1)
 
 

@@ -27,8 +27,9 @@ from terdit_jax.inference.sampling import check_settings
 from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.parallel.mesh import initialize_processes, local_mesh
+from terdit_jax.paths import define_path
 
-_MODEL = flags.DEFINE_string("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
+_MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.")
 _LABELS = flags.DEFINE_list("labels", None, "Classes to draw; all of them if left out.")
 _LABEL_ORDER = flags.DEFINE_enum("label_order", "balanced", LABEL_ORDERS, "The classes in turn, or drawn by seed.")
@@ -46,8 +47,8 @@ _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, w
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
 _MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.")
-_VAE = flags.DEFINE_string("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
-_OUTPUT = flags.DEFINE_string(
+_VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
+_OUTPUT = define_path(
     "output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
 )
 

@@ -12,7 +12,8 @@ LAYERS = (
     "ternary", "kernels", "diffusion", "parallel", "model", "data", "training", "interop", "inference", "evaluation",
     "aot",
 )  # fmt: skip
-FOUNDATIONS = ("versions", "errors", "npz", "config")  # imported by anyone, and by those behind them
+# Imported by anyone, and by those after them.
+FOUNDATIONS = ("versions", "streams", "errors", "paths", "files", "npz", "config")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -27,6 +27,7 @@ from terdit_jax.data.crop import PictureError
 from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
 from terdit_jax.errors import UserError
+from terdit_jax.paths import as_path
 
 SHARD_BYTES = 256 * 2**20  # of arrays, before compression
 SKIPPED_FILE = "skipped.json"
@@ -41,7 +42,7 @@ def find_prepared(source: Source, output: epath.PathLike, *, codec: Codec, mirro
     Raises:
       UserError: something else is there, or that data set is damaged.
     """
-    output = epath.Path(output)
+    output = as_path(output)
     if not (output / schema.METADATA_FILE).exists():
         check_free(output)
         return None
@@ -93,7 +94,7 @@ def build(
     Raises:
       UserError: `output` is taken or cannot be written, or too many pictures are unusable. Finished shards are kept.
     """
-    output = epath.Path(output)
+    output = as_path(output)
     if not 0 <= max_bad_share < 1:
         raise UserError(f"--max_bad_share={max_bad_share}: must be at least 0 and below 1")
     if find_prepared(source, output, codec=codec, mirror=mirror) is not None:

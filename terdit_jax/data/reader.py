@@ -19,6 +19,7 @@ from terdit_jax.data import schema
 from terdit_jax.data.draws import ShuffledStream, draw_mirrored
 from terdit_jax.data.wire import RecordParser, View
 from terdit_jax.errors import UserError
+from terdit_jax.paths import as_path
 
 Batch = dict[str, np.ndarray]
 READ_CHUNK = 256  # records at a time when a whole split is read
@@ -164,7 +165,8 @@ def open_dataset(path: epath.PathLike) -> Dataset:
     Raises:
       UserError: as `schema.read_metadata`.
     """
-    return Dataset(epath.Path(path), schema.read_metadata(path))
+    path = as_path(path)
+    return Dataset(path, schema.read_metadata(path))
 
 
 def make_batches(

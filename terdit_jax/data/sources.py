@@ -15,6 +15,7 @@ import numpy as np
 
 from terdit_jax.data.crop import PictureError, decode_picture
 from terdit_jax.errors import UserError
+from terdit_jax.paths import as_path
 
 
 class Item(NamedTuple):
@@ -77,7 +78,7 @@ def make_folder_source(
       UserError: no such folder, no class folders, an empty one, or an option that cannot be used.
     """
     check_crop(image_size, channels)
-    root = epath.Path(path)
+    root = as_path(path)
     if not root.is_dir():
         raise UserError(f"--input={root}: no such folder")
     held = next((name for name in ("val", "test") if _class_folders(root / "train") and (root / name).is_dir()), None)

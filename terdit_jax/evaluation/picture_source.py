@@ -19,6 +19,7 @@ from terdit_jax.data.schema import METADATA_FILE
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.npz import reading
+from terdit_jax.paths import as_path
 
 ARRAY = "arr_0"
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -58,7 +59,7 @@ def open_pictures(path: str | os.PathLike) -> PictureSource:
       UserError: nothing there, values that are not uint8, another shape than (N, H, W, 3), pictures of several sizes, a
         damaged file, or a data set of latents.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         return _open_dataset(path) if (path / METADATA_FILE).exists() else _open_folder(path)
     if not path.exists():

@@ -20,6 +20,7 @@ from terdit_jax.interop.description import Description, check_architecture, desc
 from terdit_jax.interop.published import Leaves, StateDict, model_leaves, params_tree, read_leaves
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.paths import as_path
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
 from terdit_jax.training.checkpoint import Checkpoints
@@ -68,7 +69,7 @@ def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = N
     Raises:
       UserError: nothing there that can be read, or a step of something that is no workdir.
     """
-    place = epath.Path(path)
+    place = as_path(path)
     if (place / "checkpoints").is_dir():
         return _open_workdir(place, ema, step)
     if step is not None:

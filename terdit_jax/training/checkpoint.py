@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from terdit_jax.errors import UserError
+from terdit_jax.paths import absolute, as_path
 
 MANIFEST = "sha256.json"
 RUN = "run"
@@ -49,7 +50,7 @@ class Checkpoints:
         Raises:
           UserError: if the directory cannot be written.
         """
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = absolute(as_path(workdir)) / "checkpoints"
         self._signer: concurrent.futures.Future | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._restored: int | None = None

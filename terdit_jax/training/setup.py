@@ -19,6 +19,7 @@ from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, batch_shards, check_heads
+from terdit_jax.paths import as_path
 from terdit_jax.training.optimizer import make_optimizer
 
 
@@ -50,7 +51,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     dataset = _open_data(config, model)
-    workdir = epath.Path(workdir)
+    workdir = as_path(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (OSError, ImportError) as error:
