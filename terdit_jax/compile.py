@@ -8,7 +8,6 @@ It runs on a CPU, with the compilers of `pip install 'terdit-jax[aot]'`. docs/po
 """
 
 from collections.abc import Sequence
-import json
 import os
 
 from absl import flags
@@ -23,6 +22,7 @@ from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
 from terdit_jax.config import read_flag
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import refusing, write_json
 from terdit_jax.inference.modes import MODES
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.paths import define_path
@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
         report = compile_one(config)
         print(describe(report))
     if _OUTPUT.value:
-        _write(epath.Path(_OUTPUT.value), report)
+        with refusing(_OUTPUT.value):
+            write_json(_OUTPUT.value, report, indent=1)
 
 
 def _be_on_cpu(topology: Topology) -> None:
@@ -90,13 +91,6 @@ def _set_mesh(config: ConfigDict) -> None:
         if axis not in AXES or not size.lstrip("-").isdigit():
             raise UserError(f"--mesh={','.join(_MESH.value)}: give sizes of {', '.join(AXES)}, as data=2,fsdp=128")
         config.mesh[axis] = int(size)
-
-
-def _write(path: epath.Path, report: dict) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --output={path}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The last one, without a reference, gives no FID (docs/evaluation.md). Flags and 
 """
 
 from collections.abc import Iterator, Sequence
-import json
 import time
 
 from absl import flags
@@ -35,6 +34,7 @@ from terdit_jax.evaluation.suite import (
     open_reference,
     suite_metrics,
 )
+from terdit_jax.files import refusing, write_json
 from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.runtime import load_model
@@ -211,13 +211,8 @@ def _say(line: str) -> None:
 
 
 def _write_json(path: epath.Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error})") from error
+    with refusing(path):
+        write_json(path, content, indent=2, replace=_OUTPUT.value is None)
 
 
 if __name__ == "__main__":

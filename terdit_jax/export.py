@@ -7,10 +7,10 @@ python -m terdit_jax.export --model=digits.safetensors --report
 
 from collections.abc import Sequence
 import ctypes
-from pathlib import Path
 import sys
 
 from absl import flags
+from etils import epath
 import jax
 
 from terdit_jax.errors import UserError, run_command
@@ -41,14 +41,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--output is missing: name what to write, e.g. --output=model.safetensors")
     if _OUTPUT.value and _REPORT.value:
         raise UserError("--report writes nothing: leave out --output")
-    if _WORKDIR.value and not (Path(_WORKDIR.value) / "checkpoints").is_dir():
+    if _WORKDIR.value and not (epath.Path(_WORKDIR.value) / "checkpoints").is_dir():
         raise UserError(f"--workdir={_WORKDIR.value} holds no run: give the --workdir of a training run that has saved")
     jax.config.update("jax_platforms", "cpu")  # conversion is host work, also where there are accelerators
     _return_freed_memory()
     source = _WORKDIR.value or _MODEL.value
     weights = open_weights(source, ema=_EMA.value, step=_STEP.value, masters=_MASTERS.value)
     if _REPORT.value:
-        print(size_report(weights.model, Path(source).stat().st_size if Path(source).is_file() else None))
+        print(size_report(weights.model, file.stat().length if (file := epath.Path(source)).is_file() else None))
         return
     for remark in export(weights, _OUTPUT.value, _FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value):
         print(remark)
@@ -63,9 +63,9 @@ def _return_freed_memory() -> None:
 
 
 def _say_what(weights: Weights) -> str:
-    description, output = weights.description, Path(_OUTPUT.value)
+    description, output = weights.description, epath.Path(_OUTPUT.value)
     files = [output] if output.is_file() else sorted(output.iterdir())
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().length for file in files)
     step = "" if description.step is None else f", step {description.step:,}"
     which = "averaged" if description.ema else "raw"
     return f"{description.name}{step}, {which} weights: {size / 1e6:,.1f} MB in {output}"

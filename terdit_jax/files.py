@@ -26,66 +26,117 @@ _PREFIX_CHARACTERS = 40  # of the final name that a temporary one repeats: toget
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES)
 
 
+class PendingFile:
+    """A file under construction: `temporary` is a local path to write to, `place` gives it its name.
+
+    Attributes:
+      temporary: a path that no other writer uses; the file is there, and empty.
+    """
+
+    def __init__(self, path: epath.PathLike, *, scratch: epath.PathLike | None = None):
+        """Makes the folders on the way to `path`, and the temporary file.
+
+        Args:
+          path: where the file shall stand.
+          scratch: the folder of the temporary file, on the same file system; that of `path` if left out.
+
+        Raises:
+          OSError: one of them cannot be made.
+        """
+        self._path = epath.Path(path)
+        self._cleanup = contextlib.ExitStack()
+        if is_remote(path):
+            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory())
+            self.temporary = epath.Path(folder) / self._path.name
+            self.temporary.touch()
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(scratch or self._path.parent)
+        beside.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(beside, self._path.name)
+        self.temporary, lock = _reserve(beside, self._path.name, folder=False)
+        self._cleanup.callback(os.close, lock)
+        self._cleanup.callback(self.temporary.unlink, missing_ok=True)
+
+    def place(self, *, replace: bool = True, sync: bool = True) -> None:
+        """Gives the file its name.
+
+        Args:
+          replace: whether it may take the place of a file that is there, or has come to be there meanwhile.
+          sync: whether it is on disk when this returns, also after a loss of power.
+
+        Raises:
+          OSError: it cannot be written; FileExistsError, without `replace`, if there is something at the path.
+        """
+        if is_remote(self._path):
+            if not replace and self._path.exists():
+                raise _exists(self._path)
+            self.temporary.copy(self._path, overwrite=replace)
+            return
+        if sync:
+            _sync(self.temporary)
+        if replace:
+            os.replace(self.temporary, self._path)
+        else:
+            _move_without_replacing(self.temporary, self._path)
+        if sync:
+            _sync(self._path.parent)
+
+    def discard(self) -> None:
+        """Removes what is left of it; without effect on a file that has its name."""
+        self._cleanup.close()
+
+
 @contextlib.contextmanager
-def new_file(path: epath.PathLike, *, replace: bool = True, sync: bool = True) -> Iterator[epath.Path]:
+def new_file(
+    path: epath.PathLike, *, replace: bool = True, sync: bool = True, scratch: epath.PathLike | None = None
+) -> Iterator[epath.Path]:
     """A local path to write to; when the body ends its content is moved to `path`, and removed if the body raises.
 
-    Args:
-      path: where the file shall stand; folders on the way to it are made.
-      replace: whether it may take the place of a file that is there, or has come to be there meanwhile.
-      sync: whether it is on disk when this returns, also after a loss of power.
+    The arguments are those of `PendingFile`.
 
     Raises:
       OSError: it cannot be written; FileExistsError, without `replace`, if there is something at `path`.
     """
-    path = epath.Path(path)
-    if is_remote(path):
-        with tempfile.TemporaryDirectory() as scratch:
-            local = epath.Path(scratch) / path.name
-            yield local
-            _upload(local, path, replace=replace)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(Path(path))
-    temporary, lock = _reserve(Path(path), folder=False)
+    pending = PendingFile(path, scratch=scratch)
     try:
-        yield epath.Path(temporary)
-        if sync:
-            _sync(temporary)
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _move_without_replacing(temporary, Path(path))
-        if sync:
-            _sync(temporary.parent)
+        yield pending.temporary
+        pending.place(replace=replace, sync=sync)
     finally:
-        temporary.unlink(missing_ok=True)
-        os.close(lock)
+        pending.discard()
 
 
 @contextlib.contextmanager
-def new_folder(path: epath.PathLike) -> Iterator[Path]:
+def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """A local folder to write files into; when the body ends it is synced and renamed to `path`, as `new_file` does.
+
+    To an object store its files are copied one by one.
 
     Raises:
       OSError: it cannot be written; FileExistsError if there is something at `path`.
     """
-    path = Path(path)
+    path = epath.Path(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield epath.Path(scratch)
+            if path.exists():
+                raise _exists(path)
+            for file in epath.Path(scratch).iterdir():
+                file.copy(path / file.name)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
-    temporary, lock = _reserve(path, folder=True)
+    _remove_orphans(path.parent, path.name)
+    temporary, lock = _reserve(path.parent, path.name, folder=True)
     try:
         yield temporary
-        for file in (*temporary.rglob("*"), temporary):
+        for file in (*Path(temporary).rglob("*"), temporary):
             _sync(file)
         if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            raise _exists(path)
         try:
             os.rename(temporary, path)
         except OSError as error:  # another writer was faster by a moment
-            if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-            raise
+            raise _exists(path) if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR) else error from error
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -131,10 +182,11 @@ def refuse_existing(path: epath.PathLike, flag: str = "--output") -> None:
         raise UserError(f"{flag}={os.fspath(path)}: exists already, name another place")
 
 
-def _reserve(path: Path, *, folder: bool) -> tuple[Path, int]:
-    """A new file or folder beside `path`, and a descriptor that holds a lock on it: who holds none has died."""
+def _reserve(place: epath.PathLike, name: str, *, folder: bool) -> tuple[epath.Path, int]:
+    """A new file or folder in `place` for what will be called `name`, and a descriptor that holds a lock on it: what
+    nobody locks is left from a writer that was killed."""
     while True:
-        temporary = path.with_name(f".{path.name[:_PREFIX_CHARACTERS]}.{uuid.uuid4().hex}{_SUFFIX}")
+        temporary = epath.Path(place) / f".{name[:_PREFIX_CHARACTERS]}.{uuid.uuid4().hex}{_SUFFIX}"
         if folder:
             temporary.mkdir()
             descriptor = os.open(temporary, os.O_RDONLY)
@@ -142,20 +194,20 @@ def _reserve(path: Path, *, folder: bool) -> tuple[Path, int]:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks: its orphans are not removed
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.exists(temporary):  # another writer may have taken it for an orphan before it was locked
+        if temporary.exists():  # another writer may have taken it for an orphan before it was locked
             return temporary, descriptor
         os.close(descriptor)
 
 
-def _remove_orphans(path: Path) -> None:
-    """Removes what writers of `path` that were killed have left: temporary files and folders that nobody locks."""
-    prefix = f".{path.name[:_PREFIX_CHARACTERS]}."
+def _remove_orphans(place: Path, name: str) -> None:
+    """Removes what killed writers of a file `name` have left in `place`."""
+    prefix = f".{name[:_PREFIX_CHARACTERS]}."
     try:
-        names = [name for name in os.listdir(path.parent) if name.startswith(prefix) and name.endswith(_SUFFIX)]
+        names = [entry for entry in os.listdir(place) if entry.startswith(prefix) and entry.endswith(_SUFFIX)]
     except OSError:
         return
-    for name in names:
-        orphan = path.with_name(name)
+    for entry in names:
+        orphan = Path(place) / entry
         with contextlib.suppress(OSError):
             descriptor = os.open(orphan, os.O_RDONLY | os.O_NOFOLLOW)
             try:
@@ -168,29 +220,25 @@ def _remove_orphans(path: Path) -> None:
                 os.close(descriptor)
 
 
-def _move_without_replacing(temporary: Path, path: Path) -> None:
+def _move_without_replacing(temporary: epath.Path, path: epath.Path) -> None:
     """Renames, but never over something: a link is refused where a rename would overwrite."""
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        raise _exists(path) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            raise _exists(path) from None
         os.replace(temporary, path)
 
 
-def _upload(local: epath.Path, path: epath.Path, *, replace: bool) -> None:
-    """Copies to an object store, where an object appears whole when its upload ends."""
-    if not replace and path.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    local.copy(path, overwrite=replace)
+def _exists(path: epath.Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
 
 
-def _sync(path: Path) -> None:
+def _sync(path: epath.PathLike) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,6 +5,7 @@ Every flag, field and argument that names a place passes through `as_path`; what
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -43,6 +44,18 @@ def as_path(value: epath.PathLike, name: str = "path") -> epath.Path:
             f"{name}={text}: there is no home directory {text.split('/')[0]}; write ./{text} for a folder so named"
         )
     return epath.Path(expanded)
+
+
+def local_path(value: epath.PathLike, name: str = "path") -> Path:
+    """As `as_path`, for what can be read from a file system only.
+
+    Raises:
+      UserError: as `as_path`; the address of an object store.
+    """
+    path = as_path(value, name)
+    if is_remote(path):
+        raise UserError(f"{name}={os.fspath(path)}: cannot be read from an object store; copy it to this machine first")
+    return Path(path)
 
 
 def is_remote(path: epath.PathLike) -> bool:

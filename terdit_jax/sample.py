@@ -48,9 +48,7 @@ _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if l
 _MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.")
 _VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
-_OUTPUT = define_path(
-    "output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
-)
+_OUTPUT = define_path("output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels, else a folder of PNGs.")
 
 
 def main(argv: Sequence[str]) -> None:

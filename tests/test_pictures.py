@@ -1,5 +1,8 @@
 """Bytes of pictures: rounding and clipping, the layout of a grid, and files that are whole or not there."""
 
+import errno
+import os
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -83,10 +86,14 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_write_that_fails_leaves_the_old_picture(tmp_path):
+def test_a_write_that_fails_leaves_the_old_picture(tmp_path, monkeypatch):
     old, new = pictures(2, side=8)
     save_png(tmp_path / "grid.png", old)
-    (tmp_path / "grid.png.tmp").mkdir()  # the temporary name cannot be written
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="cannot write"):
         save_png(tmp_path / "grid.png", new)
     with Image.open(tmp_path / "grid.png") as opened:

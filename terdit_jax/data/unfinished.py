@@ -8,15 +8,13 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
-import os
-import tempfile
 from typing import Any
-import uuid
 
 from etils import epath
 
 from terdit_jax.data import schema
 from terdit_jax.errors import UserError
+from terdit_jax.files import new_file, write_json
 
 PLAN_FILE = "plan.json"
 
@@ -71,21 +69,8 @@ class Unfinished:
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[epath.Path]:
         """A local path to write to; what is there in the end appears whole as `name` in the data set, or not at all."""
-        temporary = self._temporary(name)
-        if "://" in os.fspath(temporary):  # an object store
-            with tempfile.TemporaryDirectory() as scratch:
-                local = epath.Path(scratch) / name
-                yield local
-                local.copy(temporary)
-        else:
-            try:
-                yield temporary
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        temporary.replace(self.path / name)
+        with new_file(self.path / name, scratch=self.folder) as temporary:
+            yield temporary
 
     def add(self, finished: FinishedShard) -> None:
         """Remembers a shard whose file is in its place."""
@@ -105,12 +90,7 @@ class Unfinished:
             raise UserError(f"{self.folder / name} is damaged ({error}): delete it and run again") from error
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self._temporary(name)
-        temporary.write_text(json.dumps(content))
-        temporary.replace(self.folder / name)
-
-    def _temporary(self, name: str) -> epath.Path:
-        return self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
+        write_json(self.folder / name, content)
 
 
 def check_free(path: epath.Path) -> None:

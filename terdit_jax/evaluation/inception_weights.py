@@ -17,9 +17,11 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.inception import BLOCKS, CLASSES, POOL_FEATURES, kernels
 from terdit_jax.evaluation.trained_weights import NORM, fold, read_tensor
+from terdit_jax.files import new_file
 from terdit_jax.interop.graph_def import read_constants
 from terdit_jax.interop.torch_legacy import is_legacy, load_legacy_state_dict
 from terdit_jax.interop.torch_pickle import load_state_dict
+from terdit_jax.paths import local_path
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"  # which ends in the first digits of its SHA-256
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
@@ -53,7 +55,7 @@ def load_inception(path: str | os.PathLike | None = None) -> Inception:
     Raises:
       UserError: a file that cannot be had or read, a tensor that is missing, unknown, of another shape or not finite.
     """
-    path = Path(path) if path else fetch_inception()
+    path = local_path(path, "--inception") if path else fetch_inception()
     try:
         with open(path, "rb") as file:
             start = file.read(2)
@@ -85,24 +87,22 @@ def fetch_inception(url: str = URL) -> Path:
     path = cache_folder() / FILE_NAME
     if path.exists():
         return path
-    partial = path.with_name(f"{FILE_NAME}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        wanted = FILE_NAME.removesuffix(".pth").rpartition("-")[2]
-        if not digest.startswith(wanted):
-            raise UserError(f"{url} gave a file with SHA-256 {digest[:8]}..., expected {wanted}...: not the network")
-        partial.replace(path)
+        with new_file(path) as temporary:
+            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, temporary.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            with temporary.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            wanted = FILE_NAME.removesuffix(".pth").rpartition("-")[2]
+            if not digest.startswith(wanted):
+                raise UserError(
+                    f"{url} gave a file with SHA-256 {digest[:8]}..., expected {wanted}...: not the network"
+                )
     except OSError as error:  # urllib's errors are among them
         raise UserError(
             f"Inception weights are neither at {path} nor to be fetched from {url} ({str(error)[:120]}): give"
             " --inception=PATH, or ask for a proxy by --features"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -5,7 +5,6 @@ which precision and recall take the features.
 """
 
 import os
-from pathlib import Path
 import zipfile
 
 import numpy as np
@@ -14,6 +13,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 from terdit_jax.evaluation.picture_source import ARRAY
 from terdit_jax.evaluation.statistics import Statistics
+from terdit_jax.files import new_file, refusing
 from terdit_jax.npz import reading
 
 KEYS = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
@@ -51,19 +51,11 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
 
 def save_reference(path: str | os.PathLike, statistics: dict[str, Statistics], pictures: np.ndarray) -> None:
     """Writes the statistics and the pictures (N, H, W, 3) uint8; the file appears whole or not at all."""
-    path, arrays = Path(path), {ARRAY: pictures}
+    arrays = {ARRAY: pictures}
     for feature, (mean_key, covariance_key, _) in KEYS.items():
         arrays |= {mean_key: statistics[feature].mean, covariance_key: statistics[feature].covariance}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with refusing(path, "--save_reference"), new_file(path, replace=False) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def stored_indices(count: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from terdit_jax.errors import UserError
+from terdit_jax.files import refusing, write_bytes
 
 GAP = 2  # pixels between the pictures of a grid
 MIN_SIDE = 64  # small pictures are enlarged by a whole factor to at least this
@@ -45,11 +45,17 @@ def make_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
     return grid
 
 
-def save_png(path: epath.PathLike, image: np.ndarray) -> None:
-    """Writes (H, W, 3) uint8."""
+def encode_png(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    _write(epath.Path(path), buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(path: epath.PathLike, image: np.ndarray) -> None:
+    """Writes (H, W, 3) uint8; raises UserError if it cannot be written."""
+    with refusing(path):
+        write_bytes(path, encode_png(image))
 
 
 def save_npz(path: epath.PathLike, images: np.ndarray, labels: np.ndarray) -> None:
@@ -58,15 +64,5 @@ def save_npz(path: epath.PathLike, images: np.ndarray, labels: np.ndarray) -> No
         images = images.repeat(3, axis=-1)
     buffer = io.BytesIO()
     np.savez(buffer, arr_0=images, labels=labels)
-    _write(epath.Path(path), buffer.getvalue())
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes under a temporary name first, so that a half-written picture never stands under the final one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with refusing(path):
+        write_bytes(path, buffer.getvalue())

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from typing import Any, BinaryIO
-import uuid
 import zipfile
 
 from absl import logging
@@ -19,8 +18,10 @@ from etils import epath
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.pictures import save_png
+from terdit_jax.files import new_file, refusing
+from terdit_jax.inference.pictures import encode_png
 from terdit_jax.npz import reading
+from terdit_jax.paths import as_path, is_remote
 
 PLAN_FILE = "plan.json"
 _WRITERS = 16  # threads that compress PNGs
@@ -41,14 +42,14 @@ class Shards:
         output: a path that ends in .npz, or the name of a folder of PNGs.
         plan: all that decides the pictures, as JSON can hold it, with num_samples and shard_size among it.
         """
-        self.output = epath.Path(output)
+        self.output = as_path(output, "--output")
         self.folder = self.output.with_name(self.output.name + ".unfinished")
         self.plan = json.loads(json.dumps(plan))
         self._fingerprint = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
         count, size = self.plan["num_samples"], self.plan["shard_size"]
         self.sizes = [min(size, count - first) for first in range(0, count, size)]
         if self.output.exists():
-            self._check(self._settings_file(), "holds other pictures: name another output, or delete it")
+            self._check_output()
         elif (self.folder / PLAN_FILE).exists():
             self._check(self.folder / PLAN_FILE, "is unfinished: finish it with those settings, or delete {}")
         else:
@@ -97,7 +98,9 @@ class Shards:
         """
         if damaged := [number for number in range(len(self.sizes)) if self.read(number) is None]:
             return damaged
-        if self.output.suffix == ".npz":
+        if self.output.exists():  # since this command began
+            self._check_output()
+        elif self.output.suffix == ".npz":
             self._write_json(self._settings_file())
             with self._new_file(self.output) as file:
                 self._write_npz(file)
@@ -125,18 +128,24 @@ class Shards:
 
     def _write_pngs(self) -> None:
         folder = self.folder / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
         digits, first, all_labels = max(6, len(str(sum(self.sizes)))), 0, []
-        with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
+
+        def write(path: epath.Path, picture: np.ndarray) -> None:
+            path.write_bytes(encode_png(picture))
+
+        with refusing(self.output), concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
+            folder.mkdir(parents=True, exist_ok=True)
             for number in range(len(self.sizes)):
                 pictures, labels = self._must_read(number)
                 paths = [folder / f"{first + i:0{digits}}.png" for i in range(len(pictures))]
-                list(pool.map(save_png, paths, pictures))
+                list(pool.map(write, paths, pictures))
                 first += len(pictures)
                 all_labels += labels.tolist()
-        (folder / "labels.json").write_text(json.dumps(all_labels))
-        self._write_json(folder / "settings.json")
-        folder.rename(self.output)
+            (folder / "labels.json").write_text(json.dumps(all_labels))
+            self._write_json(folder / "settings.json")
+            if not is_remote(folder):
+                os.sync()  # once for all of them, before the shards that could make them anew are removed
+            folder.rename(self.output)
 
     def _must_read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         shard = self.read(number)
@@ -151,6 +160,9 @@ class Shards:
         if self.output.suffix == ".npz":
             return self.output.with_name(self.output.name + ".json")
         return self.output / "settings.json"
+
+    def _check_output(self) -> None:
+        self._check(self._settings_file(), "holds other pictures: name another output, or delete it")
 
     def _check(self, path: epath.Path, what: str) -> None:
         """Compares the plan with the one in a file."""
@@ -170,17 +182,12 @@ class Shards:
     @contextlib.contextmanager
     def _new_file(self, path: epath.Path) -> Iterator[BinaryIO]:
         """A file to write; it appears whole at `path` when the body ends, or not at all."""
-        temporary = self.folder / f"{path.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                with contextlib.suppress(AttributeError, OSError):  # an object store's file has no descriptor
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with (
+            refusing(path),
+            new_file(path, scratch=self.folder) as temporary,
+            temporary.open("wb") as file,
+        ):
+            yield file
 
 
 def _in_color(pictures: np.ndarray) -> np.ndarray:

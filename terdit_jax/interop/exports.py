@@ -7,16 +7,16 @@ import argparse
 from collections.abc import Iterator
 import os
 from pathlib import Path
-import shutil
 
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.files import new_folder, refuse_existing, refusing
 from terdit_jax.interop.artifact import write_artifact, write_plain
 from terdit_jax.interop.description import public_model_args
 from terdit_jax.interop.published import published_layout, published_tensors
-from terdit_jax.interop.safetensors import refuse_existing
 from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
+from terdit_jax.paths import as_path
 
 FORMATS = ("packed", "torch", "safetensors")
 
@@ -39,7 +39,7 @@ def export(
     Raises:
       UserError: a path that exists or cannot be written, a kind that this model does not have, or no PyTorch.
     """
-    model, path = weights.model, Path(path)
+    model, path = weights.model, as_path(path, "--output")
     if kind not in FORMATS:
         raise UserError(f"--format={kind}: choose one of {', '.join(FORMATS)}")
     if kind == "packed" and not model.ternary:
@@ -77,20 +77,13 @@ def _write_torch(path: Path, weights: Weights, ternary: bool) -> list[str]:
     description = weights.description
     arguments, as_published = public_model_args(description)
     arguments["terdit_jax"] = description.to_dict()
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        state_dict = {name: torch.from_numpy(np.array(array)) for name, array in _tensors(weights, ternary)}
-        torch.save(state_dict, partial / consolidated_name(description.ema, ternary))
-        torch.save(argparse.Namespace(**arguments), partial / MODEL_ARGS)
-        refuse_existing(path)
-        partial.rename(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:150]
-        raise UserError(f"cannot write {path}: {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with refusing(path), new_folder(path) as folder:
+            state_dict = {name: torch.from_numpy(np.array(array)) for name, array in _tensors(weights, ternary)}
+            torch.save(state_dict, folder / consolidated_name(description.ema, ternary))
+            torch.save(argparse.Namespace(**arguments), folder / MODEL_ARGS)
+    except RuntimeError as error:  # torch's way to report a full disk
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0][:150]}") from error
     if as_published:
         return []
     return [

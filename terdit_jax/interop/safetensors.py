@@ -5,6 +5,7 @@ tensors and the metadata mean is left to `artifact`. Format: https://huggingface
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.files import PendingFile, refuse_existing, refusing
+from terdit_jax.paths import as_path
 
 # Python objects take thirty times the JSON they come from; the largest published model has 0.3 MB of it.
 MAX_HEADER_BYTES = 2 << 20
@@ -133,25 +136,20 @@ class Writer:
         """
         if header_bytes > MAX_HEADER_BYTES - 8:
             raise UserError(f"cannot write {path}: a header of {header_bytes:,} bytes is more than the format allows")
-        self._path = Path(path)
-        self._partial = self._path.with_name(f".{self._path.name}.partial")
+        self._path = as_path(path)
         self._header_bytes = -(-header_bytes // 8) * 8
         self._entries: dict[str, dict] = {}
         self._end = 0
         refuse_existing(self._path)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._partial, "wb")
+        with refusing(self._path):
+            self._pending = PendingFile(self._path)
+            self._file = open(self._pending.temporary, "wb")
             self._file.seek(_LENGTH_BYTES + self._header_bytes)
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Appends a tensor."""
-        try:
+        with refusing(self._path):
             self._file.write(as_bytes(array))
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
         self._entries[name] = entry(array.dtype, array.shape, self._end)
         self._end += array.nbytes
 
@@ -170,16 +168,11 @@ class Writer:
         if seal:
             digest = hashlib.sha256(header).hexdigest().encode()
             header = header.replace(metadata[seal].encode(), digest, 1)
-        try:
+        with refusing(self._path):
             self._file.seek(0)
             self._file.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-            refuse_existing(self._path)
-            self._partial.rename(self._path)
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
+            self._pending.place(replace=False)
 
     def __enter__(self) -> "Writer":
         return self
@@ -187,8 +180,9 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk refuses what is buffered a second time
+            self._file.close()
+        self._pending.discard()
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
@@ -210,15 +204,3 @@ def array_type(dtype: np.dtype, shape: tuple[int, ...]) -> dict:
 def render_header(entries: Mapping[str, dict], metadata: Mapping[str, str]) -> bytes:
     """The header's JSON."""
     return json.dumps({METADATA: dict(metadata), **entries}, separators=(",", ":")).encode()
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises UserError if there is something at a path that is to be written."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"--output={path}: exists already, name another place")
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    # The path itself has been found free: what exists is a file where a folder on the way to it should be.
-    reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror or error
-    return UserError(f"cannot write {path}: {reason}")

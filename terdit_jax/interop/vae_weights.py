@@ -19,7 +19,7 @@ from terdit_jax.interop.published import FLOATS, params_leaves, params_tree
 from terdit_jax.interop.safetensors import open_container, parse_json
 from terdit_jax.interop.torch_pickle import load_state_dict
 from terdit_jax.model.vae import VAEConfig, abstract_params
-from terdit_jax.paths import as_path
+from terdit_jax.paths import local_path
 
 CONFIG = "config.json"
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
@@ -60,7 +60,7 @@ def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
       UserError: a file that cannot be had or read, another architecture, a tensor that is missing, unknown, of another
         shape or not finite.
     """
-    folder = Path(as_path(path))
+    folder = local_path(path)
     if not folder.is_dir():
         if not _HUB_NAME.fullmatch(str(path)) or folder.exists():
             raise UserError(f"{folder} is no folder: give the one that holds the autoencoder's {CONFIG}")

@@ -20,7 +20,7 @@ from terdit_jax.interop.description import Description, check_architecture, desc
 from terdit_jax.interop.published import Leaves, StateDict, model_leaves, params_tree, read_leaves
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.paths import as_path
+from terdit_jax.paths import as_path, local_path
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
 from terdit_jax.training.checkpoint import Checkpoints
@@ -76,11 +76,12 @@ def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = N
         raise UserError(f"step {step} was asked for, but {place} is no workdir with checkpoints")
     if not place.exists():
         raise UserError(f"{place} does not exist: give a workdir, an artifact or a published checkpoint")
-    if place.is_dir():
-        return _open_torch(_find_consolidated(Path(place), ema, masters))
-    if place.suffix == ".pth":
-        return _open_torch(Path(place))
-    return _open_container(Path(place))
+    local = local_path(place)
+    if local.is_dir():
+        return _open_torch(_find_consolidated(local, ema, masters))
+    if local.suffix == ".pth":
+        return _open_torch(local)
+    return _open_container(local)
 
 
 def packed_leaves(model: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,0 +1,152 @@
+"""Files appear whole or not at all: whoever writes beside whom, whatever is there, and wherever a writer dies."""
+
+import concurrent.futures
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from terdit_jax import files
+from terdit_jax.errors import UserError
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_content_is_there_when_the_body_ends_and_nothing_else(tmp_path):
+    with files.new_file(tmp_path / "a" / "b.json") as temporary:
+        temporary.write_text("whole")
+        assert not (tmp_path / "a" / "b.json").exists()
+    assert (tmp_path / "a" / "b.json").read_text() == "whole"
+    assert names(tmp_path / "a") == ["b.json"]
+
+
+@pytest.mark.parametrize("make", [files.new_file, files.new_folder])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_a_body_that_raises_leaves_nothing(tmp_path, make, error):
+    with pytest.raises(error), make(tmp_path / "x"):
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_what_was_there_stays_until_the_new_content_is_complete(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(RuntimeError), files.new_file(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "x").read_text() == "old"
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "dangling link"])
+def test_without_replace_nothing_is_overwritten_however_late_it_came(tmp_path, there):
+    path = tmp_path / "x"
+    with pytest.raises(FileExistsError), files.new_file(path, replace=False) as temporary:
+        temporary.write_text("new")
+        {"file": lambda: path.write_text("old"), "folder": path.mkdir, "dangling link": lambda: path.symlink_to("no")}[
+            there
+        ]()
+    assert path.is_symlink() or path.is_dir() or path.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_folder_never_takes_the_place_of_another(tmp_path):
+    path = tmp_path / "x"
+    with pytest.raises(FileExistsError), files.new_folder(path) as temporary:
+        (temporary / "new").write_text("")
+        path.mkdir()
+        (path / "old").write_text("")
+    assert names(tmp_path) == ["x"] and names(path) == ["old"]
+
+
+def test_where_the_file_system_has_no_links_an_existing_file_still_stays(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.write_text(tmp_path / "x", "first", replace=False)
+    with pytest.raises(FileExistsError):
+        files.write_text(tmp_path / "x", "second", replace=False)
+    assert (tmp_path / "x").read_text() == "first" and names(tmp_path) == ["x"]
+
+
+def test_many_writers_of_one_path_give_one_of_their_contents(tmp_path):
+    def write(number: int) -> None:
+        with files.new_file(tmp_path / "x", sync=False) as temporary:
+            for _ in range(20):
+                with temporary.open("ab") as file:
+                    file.write(bytes([number]) * 1000)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    content = (tmp_path / "x").read_bytes()
+    assert len(content) == 20_000 and len(set(content)) == 1
+    assert names(tmp_path) == ["x"]
+
+
+def test_of_writers_that_must_not_overwrite_exactly_one_succeeds(tmp_path):
+    def write(number: int) -> bool:
+        try:
+            files.write_text(tmp_path / "x", str(number), replace=False)
+        except FileExistsError:
+            return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(write, range(32))) == 1
+
+
+@pytest.mark.parametrize("make", ["new_file", "new_folder"])
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path, make):
+    killed = f"""
+import os, signal
+from terdit_jax import files
+with files.{make}("x"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    status = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env=environment).returncode
+    assert status == -signal.SIGKILL and len(names(tmp_path)) == 1
+    with files.new_file(tmp_path / "x") as living:
+        assert names(tmp_path) == [living.name]
+        files.write_text(tmp_path / "x", "another's")
+        assert living.exists()
+    assert names(tmp_path) == ["x"]
+
+
+def test_names_as_long_as_a_file_system_takes_can_be_written(tmp_path):
+    files.write_text(tmp_path / ("n" * 255), "long")
+    files.write_text(tmp_path / ("ü" * 127), "long in bytes")
+    assert len(names(tmp_path)) == 2
+
+
+def test_permissions_are_those_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "x", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("file/x", "Not a directory"), ("folder", "directory"), ("n" * 256, "too long")],
+)
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, path, reason):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=reason), files.refusing(tmp_path / path):
+        files.write_text(tmp_path / path, "content")
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_what_exists_is_refused_by_name_links_that_lead_nowhere_included(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path, tmp_path / "link"):
+        with pytest.raises(UserError, match="exists already"):
+            files.refuse_existing(path)
+    files.refuse_existing(tmp_path / "free")
