@@ -188,27 +188,75 @@ def gradients(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("kernels", [2], indirect=True)
-def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(monkeypatch, gradients):
-    """No further from float32."""
-    ours = gradients(**IN_8_BITS)
+@pytest.fixture
+def errors(monkeypatch, gradients):
+    """Each leaf's relative distance from the float32 gradient, by fields of the configuration; and that of plain
+    blocks, which round to 8 bits at their matmuls alone."""
+    eight = fused.EIGHT
     monkeypatch.setattr(fused, "EIGHT", None)
-    exact, plain = gradients(), gradients(**IN_8_BITS)
+    exact = gradients()
 
-    def error(leaves):
-        return np.mean([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in zip(leaves, exact, strict=True)])
+    def distances(**fields):
+        pairs = zip(gradients(**IN_8_BITS, **fields), exact, strict=True)
+        return np.array([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in pairs])
 
-    assert 0.01 < error(ours) < 1.1 * error(plain)
+    plain = distances()
+    monkeypatch.setattr(fused, "EIGHT", eight)
+    return distances, plain
+
+
+def assert_rounded_alike(errors, plain):
+    """No leaf is further from float32 than rounding takes it in plain blocks, give or take what one draw of rounding
+    errors differs from another. Where rounding hides nothing, a wrong factor of 1.2 in one pass shows."""
+    assert 0.01 < errors.mean() < 1.1 * plain.mean()
+    assert (errors < 1.3 * plain + 0.01).all(), np.round(errors / plain, 2)
+
+
+@pytest.mark.parametrize("kernels", [2], indirect=True)
+def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(errors):
+    distances, plain = errors
+    assert_rounded_alike(distances(), plain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", [2], indirect=True)
-def test_gradients_in_8_bits_are_the_same_scanned_rematerialised_or_on_a_mesh(gradients):
-    ours = gradients(**IN_8_BITS)
-    for fields in ({"remat": "dots", "layers": "scanned"}, {"remat": "block"}):
-        assert_near(gradients(**IN_8_BITS, **fields), ours)
+@pytest.mark.parametrize(
+    "fields", [{"remat": "dots", "layers": "scanned"}, {"remat": "block"}], ids=["scanned", "rematerialised"]
+)
+def test_gradients_in_8_bits_round_alike_scanned_and_rematerialised(errors, fields):
+    """Equal they are not on a GPU: programs that differ in the last bit of a bfloat16 before a rounding to 8 bits differ
+    by a step of 8 bits after it, and two draws of such errors are further apart than each is from float32."""
+    distances, plain = errors
+    assert_rounded_alike(distances(**fields), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [2], indirect=True)
+def test_gradients_in_8_bits_round_alike_on_a_mesh(errors):
+    distances, plain = errors
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "slices": 1}, jax.devices()[:2])):
-        assert_near(gradients(**IN_8_BITS, remat="dots", layers="scanned"), ours, 0.02)
+        assert_rounded_alike(distances(remat="dots", layers="scanned"), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [2], indirect=True)
+@pytest.mark.parametrize("wrong", ["swiglu", "add_gated", "norm_modulate"])
+def test_a_pass_that_is_a_fifth_too_large_does_not_pass_for_rounding(monkeypatch, errors, wrong):
+    distances, plain = errors
+    run = getattr(fused, wrong)
+
+    @jax.custom_vjp
+    def amplify(tree):
+        return tree
+
+    def backward(_, cotangents):
+        enlarge = lambda d: d * 1.2 if d.dtype == jnp.bfloat16 else d  # noqa: E731
+        return (jax.tree.map(enlarge, cotangents),)
+
+    amplify.defvjp(lambda tree: (tree, None), backward)
+    monkeypatch.setattr(fused, wrong, lambda first, *rest, **options: run(amplify(first), *rest, **options))
+    with pytest.raises(AssertionError):
+        assert_rounded_alike(distances(), plain)
 
 
 @pytest.mark.parametrize("kernels", [2], indirect=True)
