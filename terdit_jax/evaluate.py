@@ -39,10 +39,10 @@ from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.interop.vae_weights import load_vae
-from terdit_jax.npz import reading
 from terdit_jax.parallel.mesh import initialize_processes, local_mesh, make_mesh
 from terdit_jax.paths import define_path
 from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.untrusted import load_arrays
 from terdit_jax.versions import versions
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
@@ -196,10 +196,11 @@ def _open_pictures(path: str) -> Dataset:
 
 
 def _load_samples(path: str, channels: int) -> Pictures:
-    with reading(f"--samples={path}: not an npz with arr_0 and labels"), np.load(path, allow_pickle=False) as arrays:
-        images, labels = arrays["arr_0"], arrays["labels"]
+    arrays = load_arrays(path, ("arr_0", "labels"), f"--samples={path}: not an npz with arr_0 and labels")
+    images, labels = arrays.values()
     if images.dtype != np.uint8 or images.ndim != 4:
-        raise UserError(f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
+        dtype = str(images.dtype)[:60]
+        raise UserError(f"--samples={path}: arr_0 is {dtype} {images.shape}, expected uint8 (N, H, W, C)")
     if channels == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
         images = images[..., :1]  # terdit_jax.sample writes grey pictures as evaluators want them, in three channels
     return Pictures(images.astype(np.float32) / 127.5 - 1, labels)

@@ -19,7 +19,6 @@ from terdit_jax.interop.safetensors import (
     is_possible,
     open_container,
     parse_array_type,
-    parse_json,
     refuse_existing,
     render_header,
 )
@@ -273,12 +272,6 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, stop):
     write(tmp_path / "a", {"x": np.ones(40)}, {"a": "b"})
     (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes()[:stop])
     assert refusal(tmp_path / "b")
-
-
-def test_json_of_another_kind_is_refused():
-    assert parse_json("[1]", "it", list) == [1]
-    with pytest.raises(UserError, match="^it is not a JSON dict$"):
-        parse_json("[1]", "it", dict)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, ml_dtypes.bfloat16])

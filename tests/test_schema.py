@@ -136,7 +136,7 @@ def test_a_split_holds_what_its_shards_hold(dataset):
     raw = json.loads((dataset / "latents.json").read_text())
     raw["splits"]["train"]["records"] += 1
     (dataset / "latents.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="is damaged .*the shards of train do not hold 21 records"):
+    with pytest.raises(UserError, match="is damaged: .*the shards of train do not hold 21 records"):
         schema.read_metadata(dataset)
 
 

@@ -28,6 +28,7 @@ from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
 from terdit_jax.errors import UserError
 from terdit_jax.paths import as_path
+from terdit_jax.untrusted import difference
 
 SHARD_BYTES = 256 * 2**20  # of arrays, before compression
 SKIPPED_FILE = "skipped.json"
@@ -51,8 +52,8 @@ def find_prepared(source: Source, output: epath.PathLike, *, codec: Codec, mirro
     for key in sorted(found.keys() | asked.keys()):
         if found.get(key) != asked.get(key):
             raise UserError(
-                f"--output={output}: holds another data set, whose {key} is {found.get(key)!r} and not "
-                f"{asked.get(key)!r}; name another directory or delete that one"
+                f"--output={output}: holds another data set, whose {difference(key, found, asked)}; "
+                "name another directory or delete that one"
             )
     return metadata
 

@@ -23,17 +23,14 @@ class Inspection:
 
 
 def inspect(dataset: Dataset, num_samples: int) -> Inspection:
-    """Reads `num_samples` records, or all if there are fewer, through TFDS's own decoding.
+    """Reads `num_samples` records, or all if there are fewer.
 
     Raises:
       UserError: a record that cannot be read.
     """
-    records = dataset.data_source("train")
+    records = dataset.records("train")
     chosen = np.unique(np.linspace(0, len(records) - 1, min(num_samples, len(records))).astype(int))
-    try:
-        sample = [records[int(index)] for index in chosen]
-    except RuntimeError as error:
-        raise UserError(f"{dataset.path} cannot be read, copy or prepare it again: {error}") from error
+    sample = records.examples(chosen)
     metadata = dataset.metadata
     arrays = {
         name: np.stack([record[name] for record in sample]).astype(np.float32)
@@ -43,7 +40,7 @@ def inspect(dataset: Dataset, num_samples: int) -> Inspection:
     if labels.min() < 0 or labels.max() >= metadata.num_classes:
         raise UserError(f"{dataset.path} holds label {labels.max()}, but {metadata.num_classes} classes")
     captions = tuple(
-        f"{record['label']} {metadata.class_names[record['label']]}: {record['source_id'].decode()}"
+        f"{record['label']} {metadata.class_names[record['label']]}: {record['source_id'].decode(errors='replace')}"
         for record in sample
     )
     suffixes = ("", "_mirror") if metadata.has_mirror else ("",)

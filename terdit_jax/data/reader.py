@@ -3,9 +3,8 @@
 What a record holds is the schema's, where its bytes lie is wire's, which are drawn is draws'.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 import dataclasses
-import functools
 import os
 from typing import Protocol
 
@@ -13,13 +12,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
 from terdit_jax.data import schema
 from terdit_jax.data.draws import ShuffledStream, draw_mirrored
 from terdit_jax.data.wire import RecordParser, View
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.paths import as_path
+from terdit_jax.untrusted import printable
 
 Batch = dict[str, np.ndarray]
 READ_CHUNK = 256  # records at a time when a whole split is read
@@ -113,14 +112,32 @@ class StoredRecords:
 
     def _read_one(self, shard: int, place: int, mirrored: bool) -> View:
         try:
-            reader = self._readers[shard] or self._open(shard)
-            return self._parser.parse(reader.read((place,))[0], mirrored)
-        # ArrayRecord, which checks a hash of each block, raises nothing but the first, the parser the second.
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{self._path / self._shards[shard].file}: record {place} cannot be read, copy the file again or "
-                f"prepare the data set again: {_one_line(error)}"
-            ) from error
+            return self._parser.parse(self._read_bytes(shard, place), mirrored)
+        except Exception as error:
+            raise self._damage(shard, place, error) from error
+
+    def examples(self, indices: np.ndarray) -> list[dict[str, np.ndarray | bytes | int]]:
+        """The whole records at `indices` (B,): the fields of `schema.make_features`, whatever the files of TFDS say."""
+        features = schema.make_features(self._metadata.shape, self._metadata.has_mirror)
+        examples = []
+        for index in indices.tolist():
+            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+            place = index - int(self._starts[shard])
+            try:
+                examples.append(features.deserialize_example_np(self._read_bytes(shard, place)))
+            except Exception as error:
+                raise self._damage(shard, place, error) from error
+        return examples
+
+    def _read_bytes(self, shard: int, place: int) -> bytes:
+        reader = self._readers[shard] or self._open(shard)
+        return reader.read((place,))[0]
+
+    def _damage(self, shard: int, place: int, error: Exception) -> UserError:
+        return UserError(
+            f"{self._path / self._shards[shard].file}: record {place} cannot be read, copy the file again or "
+            f"prepare the data set again: {printable(in_a_line(error))}"
+        )
 
     def _open(self, shard: int) -> ArrayRecordReader:
         # Nothing is read ahead. Threads that come here together each open the file, and one reader stays.
@@ -144,14 +161,6 @@ class Dataset:
 
     path: epath.Path
     metadata: schema.Metadata
-
-    @functools.cached_property
-    def _builder(self) -> tfds.core.DatasetBuilder:
-        return tfds.builder_from_directory(self.path)
-
-    def data_source(self, split: str, **kwargs) -> Sequence:
-        """The split as TFDS's random-access source of dicts; keyword arguments go to `as_data_source`."""
-        return self._builder.as_data_source(split, **kwargs)
 
     def records(self, split: str, *, in_memory: bool = False) -> Records:
         """The records of a split, in the order of its shards."""
@@ -251,7 +260,3 @@ def _block_size(batch_size: int, process_count: int) -> int:
 def _mirror_rows(batch: Batch, mirrored: np.ndarray) -> None:
     for array in batch.values():  # (B, H, W, C)
         array[mirrored] = array[mirrored, :, ::-1]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

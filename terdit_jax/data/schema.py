@@ -6,7 +6,9 @@ What fills the records is the builder's affair and how they become batches the r
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -15,12 +17,17 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from terdit_jax.errors import UserError
+from terdit_jax.untrusted import is_count, is_number, parse_json, reading, short
 
 SCHEMA_VERSION = 1
 NAME = "latents"
 METADATA_FILE = f"{NAME}.json"
 UNFINISHED_FOLDER = ".unfinished"
 SPLITS = ("train", "heldout")
+MAX_SIDE, MAX_NUMBERS, MAX_CLASSES = 1 << 14, 1 << 28, 1 << 20  # of an array, and of a data set
+_MAX_BYTES, _MAX_MOMENT = 1 << 53, 1e5  # of a file, and of float16 numbers
+_SHARD_NAME = re.compile(rf"{NAME}-({'|'.join(SPLITS)})\.array_record-\d{{5,9}}-of-\d{{5,9}}", re.ASCII)
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +132,16 @@ def read_metadata(path: epath.PathLike) -> Metadata:
         if (path / UNFINISHED_FOLDER).exists():
             raise UserError(f"the data set at {path} is not finished: run the command that prepares it again")
         raise UserError(f"{path} holds no {METADATA_FILE}, so it is not a prepared data set: {_how_to_prepare(path)}")
-    try:
-        raw = json.loads((path / METADATA_FILE).read_text())
+    what = f"{path / METADATA_FILE}"
+    with reading(f"{what} is damaged: prepare the data set again"):
+        raw = parse_json((path / METADATA_FILE).read_bytes(), f"{what} is damaged, prepare it again: it", dict)
         version = raw["schema_version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path / METADATA_FILE} is damaged ({error}): prepare the data set again") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {version!r}, this code reads {SCHEMA_VERSION}: prepare it again")
-    try:
+    if version is True or version != SCHEMA_VERSION:
+        version = short(version)
+        raise UserError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}: prepare it again")
+    with reading(f"{what} is damaged: prepare the data set again"):
         metadata = _parse(raw)
         fingerprint = compute_fingerprint(metadata)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path / METADATA_FILE} is damaged ({error!r}): prepare the data set again") from error
     if fingerprint != metadata.fingerprint:
         raise UserError(f"{path / METADATA_FILE} does not match its own fingerprint: prepare the data set again")
     _check_files(path, metadata)
@@ -164,13 +169,8 @@ def hash_file(path: epath.Path) -> str:
 
 
 def _parse(raw: dict[str, Any]) -> Metadata:
-    splits = {
-        name: Split(raw["splits"][name]["records"], tuple(Shard(**shard) for shard in raw["splits"][name]["shards"]))
-        for name in SPLITS
-    }
-    for name, split in splits.items():
-        if split.records != sum(shard.records for shard in split.shards):
-            raise ValueError(f"the shards of {name} do not hold {split.records} records")
+    """Metadata of untrusted JSON. Raises ValueError, KeyError or TypeError for what no data set says of itself."""
+    splits = {name: _parse_split(name, raw["splits"][name]) for name in SPLITS}
     height, width, channels = raw["shape"]
     metadata = Metadata(
         **{
@@ -182,9 +182,61 @@ def _parse(raw: dict[str, Any]) -> Metadata:
             "channel_std": tuple(raw["channel_std"]),
         }
     )
-    if len(metadata.class_names) != metadata.num_classes:
-        raise ValueError(f"{len(metadata.class_names)} class names for {metadata.num_classes} classes")
+    shape, classes = metadata.shape, metadata.num_classes
+    _expect(all(is_count(n, 1, MAX_SIDE) for n in shape), "shape", shape)
+    _expect(math.prod(shape) <= MAX_NUMBERS, "shape", shape)
+    _expect(is_count(classes, 1, MAX_CLASSES), "num_classes", classes)
+    _expect(is_number(metadata.latent_scale, 1e-6, 1e6), "latent_scale", metadata.latent_scale)
+    _expect(isinstance(metadata.has_mirror, bool), "has_mirror", metadata.has_mirror)
+    _expect(isinstance(metadata.source, dict) and isinstance(metadata.source.get("kind"), str), "source", raw["source"])
+    for name in ("codec", "fingerprint"):
+        _expect(_is_line(raw[name]), name, raw[name])
+    _expect(all(map(_is_name, metadata.class_names)), "class_names", raw["class_names"])
+    for name in ("channel_mean", "channel_std"):
+        lowest, values = 0 if name == "channel_std" else -_MAX_MOMENT, getattr(metadata, name)
+        _expect(len(values) == channels, name, raw[name])
+        _expect(all(is_number(value, lowest, _MAX_MOMENT) for value in values), name, raw[name])
+    if len(metadata.class_names) != classes:
+        raise ValueError(f"{len(metadata.class_names)} class names for {classes} classes")
     return metadata
+
+
+def _parse_split(name: str, raw: dict[str, Any]) -> Split:
+    split = Split(raw["records"], tuple(map(parse_shard, raw["shards"])))
+    if len({shard.file for shard in split.shards}) != len(split.shards):
+        raise ValueError(f"a shard of {name} is listed twice")
+    if not is_count(split.records, 1, _MAX_BYTES) or split.records != sum(shard.records for shard in split.shards):
+        raise ValueError(f"the shards of {name} do not hold {short(split.records)} records")
+    return split
+
+
+def parse_shard(raw: dict[str, Any]) -> Shard:
+    """A shard of untrusted JSON. Its name has no folder in it: a data set reads no file from anywhere else.
+
+    Raises:
+      ValueError, TypeError: what no shard is.
+    """
+    shard = Shard(**raw)
+    _expect(isinstance(shard.file, str) and bool(_SHARD_NAME.fullmatch(shard.file)), "file", shard.file)
+    _expect(is_count(shard.bytes, 0, _MAX_BYTES), "bytes", shard.bytes)
+    _expect(is_count(shard.records, 0, shard.bytes), "records", shard.records)  # a record takes a byte and more
+    _expect(isinstance(shard.sha256, str) and bool(_SHA256.fullmatch(shard.sha256)), "sha256", shard.sha256)
+    return shard
+
+
+def _expect(sound: bool, name: str, value: object) -> None:
+    if not sound:
+        shown = ", ".join(map(short, value)) if isinstance(value, tuple) and len(value) <= 3 else short(value)
+        raise ValueError(f"{name} is {shown}")
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 200 and value.isprintable()
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is a text that can be encoded: of a class, whose folder may have any other name."""
+    return isinstance(value, str) and len(value) <= 1000 and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _check_files(path: epath.Path, metadata: Metadata) -> None:

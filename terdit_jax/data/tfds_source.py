@@ -4,19 +4,26 @@ TFDS finds the data set, or fetches and prepares it; the pictures leave it as th
 like those of every other source, without TensorFlow.
 """
 
+from collections.abc import Iterator
+import contextlib
+import inspect
+import os
 import re
 
+from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
 from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.schema import MAX_CLASSES
 from terdit_jax.data.sources import Item, Source, check_crop, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
+from terdit_jax.untrusted import is_count, printable, reading, short
 
 HELDOUT_SPLITS = ("validation", "test")  # the first that the data set has is held out
 HELDOUT_SHARE = 0.1  # where it has neither
 # NAME, NAME/CONFIG, NAME:VERSION or both; not TFDS's namespaces, which run code from elsewhere.
-NAME = re.compile(r"[A-Za-z]\w*(/[\w.+-]+)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?")
+NAME = re.compile(r"[A-Za-z]\w*(/\w[\w.+-]*)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?")
 PAGES = "https://www.tensorflow.org/datasets/catalog"
 
 
@@ -40,14 +47,21 @@ def make_tfds_source(
         picture or a single class label, or an option that cannot be used.
     """
     check_crop(image_size, channels)
-    builder = _open_builder(name, data_dir)
-    image_key, label_key = _find_keys(name, builder.info)
-    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in (image_key, label_key)})
-    class_names = tuple(features[label_key].names)
-    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    if not sizes.get("train"):
-        raise UserError(f"--input={name}: has no train split, only {', '.join(sizes) or 'none at all'}")
-    held = next((split for split in HELDOUT_SPLITS if sizes.get(split)), None)
+    with _own_features_only():
+        builder = _open_builder(name, data_dir)
+    with reading(f"--input={name}: {builder.data_path} holds no data set that TFDS can read"):
+        info = builder.info
+        image_key, label_key = _find_keys(name, info)
+        features = tfds.features.FeaturesDict({key: info.features[key] for key in (image_key, label_key)})
+        class_names = _class_names(name, features[label_key])
+        sizes = {split: split_info.num_examples for split, split_info in info.splits.items()}
+        if not sizes.get("train"):
+            raise UserError(f"--input={name}: has no train split, only {', '.join(sizes)[:80] or 'none at all'}")
+        held = next((split for split in HELDOUT_SPLITS if sizes.get(split)), None)
+        splits = ("train", held) if held else ("train",)
+        listing = "".join(_list_files(name, builder.data_path, info.splits[split]) for split in splits)
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        records = {s: builder.as_data_source(s, deserialize_method=raw, file_format="array_record") for s in splits}
     if held:
         if heldout_share is not None:
             raise UserError(f"--heldout_share={heldout_share}: {name} brings its own held-out pictures, {held}")
@@ -55,18 +69,15 @@ def make_tfds_source(
     else:
         heldout_share = HELDOUT_SHARE if heldout_share is None else heldout_share
         train, heldout = split_heldout(_list_items("train", sizes["train"]), heldout_share)
-    splits = ("train", held) if held else ("train",)
     description = {
         "kind": "tfds",
         "image_size": image_size,
         "channels": channels,
         "heldout_share": heldout_share,
-        "data_set": builder.info.full_name,
+        "data_set": info.full_name,
         "pictures": sum(sizes[split] for split in splits),
-        "listing_sha256": hash_text("".join(_list_files(name, builder.info.splits[split]) for split in splits)),
+        "listing_sha256": hash_text(listing),
     }
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    records = {s: builder.as_data_source(s, deserialize_method=raw, file_format="array_record") for s in splits}
     decoders = {image_key: tfds.decode.SkipDecoding()}
 
     def load(item: Item) -> tuple[np.ndarray, int]:
@@ -99,6 +110,7 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     builder = None
     try:
         builder = tfds.builder(name, data_dir=data_dir)
+        assert builder.info is not None  # read here, where errors are caught and nothing is imported
         if not builder.is_prepared():
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
             builder.download_and_prepare()
@@ -122,6 +134,31 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     return builder
 
 
+@contextlib.contextmanager
+def _own_features_only() -> Iterator[None]:
+    """Keeps TFDS from importing a module because the files of a data set say so, which would run its code.
+
+    features.json and dataset_info.json name a class for every feature, at any depth; TFDS imports the modules of those
+    that it does not know, from the current directory too. All of them pass through this one function of TFDS.
+    """
+    connector, known = tfds.features.FeatureConnector, set()
+    for feature in vars(tfds.features).values():
+        if inspect.isclass(feature) and issubclass(feature, connector):
+            known |= {f"{feature.__module__}.{feature.__name__}", *feature.ALIASES}
+    theirs = connector.__dict__["cls_from_name"]
+
+    def cls_from_name(cls: type, python_class_name: str) -> type:
+        if python_class_name not in known:
+            raise ValueError(f"it names the feature class {short(python_class_name)}, which is none of TFDS's own")
+        return theirs.__get__(None, cls)(python_class_name)
+
+    connector.cls_from_name = classmethod(cls_from_name)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = theirs
+
+
 def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     """The keys of the picture and of its class: those declared for supervised training, else the only ones."""
     features = info.features
@@ -138,6 +175,8 @@ def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     declared = info.supervised_keys
     if declared and len(declared) == 2 and declared[0] in images and declared[1] in labels:
         images, labels = [declared[0]], [declared[1]]
+    if odd := [key for key in (*images, *labels) if not key.isprintable() or "/" in key or key.startswith(".")]:
+        raise UserError(f"--input={name}: has a feature called {short(odd[0])}, which names a file elsewhere")
     for found, what in ((images, "picture"), (labels, "class label")):
         if len(found) != 1:
             raise UserError(f"--input={name}: has {', '.join(found) or 'none'} where one {what} an example is needed")
@@ -147,17 +186,33 @@ def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 
 def _list_items(split: str, count: int) -> list[Item]:
+    """The items of a split, whose `count` the sizes of its files have been found to allow."""
     return [Item(f"{split}/{index:08d}", None) for index in range(count)]
 
 
-def _list_files(name: str, split: tfds.core.SplitInfo) -> str:
-    """A line for each file of a split: its name, its records, its size."""
+def _class_names(name: str, feature: tfds.features.ClassLabel) -> tuple[str, ...]:
+    if not is_count(feature.num_classes, 1, MAX_CLASSES):
+        raise UserError(f"--input={name}: its label has {short(feature.num_classes)} classes")
+    return tuple(feature.names)
+
+
+def _list_files(name: str, folder: epath.Path, split: tfds.core.SplitInfo) -> str:
+    """A line for each file of a split: its name, its records, its size.
+
+    Raises:
+      UserError: a file that is not there, not in the data set's folder, or too small for its records.
+    """
     lines = []
     for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
+        if not epath.Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+            raise UserError(f"--input={name}: names the file {printable(str(path))}, which is not in {folder}")
         try:
-            lines.append(f"{path.name}\t{records}\t{path.stat().length}\n")
+            size = path.stat().length
         except OSError as error:
             raise UserError(f"--input={name}: {path} cannot be read ({error.strerror or error})") from error
+        if not 0 <= records <= size:  # each takes a byte and more
+            raise UserError(f"--input={name}: {path} has {size} bytes, which cannot be {records} records")
+        lines.append(f"{path.name}\t{records}\t{size}\n")
     return "".join(lines)
 
 

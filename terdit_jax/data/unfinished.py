@@ -15,6 +15,7 @@ from etils import epath
 from terdit_jax.data import schema
 from terdit_jax.errors import UserError
 from terdit_jax.files import new_file, write_json
+from terdit_jax.untrusted import difference, is_count, is_number, parse_json, reading
 
 PLAN_FILE = "plan.json"
 
@@ -46,8 +47,8 @@ class Unfinished:
             for key in sorted(found.keys() | plan.keys()):
                 if found.get(key) != plan.get(key):
                     raise UserError(
-                        f"--output={path}: holds an unfinished data set, whose {key} is {found.get(key)!r} and not "
-                        f"{plan.get(key)!r}; finish that one, delete it or name another directory"
+                        f"--output={path}: holds an unfinished data set, whose {difference(key, found, plan)}; "
+                        "finish that one, delete it or name another directory"
                     )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,15 +57,11 @@ class Unfinished:
     def finished(self, file: str) -> FinishedShard | None:
         """The shard of this name, None while it is missing or not as large as it was."""
         content, path = self._read(f"{file}.json"), self.path / file
-        if content is None or not path.exists() or path.stat().length != content["shard"]["bytes"]:
+        if content is None:
             return None
-        return FinishedShard(
-            shard=schema.Shard(**content["shard"]),
-            count=content["count"],
-            total=tuple(content["total"]),
-            total_square=tuple(content["total_square"]),
-            skipped=tuple((source_id, reason) for source_id, reason in content["skipped"]),
-        )
+        with reading(f"{self.folder / file}.json is damaged: delete it and run again"):
+            finished = _parse(content, file)
+        return finished if path.exists() and path.stat().length == finished.shard.bytes else None
 
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[epath.Path]:
@@ -83,14 +80,33 @@ class Unfinished:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((self.folder / name).read_text())
+            content = (self.folder / name).read_bytes()
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise UserError(f"{self.folder / name} is damaged ({error}): delete it and run again") from error
+        return parse_json(content, f"{self.folder / name} is damaged, delete it and run again: it", dict)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_json(self.folder / name, content)
+
+
+def _parse(content: dict[str, Any], file: str) -> FinishedShard:
+    """What is remembered of a shard, of untrusted JSON. Raises ValueError, KeyError or TypeError."""
+    finished = FinishedShard(
+        shard=schema.parse_shard(content["shard"]),
+        count=content["count"],
+        total=tuple(content["total"]),
+        total_square=tuple(content["total_square"]),
+        skipped=tuple((source_id, reason) for source_id, reason in content["skipped"]),
+    )
+    if finished.shard.file != file:
+        raise ValueError(f"it is of {finished.shard.file}")
+    if not is_count(finished.count, 0, 1 << 53) or len(finished.total) != len(finished.total_square):
+        raise ValueError("its moments are none")
+    if not all(is_number(value, -1e30, 1e30) for value in finished.total + finished.total_square):
+        raise ValueError("its moments are no numbers")
+    if not all(isinstance(text, str) for entry in finished.skipped for text in entry):
+        raise ValueError("its list of what was left out holds something else than text")
+    return finished
 
 
 def check_free(path: epath.Path) -> None:

@@ -81,6 +81,8 @@ class RecordParser:
 
     def _make_layouts(self, size: int) -> Iterator[_Layout]:
         """Those that a record of `size` bytes can have: the label and the picture's name vary in length."""
+        if size < self._array_bytes * len(self._names):  # no record: one is not made only to be compared with it
+            return
         for label_size in _LABEL_SIZES:
             spare = size - len(self._serialize(label_size, 0))
             # A longer name also takes up to ten bytes more for the five lengths that surround it.

@@ -6,6 +6,7 @@ A set larger than memory passes through portion by portion. What is computed of 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import IO
@@ -18,8 +19,9 @@ from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.inference.pictures import to_uint8
-from terdit_jax.npz import reading
+from terdit_jax.interop.safetensors import is_possible
 from terdit_jax.paths import as_path
+from terdit_jax.untrusted import reading
 
 ARRAY = "arr_0"
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -71,12 +73,17 @@ def _open_npz(path: Path) -> PictureSource:
     with reading(f"{path}: not an npz with pictures in {ARRAY}"):
         with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
             shape, column_major, dtype = _read_header(member)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or column_major or 0 in shape:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not is_possible(shape) or 0 in shape:
         raise UserError(
-            f"{path}: {ARRAY} is {dtype} {shape}, expected uint8 (N, H, W, 3) with values from 0 to 255: pictures in"
-            " [-1, 1] become that as round((x + 1) * 127.5)"
+            f"{path}: {ARRAY} is {str(dtype)[:60]} {str(shape)[:60]}, expected uint8 (N, H, W, 3) with values from 0 to"
+            " 255: pictures in [-1, 1] become that as round((x + 1) * 127.5)"
         )
-    row = int(np.prod(shape[1:]))
+    if column_major:
+        raise UserError(
+            f"{path}: {ARRAY} is {shape} but lies in Fortran order (column-major), which cannot be read image by image:"
+            " save np.ascontiguousarray(images)"
+        )
+    row = math.prod(shape[1:])
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         with reading(f"{path}: {ARRAY} is damaged"):

@@ -14,10 +14,11 @@ from terdit_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 from terdit_jax.evaluation.picture_source import ARRAY
 from terdit_jax.evaluation.statistics import Statistics
 from terdit_jax.files import new_file, refusing
-from terdit_jax.npz import reading
+from terdit_jax.untrusted import load_arrays, reading
 
 KEYS = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
 STORED_PICTURES = 10_000  # that a reference keeps, as the published ones do
+_LARGEST = 1e9  # no mean or covariance of Inception's features comes near it
 _ASYMMETRY = 1e-6  # of a covariance, over its largest value: float32 files are off by rounding
 
 
@@ -40,8 +41,7 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
         if len(given) == 1:
             raise UserError(f"{path}: has {given[0]} but not its pair: {mean_key} and {covariance_key}")
         if given:
-            with reading(f"{path}: not a reference"), np.load(path, allow_pickle=False) as arrays:
-                mean, covariance = arrays[mean_key], arrays[covariance_key]
+            mean, covariance = load_arrays(path, (mean_key, covariance_key), f"{path}: not a reference").values()
             _check(f"{path}: {mean_key}", mean, (width,))
             _check(f"{path}: {covariance_key}", covariance, (width, width))
             _check_covariance(f"{path}: {covariance_key}", covariance)
@@ -67,8 +67,8 @@ def stored_indices(count: int) -> np.ndarray:
 def _check(what: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape or array.dtype.kind != "f":
         raise UserError(f"{what} is {array.dtype} {array.shape}, Inception's is floats {shape}: another network's?")
-    if not np.isfinite(array).all():
-        raise UserError(f"{what} holds values that are not finite")
+    if not np.isfinite(array).all() or np.abs(array).max() > _LARGEST:
+        raise UserError(f"{what} holds values that are not finite, or larger than any of Inception's")
 
 
 def _check_covariance(what: str, covariance: np.ndarray) -> None:

@@ -72,9 +72,8 @@ def open_reference(
         if network.name == INCEPTION:
             statistics = read_statistics(path)
         if not has_pictures and not statistics:
-            raise UserError(
-                f"{path} holds neither pictures in {ARRAY} nor statistics of {network.name}, only {sorted(keys)[:8]}"
-            )
+            there = sorted(key[:20] for key in keys)[:8]
+            raise UserError(f"{path} holds neither pictures in {ARRAY} nor statistics of {network.name}, only {there}")
     if not has_pictures:
         return Reference(str(path), statistics, None)
     features = collect_features(network, check_count(open_pictures(path)), mesh, batch_size, say)

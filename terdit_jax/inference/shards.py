@@ -20,8 +20,8 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.files import new_file, refusing
 from terdit_jax.inference.pictures import encode_png
-from terdit_jax.npz import reading
 from terdit_jax.paths import as_path, is_remote
+from terdit_jax.untrusted import load_arrays, parse_json, printable, reading, short_json
 
 PLAN_FILE = "plan.json"
 _WRITERS = 16  # threads that compress PNGs
@@ -74,12 +74,13 @@ class Shards:
             return None
         try:
             refusal = f"SHARD {path} IS DAMAGED"
-            with reading(refusal), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with reading(refusal), path.open("rb") as file:
+                arrays = load_arrays(file, ("arr_0", "labels", "fingerprint"), refusal)
+                pictures, labels = arrays["arr_0"], arrays["labels"]
                 if str(arrays["fingerprint"]) != self._fingerprint:
                     raise ValueError("it is of other settings")
-                pictures, labels = arrays["arr_0"], arrays["labels"]
-                if pictures.dtype != np.uint8 or not len(pictures) == len(labels) == self.sizes[number]:
-                    raise ValueError(f"it holds {pictures.dtype} {pictures.shape}")
+                if not _is_shard(pictures, labels, self.sizes[number]):
+                    raise ValueError(f"it holds {pictures.dtype} {pictures.shape} and {labels.dtype} {labels.shape}")
             return pictures, labels
         except UserError as error:
             # Every member of an npz carries a CRC, which reading it checks.
@@ -168,12 +169,12 @@ class Shards:
         """Compares the plan with the one in a file."""
         what = what.format(self.folder)
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
+            found = parse_json(path.read_bytes(), path.name, dict)
+        except (OSError, UserError):
             raise UserError(f"--output={self.output}: exists and no {path.name} tells its settings; {what}") from None
         for key in _differences(found, self.plan):
-            old, new = _entry(found, key), _entry(self.plan, key)
-            raise UserError(f"--output={self.output}: its {key} is {old!r}, not {new!r}, and it {what}")
+            old, new = (short_json(_entry(plan, key)) for plan in (found, self.plan))
+            raise UserError(f"--output={self.output}: its {printable(key[:60])} is {old}, not {new}, and it {what}")
 
     def _write_json(self, path: epath.Path) -> None:
         with self._new_file(path) as file:
@@ -188,6 +189,12 @@ class Shards:
             temporary.open("wb") as file,
         ):
             yield file
+
+
+def _is_shard(pictures: np.ndarray, labels: np.ndarray, size: int) -> bool:
+    """Whether these can be what `Shards.write` wrote."""
+    sound = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3
+    return sound and labels.dtype.kind == "i" and len(pictures) == size and labels.shape == (size,)
 
 
 def _in_color(pictures: np.ndarray) -> np.ndarray:

@@ -22,9 +22,9 @@ from terdit_jax.interop.safetensors import (
     as_bytes,
     entry,
     parse_array_type,
-    parse_json,
     render_header,
 )
+from terdit_jax.untrusted import parse_json
 
 FORMAT, VERSION = "terdit_jax", "1"
 # No reader has to allocate more than this many times a tensor's stored bytes: what zlib shrinks further stays plain.

@@ -16,6 +16,7 @@ from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import Layout
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.untrusted import short
 
 SD_LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoder
 SD_DOWNSAMPLING = 8
@@ -77,11 +78,11 @@ class Description:
         for name, kind in expected.items():
             same_kind = isinstance(fields[name], kind) and (kind is bool or not isinstance(fields[name], bool))
             if not same_kind or _is_long(fields[name]):
-                raise UserError(f"{source}: description.{name}={_short(fields[name])} is of the wrong type or too long")
+                raise UserError(f"{source}: description.{name}={short(fields[name])} is of the wrong type or too long")
         if not 0 < fields["latent_scale"] < _MAX_EXACT:
-            raise UserError(f"{source}: description.latent_scale={_short(fields['latent_scale'])} must be positive")
+            raise UserError(f"{source}: description.latent_scale={short(fields['latent_scale'])} must be positive")
         if not 0 <= (fields["step"] or 0) < _MAX_EXACT:
-            raise UserError(f"{source}: description.step={_short(fields['step'])} must not be negative")
+            raise UserError(f"{source}: description.step={short(fields['step'])} must not be negative")
         if not all(isinstance(value, str) for value in fields["provenance"].values()):
             raise UserError(f"{source}: description.provenance must hold text only")
         config = base_config()
@@ -142,7 +143,7 @@ def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool,
         )
     image_size, vae = model_args.get("image_size", 256), model_args.get("vae", "ema")
     if type(image_size) is not int or not 0 < image_size < _MAX_SIZE or vae not in VAES:
-        raise UserError(f"{source}: model_args has image_size={_short(image_size)}, vae={_short(vae)}")
+        raise UserError(f"{source}: model_args has image_size={short(image_size)}, vae={short(vae)}")
     config = base_config()
     config.model.update(
         {name: facts[name] for name in ("ternary", "hidden_size", "depth", "num_classes", "qk_norm", "adaln_rms_norm")}
@@ -229,28 +230,19 @@ def _rows(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
 def _update(config: ConfigDict, fields: Mapping[str, Any], source: str, *, complete: bool) -> None:
     """Untrusted fields into a section that knows their names and types."""
     if unknown := sorted(map(str, fields.keys() - config.keys())):
-        raise UserError(f"{source} has the unknown field {_short(unknown[0])}: a newer version may be needed")
+        raise UserError(f"{source} has the unknown field {short(unknown[0])}: a newer version may be needed")
     if complete and (missing := sorted(config.keys() - fields.keys())):
         raise UserError(f"{source} lacks {missing[0]}")
     for name, value in fields.items():
         as_float = type(value) is int and type(config[name]) is float and abs(value) < _MAX_EXACT
         same_kind = type(value) is type(config[name]) or as_float
         if not same_kind or _is_long(value) or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(f"{source}.{name}={_short(value)} is of the wrong type or too long")
+            raise UserError(f"{source}.{name}={short(value)} is of the wrong type or too long")
         if type(value) is int and abs(value) >= _MAX_SIZE:
-            raise UserError(f"{source}.{name}={_short(value)} is too large")
+            raise UserError(f"{source}.{name}={short(value)} is too large")
         config[name] = value
 
 
 def _is_long(value: object) -> bool:
     """Whether a text is more than a line of a message."""
     return isinstance(value, str) and (len(value) > 200 or not value.isprintable())
-
-
-def _short(value: object) -> str:
-    """An untrusted value in a message. Lists and dicts are not looked into: they may be endless, or as good as that."""
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return "an enormous number"
-    if value is None or isinstance(value, int | float | str):
-        return repr(value[:60] if isinstance(value, str) else value)
-    return f"a {type(value).__name__}"

@@ -20,6 +20,7 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.files import PendingFile, refuse_existing, refusing
 from terdit_jax.paths import as_path
+from terdit_jax.untrusted import parse_json
 
 # Python objects take thirty times the JSON they come from; the largest published model has 0.3 MB of it.
 MAX_HEADER_BYTES = 2 << 20
@@ -63,23 +64,6 @@ def open_container(path: str | os.PathLike) -> Container:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: its header's {METADATA} must hold text only")
     return Container(_map_arrays(entries, data, str(path)), metadata, header)
-
-
-def parse_json(text: bytes | str, what: str, kind: type) -> dict:
-    """JSON of one kind, without duplicate keys. Raises UserError, naming `what`, for anything else."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not sound JSON: {str(error)[:100]}") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{what} is not a JSON {kind.__name__}")
-    return value
 
 
 def parse_array_type(dtype: object, shape: object, what: str) -> tuple[np.dtype, tuple[int, ...]]:

@@ -16,10 +16,11 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import FLOATS, params_leaves, params_tree
-from terdit_jax.interop.safetensors import open_container, parse_json
+from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.torch_pickle import load_state_dict
 from terdit_jax.model.vae import VAEConfig, abstract_params
 from terdit_jax.paths import local_path
+from terdit_jax.untrusted import parse_json
 
 CONFIG = "config.json"
 SAFETENSORS = "diffusion_pytorch_model.safetensors"

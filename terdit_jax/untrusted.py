@@ -1,0 +1,105 @@
+"""Reading files that may be damaged or forged: JSON, arrays of an npz, and whatever a library parses for us.
+
+Nothing here runs code that a file names. What the values mean is checked by the callers.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import json
+import math
+import os
+import reprlib
+from typing import IO, Any
+
+import numpy as np
+
+from terdit_jax.errors import UserError, in_a_line
+
+
+@contextlib.contextmanager
+def reading(refusal: str) -> Iterator[None]:
+    """Turns whatever is raised within into a UserError: the refusal and, in brackets, the reason.
+
+    Parsers of archives, arrays, images, protobufs and checkpoints raise dozens of kinds of exceptions between them, a
+    failed allocation's among them: no list of them would be complete. Use it around reading alone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{refusal} ({printable(in_a_line(error))})") from error
+
+
+def parse_json(text: bytes | str, what: str, kind: type) -> Any:
+    """JSON of one kind, without duplicate keys or numbers that are none. Raises UserError, naming `what`, otherwise."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not sound JSON: {printable(str(error)[:100])}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{what} is not a JSON {kind.__name__}")
+    return value
+
+
+def load_arrays(source: str | os.PathLike | IO[bytes], names: Iterable[str], refusal: str) -> dict[str, np.ndarray]:
+    """The arrays of an npz under these names, none of them pickled.
+
+    Raises:
+      UserError: the refusal, for anything else: no npz, a damaged one, a name that it lacks, a member that is no array.
+    """
+    with reading(refusal):
+        archive = np.load(source, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is no archive but one array")
+        with archive:
+            arrays = {name: archive[name] for name in names}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # numpy returns the bytes of a member that is none
+                raise ValueError(f"its member {name} is no array")
+        return arrays
+
+
+def short(value: object) -> str:
+    """An untrusted value in a message. Lists and dicts are not looked into: they may be endless, or as good as that."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "an enormous number"
+    if value is None or isinstance(value, int | float | str):
+        return repr(value[:60] if isinstance(value, str) else value)
+    return f"a {type(value).__name__}"
+
+
+def short_json(value: object) -> str:
+    """As `short`, with the beginning of lists and dicts; of values that JSON holds only."""
+    return printable(reprlib.repr(value))
+
+
+def difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In words, how an entry of untrusted JSON differs from ours."""
+    return f"{printable(key[:60])} is {short_json(found.get(key))} and not {short_json(wanted.get(key))}"
+
+
+def printable(text: str) -> str:
+    """The text with every character escaped that a terminal would not show or would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value of JSON is a finite number, no truth value, with low <= value <= high."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and low <= value <= high and math.isfinite(value)
+
+
+def is_count(value: object, low: int, high: int) -> bool:
+    """Whether a value of JSON is an integer with low <= value <= high."""
+    return type(value) is int and low <= value <= high
