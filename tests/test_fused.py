@@ -224,8 +224,8 @@ def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(e
     "fields", [{"remat": "dots", "layers": "scanned"}, {"remat": "block"}], ids=["scanned", "rematerialised"]
 )
 def test_gradients_in_8_bits_round_alike_scanned_and_rematerialised(errors, fields):
-    """Equal they are not on a GPU: programs that differ in the last bit of a bfloat16 before a rounding to 8 bits differ
-    by a step of 8 bits after it, and two draws of such errors are further apart than each is from float32."""
+    """On a GPU they are not equal: programs that differ in the last bit of a bfloat16 before a rounding to 8 bits
+    differ by a step of 8 bits after it, and two draws of such errors are further apart than each is from float32."""
     distances, plain = errors
     assert_rounded_alike(distances(**fields), plain)
 
