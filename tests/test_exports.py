@@ -1,7 +1,9 @@
 """What was loaded is exported bit for bit in every format and comes back so; a failed export leaves nothing behind."""
 
+import concurrent.futures
 import dataclasses
 import json
+import os
 import sys
 
 from deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
@@ -213,3 +215,23 @@ def test_without_pytorch_only_pth_files_cannot_be_written(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
     for kind in ("packed", "safetensors"):
         export(weights, tmp_path / kind, kind)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_of_many_exports_to_one_path_one_succeeds_and_the_others_are_refused(tmp_path, kind):
+    """Whole, and of one model: no writer shares a temporary name with another."""
+    needs(kind)
+    models = [random_weights(small_config(depth=1 + i % 2), step=i) for i in range(8)]
+
+    def write(weights):
+        try:
+            export(weights, tmp_path / "out", kind)
+        except UserError as error:
+            assert "exists already" in str(error)
+            return None
+        return weights
+
+    with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
+        (winner,) = [weights for weights in pool.map(write, models) if weights]
+    assert os.listdir(tmp_path) == ["out"]
+    assert open_weights(tmp_path / "out").description == winner.description
