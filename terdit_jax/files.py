@@ -71,6 +71,7 @@ class PendingFile:
         if is_remote(self._path):
             if not replace and self._path.exists():
                 raise _exists(self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self.temporary.copy(self._path, overwrite=replace)
             return
         if sync:
@@ -121,6 +122,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
             yield epath.Path(scratch)
             if path.exists():
                 raise _exists(path)
+            path.mkdir(parents=True)
             for file in epath.Path(scratch).iterdir():
                 file.copy(path / file.name)
         return
@@ -192,11 +194,16 @@ def _reserve(place: epath.PathLike, name: str, *, folder: bool) -> tuple[epath.P
             descriptor = os.open(temporary, os.O_RDONLY)
         else:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: its orphans are not removed
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if temporary.exists():  # another writer may have taken it for an orphan before it was locked
+            is_ours = temporary.exists()
+        except BlockingIOError:
+            is_ours = False
+        except OSError:  # a file system without locks: its orphans are not removed
+            is_ours = True
+        if is_ours:
             return temporary, descriptor
-        os.close(descriptor)
+        os.close(descriptor)  # another writer took it for an orphan before it was locked
 
 
 def _remove_orphans(place: Path, name: str) -> None:

@@ -150,3 +150,34 @@ def test_what_exists_is_refused_by_name_links_that_lead_nowhere_included(tmp_pat
         with pytest.raises(UserError, match="exists already"):
             files.refuse_existing(path)
     files.refuse_existing(tmp_path / "free")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that stands for an object store: nothing is renamed or locked there, only copied to."""
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    monkeypatch.setattr(files, "is_remote", lambda path: str(path).startswith(str(bucket)))
+    return bucket
+
+
+def test_an_object_store_gets_files_and_folders_whole(bucket):
+    files.write_text(bucket / "runs" / "x.json", "whole")
+    with files.new_folder(bucket / "model") as folder:
+        (folder / "weights").write_text("w")
+        assert not (bucket / "model").exists()
+    with pytest.raises(RuntimeError), files.new_file(bucket / "y"):
+        raise RuntimeError
+    assert (bucket / "runs" / "x.json").read_text() == "whole" and (bucket / "model" / "weights").read_text() == "w"
+    assert names(bucket) == ["model", "runs"]
+
+
+def test_what_is_in_an_object_store_is_not_overwritten_unless_asked(bucket):
+    files.write_text(bucket / "x", "old")
+    with pytest.raises(FileExistsError):
+        files.write_text(bucket / "x", "new", replace=False)
+    with pytest.raises(FileExistsError), files.new_folder(bucket / "x"):
+        pass
+    assert (bucket / "x").read_text() == "old"
+    files.write_text(bucket / "x", "new")
+    assert (bucket / "x").read_text() == "new"
