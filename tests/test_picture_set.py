@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 import random
 import re
+import shutil
 import time
 
 from deployed import make_workdir
@@ -76,6 +77,22 @@ def test_killed_again_and_again_the_set_is_that_of_an_undisturbed_run(tmp_path, 
             pass
     assert drawn == [0, 0, 4, 4, 8, 8, 12, 16, 16, 16], "what was drawn is not drawn again"
     assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_shards_that_vanish_while_the_last_is_drawn_are_drawn_again(tmp_path, monkeypatch):
+    """One process waits for no other's."""
+    monkeypatch.setattr(picture_set, "SHARD_SIZE", 4)
+    plan = make_plan(model={}, settings={}, labels={}, num_samples=10, seed=0)
+    labels, drawn = make_labels(range(10), 10, "balanced", 0), []
+
+    def draw(of_shard, first, report):
+        drawn.append(first)
+        if drawn == [0, 4, 8]:
+            shutil.rmtree(tmp_path / "set.npz.unfinished")
+        return np.zeros((len(of_shard), 4, 4, 1))
+
+    draw_set(Shards(tmp_path / "set.npz", plan), labels, draw, lambda line: None)
+    assert drawn == [0, 4, 8, 0, 4] and np.load(tmp_path / "set.npz")["arr_0"].shape == (10, 4, 4, 3)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[
     while index and not shards.is_complete():
         time.sleep(1)
     if index == 0:
-        while not all(map(shards.is_written, range(len(shards.sizes)))):  # those of other processes
+        while count > 1 and not all(map(shards.is_written, range(len(shards.sizes)))):  # those of other processes
             time.sleep(1)
         while damaged := shards.finish():
             for number in damaged:
