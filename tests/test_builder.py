@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from terdit_jax.data import builder, schema, sources
 from terdit_jax.data.codec import PixelCodec
-from terdit_jax.data.crop import PictureError
+from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.sources import Item
 from terdit_jax.errors import UserError
 

@@ -6,7 +6,7 @@ from PIL import Image
 import pytest
 
 from terdit_jax.data import sources
-from terdit_jax.data.crop import PictureError
+from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.errors import UserError
 

@@ -8,7 +8,8 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.crop import decode_picture
+from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError
 

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from terdit_jax.data import schema
 from terdit_jax.data.codec import Codec
-from terdit_jax.data.crop import PictureError
+from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
 from terdit_jax.errors import UserError

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.crop import check_crop, decode_picture
+from terdit_jax.data.image_file import PictureError
 from terdit_jax.errors import UserError
 from terdit_jax.paths import as_path
 
@@ -139,14 +140,6 @@ def hash_text(text: str) -> str:
     except UnicodeEncodeError as error:
         name = text[max(error.start - 40, 0) : error.end]
         raise UserError(f"{name!a}: rename it, file names must be UTF-8") from error
-
-
-def check_crop(image_size: int, channels: int) -> None:
-    """Raises UserError for a crop that no source can make."""
-    if image_size < 1:
-        raise UserError(f"--image_size={image_size}: must be at least 1")
-    if channels not in (1, 3):
-        raise UserError(f"--channels={channels}: must be 1 (grey) or 3 (RGB)")
 
 
 def _load_picture(path: epath.Path, size: int, channels: int) -> np.ndarray:

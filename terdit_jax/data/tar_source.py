@@ -13,8 +13,9 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
-from terdit_jax.data.crop import PictureError, decode_picture
-from terdit_jax.data.sources import Item, Source, check_crop, hash_ordered, hash_text, split_heldout
+from terdit_jax.data.crop import check_crop, decode_picture
+from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
 
 HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class

@@ -14,9 +14,10 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.crop import check_crop, decode_picture
+from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.schema import MAX_CLASSES
-from terdit_jax.data.sources import Item, Source, check_crop, hash_ordered, hash_text, split_heldout
+from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import is_count, printable, reading, short
 

@@ -13,11 +13,11 @@ from typing import IO
 import zipfile
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from terdit_jax.data.image_file import PictureError, decode_image
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
-from terdit_jax.errors import UserError, in_a_line
+from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.interop.safetensors import is_possible
 from terdit_jax.paths import as_path
@@ -136,10 +136,10 @@ def _open_folder(path: Path) -> PictureSource:
 
 def _read_picture(file: Path) -> np.ndarray:
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is no picture that can be read ({in_a_line(error)})") from error
+        return np.asarray(decode_image(file.read_bytes(), channels=3))
+    except (PictureError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file} is no picture that can be read ({reason})") from error
 
 
 def _open_dataset(path: Path) -> PictureSource:

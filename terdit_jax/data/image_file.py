@@ -1,0 +1,102 @@
+"""The one reader of image files: bytes to 8 bits a channel, the same for every command that opens images.
+
+Cropping belongs to `crop`; which files are read belongs to the sources.
+"""
+
+import ctypes
+import io
+import logging
+import warnings
+
+import numpy as np
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+
+# The formats that Pillow decodes by itself; others (EPS) would start outside programs on untrusted files.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+# Pillow loads these two only when a file asks for them, together with every format that is not wanted here.
+_LOADED_WITH_PILLOW = (TiffImagePlugin, WebPImagePlugin)
+
+_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_STEPS = {"LAB": "RGB", "La": "LA"}  # modes that Pillow converts to grey, or at all, by way of another only
+
+
+class PictureError(Exception):
+    """An image that cannot be used; the message says why, in one line."""
+
+
+def decode_image(data: bytes, channels: int) -> Image.Image:
+    """Decodes the content of an image file to mode RGB or, with one channel, L.
+
+    The result is that of Pillow's `convert`: alpha is dropped, CMYK and palettes are resolved, colour profiles and EXIF
+    orientation (but not TIFF's) are ignored; of an animation the first frame. Where Pillow would clip deeper grey at
+    255, it is scaled: 16 bits (and 12 in TIFF) keep their high byte, as they do in colour; 32-bit integers are read as
+    16 bits and floats as 0 to 1, and values beyond that are refused.
+
+    Raises:
+      PictureError: not a whole image in one of `FORMATS`, or one too large or too deep.
+    """
+    if not data:
+        raise PictureError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image)
+            return to_8_bits(image, channels)
+    except PictureError:
+        raise
+    except UnidentifiedImageError as error:
+        raise PictureError(f"not a picture in any of the formats {', '.join(FORMATS)}") from error
+    except Exception as error:  # on broken files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise PictureError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def to_8_bits(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any of Pillow's modes in mode RGB or, with one channel, L. Raises PictureError if it is too deep."""
+    if image.mode in _DEEP_GREY:
+        image = _scale_grey(image)
+    if image.mode in _STEPS:
+        image = image.convert(_STEPS[image.mode])
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if min(width, height) < 1:
+        raise PictureError(f"{width}x{height} holds no pixels")
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise PictureError(f"{width}x{height} exceeds {Image.MAX_IMAGE_PIXELS} pixels, a decompression bomb perhaps")
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Grey deeper than 8 bits scaled to mode L."""
+    values = np.asarray(image)  # H, W
+    if image.mode == "F":
+        _check_range(values, 1)
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if image.mode == "I":
+        _check_range(values, 2**16 - 1)
+    bits = 16
+    if image.mode != "I" and isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
+        if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0) == 0:  # white is zero
+            values = 2**bits - 1 - values
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+
+
+def _check_range(values: np.ndarray, top: int) -> None:
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        raise PictureError(f"grey values from {low} to {high}: only 0 to {top} can be scaled to 8 bits")
+
+
+def _silence_decoders() -> None:
+    """Turns off what Pillow and libtiff write about broken files: the PictureError says it, once and in its place."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    try:
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # found through Pillow's own link to libtiff
+    except (AttributeError, OSError):
+        pass  # a Pillow without libtiff, or a system that does not look through links
+
+
+_silence_decoders()
