@@ -28,6 +28,8 @@ from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.parallel.mesh import initialize_processes
 from terdit_jax.paths import define_path
 
+_SHARD_MB_RANGE = (1e-3, 1e6)
+
 _SOURCE = flags.DEFINE_enum(
     "source", None, ["digits", "folder", "tar", "tfds"],
     "digits: embedded; folder: one folder a class; tar: ImageNet's train archive, or a folder of tars, one a class; "
@@ -45,13 +47,17 @@ _VAE = define_path(
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "Of the autoencoder; float32 on CPUs, else bfloat16."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures that a device encodes at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 32, "Pictures that a device encodes at once.", lower_bound=1, upper_bound=4096
+)
 _MIRROR = flags.DEFINE_bool("mirror", None, "Also store each mirrored picture; by default with --vae only.")
 _MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.01, "Abort when more than this share cannot be decoded.")
-_SHARD_MB = flags.DEFINE_float("shard_mb", 256, "Size of a shard in MiB, before compression.", lower_bound=1e-3)
+_SHARD_MB = flags.DEFINE_float("shard_mb", 256, "Size of a shard in MiB, before compression.")
 _WORKER = flags.DEFINE_string("worker", None, "K/N: make every N-th shard from the K-th on, K from 0.")
 _INSPECT = define_path("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 48, "Records that --inspect looks at.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 48, "Records that --inspect looks at.", lower_bound=1, upper_bound=4096
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
         return _inspect(_INSPECT.value)
     if not _OUTPUT.value:
         raise UserError("--output is missing: name the directory of the data set, such as --output=data/digits")
+    if not _SHARD_MB_RANGE[0] <= _SHARD_MB.value <= _SHARD_MB_RANGE[1]:  # absl's own bounds let NaN pass
+        raise UserError(f"--shard_mb={_SHARD_MB.value}: must be from {_SHARD_MB_RANGE[0]:g} to {_SHARD_MB_RANGE[1]:g}")
     worker, wait = _find_worker()
     source, codec = _make_source(), _make_codec()
     mirror = _VAE.value is not None if _MIRROR.value is None else _MIRROR.value
@@ -152,7 +160,7 @@ def _print_summary(metadata: schema.Metadata) -> None:
         f"{metadata.num_classes} classes"
     )
     if (epath.Path(_OUTPUT.value) / builder.SKIPPED_FILE).exists():
-        print(f"pictures that were left out, and why: {_OUTPUT.value}/{builder.SKIPPED_FILE}")
+        print(f"what was left out, and why: {_OUTPUT.value}/{builder.SKIPPED_FILE}")
     print(f"{sum(shard.bytes for shard in shards):,} bytes in {len(shards)} shards, fingerprint {metadata.fingerprint}")
     name = "digits" if metadata.source["kind"] == "digits" else "cifar10" if metadata.codec == "none" else "terdit_600m"
     command = ["python", "-m", "terdit_jax.main", f"--config=configs/{name}.py", f"--workdir=runs/{name}"]

@@ -133,6 +133,29 @@ def test_unusable_pictures_are_named_counted_and_skipped(tmp_path, caplog):
     assert read == [item.source_id for item in source.splits["train"] if item.source_id not in skipped]
 
 
+def test_what_a_source_ignores_is_said_and_named(tmp_path, caplog):
+    ignored = {"README": "beside the class folders", "n03.txt": "hidden"}
+    builder.build(
+        dataclasses.replace(make_source(bad=(0,)), ignored=ignored),
+        tmp_path / "d",
+        codec=PixelCodec(),
+        max_bad_share=0.1,
+    )
+    (line,) = [record.getMessage() for record in caplog.records if "IGNORED" in record.getMessage()]
+    assert line == "the input: 2 entries are IGNORED: README (beside the class folders), n03.txt (hidden)"
+    written = json.loads((tmp_path / "d" / "skipped.json").read_text())
+    assert written["ignored"] == ignored and len(written["train"]) == 1
+    builder.build(dataclasses.replace(make_source(), ignored=ignored), tmp_path / "e", codec=PixelCodec())
+    assert json.loads((tmp_path / "e" / "skipped.json").read_text()) == {"ignored": ignored}
+
+
+@pytest.mark.parametrize("label", [10, -1, 1.5, None, "3"])
+def test_a_class_that_the_source_does_not_have_is_refused(tmp_path, label):
+    source = make_source()
+    with pytest.raises(UserError, match="its class is .*, the source has 10"):
+        builder.build(make_source(load=lambda item: (source.load(item)[0], label)), tmp_path / "d", codec=PixelCodec())
+
+
 def test_too_many_unusable_pictures_abort(tmp_path):
     source = make_source(bad=(3, 4, 5, 6))
     with pytest.raises(UserError, match=r"3 of 40 pictures cannot be used, more than --max_bad_share=0\.05;.*purpose"):

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 import subprocess
@@ -58,6 +59,7 @@ def test_folder(tmp_path):
             pixels = np.full((20, 30, 3), 10 * index, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "in" / name / f"{index}.png")
     (tmp_path / "in" / "dog" / "bad.jpg").write_text("not a picture")
+    (tmp_path / "in" / "README").write_text("beside the classes")
     options = ["--source=folder", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--image_size=16"]
     options += ["--channels=1", "--heldout_share=0.25", "--mirror"]
     assert "1 of 21 pictures cannot be used" in prepare(*options).stderr
@@ -65,6 +67,10 @@ def test_folder(tmp_path):
     run = prepare(*options, "--max_bad_share=0.1")
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("skipped dog/bad.jpg") == 1
+    assert run.stderr.count("1 entry is IGNORED: README (beside the class folders)") == 1
+    left_out = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert left_out["ignored"] == {"README": "beside the class folders"}
+    assert "dog/bad.jpg" in left_out["train"] | left_out["heldout"] and "skipped.json" in run.stdout
     metadata = schema.verify(tmp_path / "out")
     assert metadata.shape == (16, 16, 1) and metadata.class_names == ("cat", "dog") and metadata.has_mirror
     assert sum(split.records for split in metadata.splits.values()) == 20
@@ -115,6 +121,12 @@ def test_latents_of_an_autoencoder(tmp_path):
         (["--source=digits", "--image_size=16"], "--image_size=16: the digits are embedded"),
         (["--source=folder"], "--input is missing"),
         (["--source=folder", "--input=/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["--source=folder", "--input=docs", "--image_size=20000"], "--image_size=20000: must be from 1 to 2048"),
+        (["--source=tar", "--input=docs", "--image_size=9223372036854775808"], "must be from 1 to 2048"),
+        (["--source=digits", "--shard_mb=nan"], "--shard_mb=nan: must be from 0.001 to 1e+06"),
+        (["--source=digits", "--shard_mb=inf"], "--shard_mb=inf: must be"),
+        (["--source=digits", "--batch_size=1000000"], "--batch_size"),
+        (["--source=digits", "--num_samples=1000000"], "--num_samples"),
         (["--source=digits", "--output="], "--output is missing"),
         (["--sauce=digits"], "sauce"),
     ],

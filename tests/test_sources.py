@@ -1,5 +1,6 @@
 import collections
 from concurrent import futures
+import os
 
 import numpy as np
 from PIL import Image
@@ -133,6 +134,65 @@ def test_folder_refuses_what_it_cannot_use(tmp_path):
         make_folder_source(tmp_path, image_size=0)
     with pytest.raises(UserError, match="channels=4"):
         make_folder_source(tmp_path, channels=4)
+
+
+def test_what_lies_among_the_images_is_named_and_never_a_class(tmp_path):
+    write_classes(tmp_path, {"a": 10, "b": 10})
+    for name in ("README", "n03.png", ".cache", "a/.draft.png", "b/000.png~"):
+        (tmp_path / name).write_text("?")
+    for name in ("a/.DS_Store", "a/._000.png", "a/Thumbs.db", ".DS_Store", "desktop.ini"):  # nobody's
+        (tmp_path / name).write_text("?")
+    write_picture(tmp_path / "__MACOSX" / "a" / "._000.png")
+    source = make_folder_source(tmp_path, image_size=8)
+    assert source.class_names == ("a", "b") and sum(map(len, source.splits.values())) == 20
+    beside = "beside the class folders"
+    hidden = dict.fromkeys((".cache", "a/.draft.png", "b/000.png~"), "hidden")
+    assert source.ignored == {"README": beside, "n03.png": beside, **hidden}
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    assert make_folder_source(tmp_path, image_size=8).ignored["a/pipe.png"] == "no regular file"
+
+
+def test_what_lies_beside_the_splits_is_named(tmp_path):
+    for split in ("train", "val", "test"):
+        write_classes(tmp_path / split, {"a": 2})
+    for name in ("labels.csv", "train/extra.png", "val/notes"):
+        (tmp_path / name).write_text("?")
+    source = make_folder_source(tmp_path, image_size=8)
+    assert set(source.ignored) == {"test", "labels.csv", "train/extra.png", "val/notes"}
+    assert {item.source_id.split("/")[0] for item in source.splits["heldout"]} == {"val"}
+
+
+@pytest.mark.parametrize("inner", ["a/more", "a/000.png.d", "train/cat", "valid/cat"])
+def test_a_folder_within_a_class_folder_is_refused(tmp_path, inner):
+    write_classes(tmp_path, {"a": 5, "b": 5})
+    write_picture(tmp_path / inner / "x.png")
+    with pytest.raises(UserError, match=f"{inner} is a folder within a class folder: .*val/ or test/"):
+        make_folder_source(tmp_path)
+
+
+def test_links_to_nothing_are_images_that_cannot_be_read_and_no_classes(tmp_path):
+    write_classes(tmp_path, {"a": 10})
+    (tmp_path / "a" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a" / "loop.png").symlink_to("loop.png")
+    source = make_folder_source(tmp_path, image_size=8)
+    items = {item.source_id: item for items in source.splits.values() for item in items}
+    assert len(items) == 12 and not source.ignored
+    for name, reason in (("lost", "No such file"), ("loop", "Too many levels")):
+        with pytest.raises(PictureError, match=f"cannot be read: {reason}"):
+            source.load(items[f"a/{name}.png"])
+    (tmp_path / "n02").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="n02 is a link to nothing, perhaps to a class"):
+        make_folder_source(tmp_path)
+
+
+def test_linked_classes_and_images_count(tmp_path):
+    write_classes(tmp_path / "real", {"a": 10})
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "cat").symlink_to(tmp_path / "real" / "a")
+    write_classes(tmp_path / "in", {"dog": 9})
+    (tmp_path / "in" / "dog" / "last.png").symlink_to(tmp_path / "real" / "a" / "000.png")
+    source = make_folder_source(tmp_path / "in", image_size=8)
+    assert source.class_names == ("cat", "dog") and sum(map(len, source.splits.values())) == 20
 
 
 def test_file_names_must_be_utf8(tmp_path):

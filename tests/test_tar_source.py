@@ -140,6 +140,61 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
     assert names == sorted(f"{name}/{file}" for name in "ab" for file in files)
 
 
+def test_what_is_ignored_is_named(tmp_path):
+    link, hard = tarfile.TarInfo("a/link.JPEG"), tarfile.TarInfo("a/hard.JPEG")
+    link.type, hard.type, link.linkname, hard.linkname = tarfile.SYMTYPE, tarfile.LNKTYPE, "0.JPEG", "0.JPEG"
+    files = {f"{index}.JPEG": picture_bytes(index) for index in range(10)}
+    inner = tar_bytes({**files, "1": link, "2": hard, ".draft.JPEG": b"?", "._0.JPEG": b"?", "__MACOSX/0.JPEG": b"?"})
+    outer = {"README": b"?", "a.tar": inner, "N02.TAR": inner, ".old.tar": inner, "._a.tar": b"?", "x/notes.txt": b"?"}
+    (tmp_path / "t.tar").write_bytes(tar_bytes(outer))
+    (tmp_path / "tars").mkdir()
+    for name, content in outer.items():
+        (tmp_path / "tars" / name.rpartition("/")[2]).write_bytes(content)
+    in_class = {"link.JPEG": "a link", "hard.JPEG": "a link"}
+    expected = {f"{c}.tar/a/{name}": why for c in ("a", "N02") for name, why in in_class.items()}
+    expected |= {f"{c}.tar/.draft.JPEG": "hidden" for c in ("a", "N02")} | {".old.tar": "hidden", "README": "no .tar"}
+    for place, notes in ((tmp_path / "t.tar", "x/notes.txt"), (tmp_path / "tars", "notes.txt")):
+        source = make_tar_source(place, image_size=8, heldout_share=0.1)
+        assert source.class_names == ("N02", "a") and sum(map(len, source.splits.values())) == 20
+        assert source.ignored == expected | {notes: "no .tar"}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("n03/0.JPEG", "lies beside class archives: pack each class"),
+        ("0.webp", "lies beside class archives: pack each class"),
+        ("n03.tar.gz", "is no plain .tar as the other classes are"),
+        ("n03.TGZ", "is no plain .tar as the other classes are"),
+        ("n03.zip", "is no plain .tar as the other classes are"),
+        ("a.TAR", "holds two archives"),
+    ],
+)
+def test_a_class_of_another_shape_is_refused_and_not_dropped(tmp_path, name, message):
+    pictures = tar_bytes({f"{index}.JPEG": picture_bytes(index) for index in range(10)})
+    members = {"a.tar": pictures, "n02.TAR": pictures, name: pictures}
+    (tmp_path / "t.tar").write_bytes(tar_bytes(members))
+    assert message in refusal(tmp_path / "t.tar")
+    for member, content in members.items():
+        (tmp_path / "tars" / member).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tars" / member).write_bytes(content)
+    assert (message if "/" not in name else "n03/ lies beside") in refusal(tmp_path / "tars")
+
+
+def test_links_to_class_archives_are_followed_or_refused(tmp_path):
+    pictures = tar_bytes({f"{index}.JPEG": picture_bytes(index) for index in range(10)})
+    link = tarfile.TarInfo("b.tar")
+    link.type, link.linkname = tarfile.SYMTYPE, "a.tar"
+    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": pictures, "b.tar": link}))
+    assert "b.tar is no plain .tar" in refusal(tmp_path / "t.tar")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "a.tar").write_bytes(pictures)
+    (tmp_path / "tars" / "b.tar").symlink_to("a.tar")
+    assert make_tar_source(tmp_path / "tars", image_size=8, heldout_share=0.1).class_names == ("a", "b")
+    (tmp_path / "tars" / "c.tar").symlink_to("nowhere")
+    assert "c.tar is no plain .tar" in refusal(tmp_path / "tars")
+
+
 def test_the_last_of_members_with_one_name_counts(tmp_path):
     old, new = (tar_bytes({f"{i}.JPEG": picture_bytes(seed + i) for i in range(10)}) for seed in (0, 100))
     end = old.rstrip(b"\0")

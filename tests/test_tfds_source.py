@@ -97,6 +97,13 @@ def test_test_split_or_a_share_is_held_out(tmp_path):
     half = make_tfds_source("alone", data_dir=tmp_path, heldout_share=0.5)
     assert [len(half.splits[split]) for split in ("train", "heldout")] == [10, 10]
     assert half.description != alone.description
+    more = {"train": make_examples(6), "validation": make_examples(2), "test": make_examples(4), "unlabelled": []}
+    write_data_set(tmp_path, more | {"extra": make_examples(3)}, name="more")
+    assert make_tfds_source("more", data_dir=tmp_path).ignored == {
+        "split extra": "3 examples",
+        "split test": "4 examples",
+    }
+    assert not tested.ignored and not alone.ignored
 
 
 def test_description_follows_content_and_options(tmp_path):

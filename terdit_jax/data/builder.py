@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from terdit_jax.data import schema
 from terdit_jax.data.codec import Codec
 from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.listing import describe_ignored
 from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
 from terdit_jax.errors import UserError
@@ -31,7 +32,8 @@ from terdit_jax.paths import as_path
 from terdit_jax.untrusted import difference
 
 SHARD_BYTES = 256 * 2**20  # of arrays, before compression
-SKIPPED_FILE = "skipped.json"
+SKIPPED_FILE = "skipped.json"  # by split, and under IGNORED what the source ignored: names and reasons
+IGNORED = "ignored"
 POLL_SECONDS = 2.0
 
 Decoded = tuple[Item, futures.Future]  # the future holds a picture and its class, or raises PictureError
@@ -76,7 +78,7 @@ def build(
     missing, and who finds all of them there completes the data set. So killed workers can be started again, in any
     number, and redo only shards that were not finished; the bytes are the same whatever happened on the way.
     Until the metadata is there, nothing reads the directory as a data set. Pictures that do not decode are skipped,
-    counted and named in `skipped.json`.
+    counted and named in `skipped.json`, and so is what the source ignores.
 
     Args:
       source: the pictures.
@@ -100,6 +102,8 @@ def build(
         raise UserError(f"--max_bad_share={max_bad_share}: must be at least 0 and below 1")
     if find_prepared(source, output, codec=codec, mirror=mirror) is not None:
         raise UserError(f"--output={output}: already holds this data set")
+    if source.ignored:
+        logging.warning("%s", describe_ignored("the input", source.ignored))
     find = partial(find_prepared, source, output, codec=codec, mirror=mirror)
     try:
         run = _Run(source, output, codec, mirror, max_bad_share, shard_bytes, report)
@@ -134,6 +138,7 @@ class _Run:
         num_shards = {split: len(parts) for split, parts in self.parts.items()}
         plan = _describe(self.source, self.codec, self.mirror) | {"shards": num_shards}
         self.unfinished = Unfinished(self.path, plan)
+        self.classes = range(len(self.source.class_names))
         self.num_bad = 0
 
     def write_shards(self, worker: int, num_workers: int) -> None:
@@ -195,9 +200,11 @@ class _Run:
             _write_tfds_metadata(folder, self.features, metadata)
             files = {name: (folder / name).read_bytes() for name in ("dataset_info.json", "features.json")}
             schema.write_metadata(folder, metadata)
-            if self.num_bad:
-                files[SKIPPED_FILE] = json.dumps({name: dict(entries) for name, entries in skipped.items()}, indent=1)
-                files[SKIPPED_FILE] = files[SKIPPED_FILE].encode()
+            left_out = {name: dict(entries) for name, entries in skipped.items()} if self.num_bad else {}
+            if self.source.ignored:
+                left_out[IGNORED] = self.source.ignored
+            if left_out:
+                files[SKIPPED_FILE] = json.dumps(left_out, indent=1).encode()
             files[schema.METADATA_FILE] = (folder / schema.METADATA_FILE).read_bytes()
         for name, content in files.items():
             with self.unfinished.new_file(name) as file:
@@ -276,6 +283,8 @@ class _Run:
                 logging.warning("skipped %s: %s", item.source_id, error)
                 self._check_bad(item.source_id, str(error))
             else:
+                if label not in self.classes:
+                    raise UserError(f"{item.source_id}: its class is {label!r}, the source has {len(self.classes)}")
                 yield item, picture, label
 
     def _check_bad(self, source_id: str, reason: str) -> None:

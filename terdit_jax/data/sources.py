@@ -8,6 +8,7 @@ from collections.abc import Callable
 import dataclasses
 import hashlib
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -15,8 +16,11 @@ import numpy as np
 
 from terdit_jax.data.crop import check_crop, decode_picture
 from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.listing import is_dangling, is_hidden, is_litter
 from terdit_jax.errors import UserError
-from terdit_jax.paths import as_path
+from terdit_jax.paths import as_path, is_remote
+
+AnyPath = pathlib.Path | epath.Path
 
 
 class Item(NamedTuple):
@@ -39,6 +43,8 @@ class Source:
     splits: dict[str, list[Item]]  # "train" and "heldout"
     # The picture (H, W, C), uint8 or float32 in [-1, 1], and its class; raises PictureError; many threads may call it.
     load: Callable[[Item], tuple[np.ndarray, int]]
+    # What lies among the images and is not one of them, by name, and why; never a class. `build` says it.
+    ignored: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def make_digits_source(heldout_share: float | None = None) -> Source:
@@ -73,28 +79,33 @@ def make_folder_source(
     """A folder of class folders of pictures, cropped to (image_size, image_size, channels); classes sorted by name.
 
     Where the folder holds `train/` and `val/` (or `test/`) with class folders inside, that is the split; otherwise
-    `heldout_share` (default 0.1) of the pictures is held out, spread over the classes.
+    `heldout_share` (default 0.1) of the pictures is held out, spread over the classes. What lies beside the class
+    folders, and hidden files, are ignored. Links to nothing are images that cannot be read.
 
     Raises:
-      UserError: no such folder, no class folders, an empty one, or an option that cannot be used.
+      UserError: no such folder, no class folders, an empty one, one with a folder inside, a link to nothing among them,
+        or an option that cannot be used.
     """
     check_crop(image_size, channels)
     root = as_path(path)
     if not root.is_dir():
         raise UserError(f"--input={root}: no such folder")
-    held = next((name for name in ("val", "test") if _class_folders(root / "train") and (root / name).is_dir()), None)
-    class_names = _class_folders(root / "train" if held else root)
+    if not is_remote(root):
+        root = pathlib.Path(root)  # epath takes a pipe for a file, and leaves out names that end with ~
+    listing = _FolderListing(root)
+    try:
+        held = listing.read()
+    except OSError as error:
+        raise UserError(f"--input={error.filename or root}: cannot be read ({error.strerror or error})") from error
     if held:
         if heldout_share is not None:
             raise UserError(f"--heldout_share={heldout_share}: {root} brings its own held-out pictures in {held}/")
-        train, train_sizes = _list_pictures(root, "train/", class_names)
-        heldout, heldout_sizes = _list_pictures(root, f"{held}/", class_names)
-        sizes = train_sizes | heldout_sizes
+        train, heldout = listing.items["train/"], listing.items[f"{held}/"]
     else:
         heldout_share = 0.1 if heldout_share is None else heldout_share
-        items, sizes = _list_pictures(root, "", class_names)
-        train, heldout = split_heldout(items, heldout_share)
-    listing = "".join(f"{source_id}\t{sizes[source_id]}\n" for source_id in sorted(sizes))
+        train, heldout = split_heldout(listing.items[""], heldout_share)
+    sizes = listing.sizes
+    lines = "".join(f"{source_id}\t{sizes[source_id]}\n" for source_id in sorted(sizes))
     return Source(
         description={
             "kind": "folder",
@@ -102,11 +113,12 @@ def make_folder_source(
             "channels": channels,
             "heldout_share": heldout_share,
             "pictures": len(sizes),
-            "listing_sha256": hash_text(listing),
+            "listing_sha256": hash_text(lines),
         },
         shape=(image_size, image_size, channels),
-        class_names=class_names,
+        class_names=listing.class_names,
         splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
+        ignored=listing.ignored,
         load=lambda item: (_load_picture(root / item.source_id, image_size, channels), item.label),
     )
 
@@ -142,7 +154,7 @@ def hash_text(text: str) -> str:
         raise UserError(f"{name!a}: rename it, file names must be UTF-8") from error
 
 
-def _load_picture(path: epath.Path, size: int, channels: int) -> np.ndarray:
+def _load_picture(path: AnyPath, size: int, channels: int) -> np.ndarray:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -150,29 +162,82 @@ def _load_picture(path: epath.Path, size: int, channels: int) -> np.ndarray:
     return decode_picture(data, size, channels)
 
 
-def _class_folders(path: epath.Path) -> tuple[str, ...]:
+class _FolderListing:
+    """The images of a folder of class folders, by split; a split's key is the path to it, `train/`, or nothing."""
+
+    def __init__(self, root: AnyPath):
+        self.root = root
+        self.class_names: tuple[str, ...] = ()
+        self.items: dict[str, list[Item]] = {}
+        self.sizes: dict[str, int] = {}  # in bytes, by source_id
+        self.ignored: dict[str, str] = {}
+
+    def read(self) -> str | None:
+        """Lists everything; returns the name of the folder that is held out, if there is one."""
+        train = _class_folders(self.root / "train")
+        held = next((name for name in ("val", "test") if train and (self.root / name).is_dir()), None)
+        if held:
+            self._ignore("", f"beside train/ and {held}/", kept=("train", held))
+        self.class_names = train if held else _class_folders(self.root)
+        for prefix in ("train/", f"{held}/") if held else ("",):
+            self._list_split(prefix)
+        return held
+
+    def _list_split(self, prefix: str) -> None:
+        folder = self.root / prefix
+        found = _class_folders(folder)
+        if not found:
+            raise UserError(f"{folder} holds no class folders: expected one folder of pictures a class")
+        unknown = sorted(set(found) - set(self.class_names))
+        if unknown:
+            raise UserError(f"{folder / unknown[0]} is a class that {self.root / 'train'} does not have")
+        self._ignore(prefix, "beside the class folders", kept=found)
+        self.items[prefix] = []
+        for class_name in found:
+            self._list_class(prefix, class_name)
+
+    def _list_class(self, prefix: str, class_name: str) -> None:
+        folder, label, before = self.root / prefix / class_name, self.class_names.index(class_name), len(self.sizes)
+        for file in folder.iterdir():
+            source_id = f"{prefix}{class_name}/{file.name}"
+            if is_litter(file.name):
+                continue
+            if is_hidden(file.name):
+                self.ignored[source_id] = "hidden"
+            elif (is_file := file.is_file()) or is_dangling(file):  # the latter fails when it is loaded, by name
+                self.items[prefix].append(Item(source_id, label))
+                self.sizes[source_id] = _size(file) if is_file else 0
+            elif file.is_dir():
+                raise UserError(
+                    f"{file} is a folder within a class folder: a class's images lie directly in its folder, so move "
+                    "them there or away; a folder of splits calls them train/ and val/ or test/"
+                )
+            else:
+                self.ignored[source_id] = "no regular file"
+        if len(self.sizes) == before:
+            raise UserError(f"class folder {folder} holds no pictures")
+
+    def _ignore(self, prefix: str, reason: str, kept: tuple[str, ...]) -> None:
+        """Notes all entries of a folder but those kept; a link to nothing may have been a class, and is refused."""
+        for entry in sorted((self.root / prefix).iterdir()):
+            if entry.name in kept or is_litter(entry.name):
+                continue
+            if is_dangling(entry):
+                raise UserError(f"{entry} is a link to nothing, perhaps to a class: mend it or remove it")
+            self.ignored[f"{prefix}{entry.name}"] = "hidden" if is_hidden(entry.name) else reason
+
+
+def _size(file: AnyPath) -> int:
+    return file.stat().length if is_remote(file) else file.stat().st_size
+
+
+def _class_folders(path: AnyPath) -> tuple[str, ...]:
     if not path.is_dir():
         return ()
-    return tuple(sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")))
-
-
-def _list_pictures(root: epath.Path, prefix: str, class_names: tuple[str, ...]) -> tuple[list[Item], dict[str, int]]:
-    """The pictures below `root/prefix`, named relative to `root`, and their sizes in bytes."""
-    found = _class_folders(root / prefix)
-    if not found:
-        raise UserError(f"{root / prefix} holds no class folders: expected one folder of pictures a class")
-    unknown = sorted(set(found) - set(class_names))
-    if unknown:
-        raise UserError(f"{root / prefix / unknown[0]} is a class that {root / 'train'} does not have")
-    items, sizes = [], {}
-    for class_name in found:
-        label = class_names.index(class_name)
-        files = [file for file in (root / prefix / class_name).iterdir() if not file.name.startswith(".")]
-        files = [file for file in files if file.is_file()]
-        if not files:
-            raise UserError(f"class folder {root / prefix / class_name} holds no pictures")
-        for file in files:
-            source_id = f"{prefix}{class_name}/{file.name}"
-            items.append(Item(source_id, label))
-            sizes[source_id] = file.stat().length
-    return items, sizes
+    return tuple(
+        sorted(
+            child.name
+            for child in path.iterdir()
+            if not is_hidden(child.name) and not is_litter(child.name) and child.is_dir()
+        )
+    )

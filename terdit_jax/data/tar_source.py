@@ -15,13 +15,17 @@ import numpy as np
 
 from terdit_jax.data.crop import check_crop, decode_picture
 from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.listing import is_hidden, is_image_name, is_litter
 from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
 
+SUFFIX = ".tar"  # in any case
 HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip")
 REGULAR, NO_DATA, SPARSE = b"0\0007", b"123456", b"S"  # types of members, the rest is skipped with its data
+LINKS, FOLDERS = b"12", b"5D"
 LONG_NAME, PAX = b"L", b"x"  # headers that say more about the member after them
 BETWEEN = b"Kg"  # a long name of a link and global fields, which may stand there too
 MAX_NAME_BYTES = 2**20  # of a long name or a pax header; longer ones are damage
@@ -41,26 +45,28 @@ def make_tar_source(
 ) -> Source:
     """A tar of class tars, or a folder of them, cropped to (image_size, image_size, channels); classes sorted by name.
 
-    A class is called like its archive without `.tar`; `heldout_share` (default 0.01) of the pictures is held out,
-    spread over the classes. Links, folders, devices and names that begin with a dot are passed over. Of members with
-    one name the last counts, as when a tar is extracted.
+    A class is called like its archive without `.tar`, in any case; `heldout_share` (default 0.01) of the pictures is
+    held out, spread over the classes. Links, devices and names that begin with a dot are ignored. Of members with one
+    name the last counts, as when a tar is extracted.
 
     Raises:
-      UserError: no such archive, a compressed, damaged or incomplete one, no classes, an empty one, or an option that
-        cannot be used.
+      UserError: no such archive, a compressed, damaged or incomplete one, no classes, an empty one, images or folders
+        beside the archives, or an option that cannot be used.
     """
     check_crop(image_size, channels)
     if "://" in os.fspath(path):
         raise UserError(f"--input={path}: archives are read from a local file system, copy it to one")
     root = pathlib.Path(path)
     try:
-        archives = _find_archives(root)
+        archives, ignored = _find_archives(root)
         with futures.ThreadPoolExecutor(READERS) as pool:
             listings = list(pool.map(_list_pictures, archives, archives.values()))
     except OSError as error:
         raise UserError(f"--input={error.filename or root}: cannot be read ({error.strerror or error})") from error
-    places = {source_id: place for listing in listings for source_id, place in listing.items()}
-    items = [Item(source_id, label) for label, listing in enumerate(listings) for source_id in listing]
+    places = {source_id: place for listing, _ in listings for source_id, place in listing.items()}
+    for _, ignored_in_class in listings:
+        ignored |= ignored_in_class
+    items = [Item(source_id, label) for label, (listing, _) in enumerate(listings) for source_id in listing]
     share = HELDOUT_SHARE if heldout_share is None else heldout_share
     train, heldout = split_heldout(items, share)
 
@@ -81,11 +87,14 @@ def make_tar_source(
         class_names=tuple(archives),
         splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
         load=load,
+        ignored=ignored,
     )
 
 
-def list_members(archive: Stretch) -> Iterator[tuple[str, Stretch]]:
+def list_members(archive: Stretch, others: dict[str, str] | None = None) -> Iterator[tuple[str, Stretch]]:
     """The regular files of a tar in its order, from its headers alone: names and where their contents lie.
+
+    What is neither a file nor a folder is noted in `others`, by name, with what it is.
 
     Reads the POSIX (ustar, pax) and GNU formats. Stricter than the `tarfile` module, which takes a damaged header for
     the end: checksums must hold, and the archive must end in a block of zeros.
@@ -116,42 +125,83 @@ def list_members(archive: Stretch) -> Iterator[tuple[str, Stretch]]:
                     name = _short_name(header) if name is None else name
                     if kind in REGULAR and not name.endswith("/"):
                         yield name, Stretch(archive.path, content, content + length)
+                    elif kind not in REGULAR + FOLDERS and others is not None:
+                        others[name] = "a link" if kind in LINKS else "no regular file"
                     name = size = None
             except ValueError as error:
                 raise _damage(archive, position, str(error)) from error
             position = content + -(-length // BLOCK) * BLOCK
 
 
-def _find_archives(root: pathlib.Path) -> dict[str, Stretch]:
-    """The archives of the classes by name of class, sorted."""
+def _find_archives(root: pathlib.Path) -> tuple[dict[str, Stretch], dict[str, str]]:
+    """The archives of the classes by name of class, sorted, and what lies beside them and is ignored."""
+    ignored: dict[str, str] = {}
     if root.is_dir():
-        found = [(file.name, Stretch(file, 0, file.stat().st_size)) for file in root.iterdir() if file.is_file()]
+        found = _list_directory(root, ignored)
     elif root.is_file():
-        found = list(list_members(Stretch(root, 0, root.stat().st_size)))
+        found = list(list_members(Stretch(root, 0, root.stat().st_size), ignored))
     else:
         raise UserError(f"--input={root}: no such archive or folder")
     archives: dict[str, Stretch] = {}
     for name, stretch in found:
         base = name.rpartition("/")[2]
-        if base.startswith(".") or not base.endswith(".tar"):
+        class_name, suffix = base[: -len(SUFFIX)], base[-len(SUFFIX) :]
+        if is_litter(name):
             continue
-        class_name = base.removesuffix(".tar")
-        if class_name in archives:
+        if is_hidden(name):
+            ignored[name] = "hidden"
+        elif suffix.lower() != SUFFIX:
+            ignored[name] = "no .tar"
+        elif class_name in archives:
             raise UserError(f"--input={root}: holds two archives {base}, a class has one")
-        archives[class_name] = stretch
+        else:
+            archives[class_name] = stretch
     if not archives:
         raise UserError(f"--input={root}: holds no .tar files, expected an uncompressed tar a class inside")
-    return dict(sorted(archives.items()))
+    for name in ignored:
+        _refuse_class(root, name)
+    return dict(sorted(archives.items())), ignored
 
 
-def _list_pictures(class_name: str, archive: Stretch) -> dict[str, Stretch]:
-    pictures = {}
-    for name, place in list_members(archive):
-        if not name.rpartition("/")[2].startswith("."):
+def _list_directory(root: pathlib.Path, others: dict[str, str]) -> list[tuple[str, Stretch]]:
+    """As `list_members`, but folders that are not hidden are noted too."""
+    found = []
+    for file in sorted(root.iterdir()):
+        if file.is_file():
+            found.append((file.name, Stretch(file, 0, file.stat().st_size)))
+        elif not is_litter(file.name):
+            others[f"{file.name}/" if file.is_dir() else file.name] = "no regular file"
+    return found
+
+
+def _refuse_class(root: pathlib.Path, name: str) -> None:
+    """Raises UserError if what would be ignored beside the archives is likely to be a class or a part of one."""
+    lower = name.lower()
+    if is_hidden(name):
+        return
+    if is_image_name(name) or lower.endswith("/"):
+        raise UserError(
+            f"--input={root}: {name} lies beside class archives: pack each class into a .tar or move it away"
+        )
+    if lower.endswith((SUFFIX, *COMPRESSED_SUFFIXES)):
+        raise UserError(
+            f"--input={root}: {name} is no plain .tar as the other classes are: replace it, or move it away"
+        )
+
+
+def _list_pictures(class_name: str, archive: Stretch) -> tuple[dict[str, Stretch], dict[str, str]]:
+    """The images of a class by source_id, and what of its archive is ignored."""
+    pictures, others = {}, {}
+    for name, place in list_members(archive, others):
+        if is_litter(name):
+            continue
+        if is_hidden(name):
+            others[name] = "hidden"
+        else:
             pictures[f"{class_name}/{name.removeprefix('./').removeprefix(f'{class_name}/')}"] = place
     if not pictures:
         raise UserError(f"--input={archive.path}: the archive of class {class_name} holds no pictures")
-    return pictures
+    return pictures, {f"{class_name}{SUFFIX}/{name}": why for name, why in others.items() if not is_litter(name)}
 
 
 def _read(place: Stretch) -> bytes:

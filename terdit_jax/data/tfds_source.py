@@ -101,6 +101,7 @@ def make_tfds_source(
         class_names=class_names,
         splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
         load=load,
+        ignored={f"split {s}": f"{n:,} examples" for s, n in sizes.items() if n and s not in splits},
     )
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import IO
 import zipfile
 
+from absl import logging
 import numpy as np
 
 from terdit_jax.data.image_file import PictureError, decode_image
+from terdit_jax.data.listing import IMAGE_SUFFIXES, describe_ignored, is_hidden, is_image_name, is_litter
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
 from terdit_jax.errors import UserError
@@ -24,7 +26,8 @@ from terdit_jax.paths import as_path
 from terdit_jax.untrusted import reading
 
 ARRAY = "arr_0"
-SUFFIXES = (".png", ".jpg", ".jpeg")
+_SIDE_FILES = ("settings.json", "labels.json")  # that `sample` writes beside its images
+_SIDE_ARRAYS = ("labels", "mu", "sigma", "mu_s", "sigma_s")  # that samples and references have beside their images
 _READ_AT_ONCE = 256  # records of a data set, and what is skipped of an array
 _THREADS = 16  # that decode files
 
@@ -55,11 +58,13 @@ class PictureSource:
 
 
 def open_pictures(path: str | os.PathLike) -> PictureSource:
-    """The pictures at a path: `arr_0` of an .npz, a prepared data set's training split, or a folder of PNG or JPEG.
+    """The images at a path: `arr_0` of an .npz, a prepared data set's training split, or a folder of image files.
+
+    A folder may hold its images in folders of its own, such as one a class. What is ignored is named loudly.
 
     Raises:
-      UserError: nothing there, values that are not uint8, another shape than (N, H, W, 3), pictures of several sizes, a
-        damaged file, or a data set of latents.
+      UserError: nothing there, values that are not uint8, another shape than (N, H, W, 3), images of several sizes, a
+        damaged file, a folder with images beside folders of images, or a data set of latents.
     """
     path = as_path(path)
     if path.is_dir():
@@ -73,30 +78,47 @@ def _open_npz(path: Path) -> PictureSource:
     with reading(f"{path}: not an npz with pictures in {ARRAY}"):
         with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
             shape, column_major, dtype = _read_header(member)
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not is_possible(shape) or 0 in shape:
         raise UserError(
             f"{path}: {ARRAY} is {str(dtype)[:60]} {str(shape)[:60]}, expected uint8 (N, H, W, 3) with values from 0 to"
             " 255: pictures in [-1, 1] become that as round((x + 1) * 127.5)"
         )
-    if column_major:
-        raise UserError(
-            f"{path}: {ARRAY} is {shape} but lies in Fortran order (column-major), which cannot be read image by image:"
-            " save np.ascontiguousarray(images)"
-        )
-    row = math.prod(shape[1:])
+    if ignored := {name: f"not {ARRAY}" for name in names if name not in (ARRAY, *_SIDE_ARRAYS)}:
+        logging.warning("%s", describe_ignored(path, ignored))
+    read = _read_column_major if column_major else _read_rows
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         with reading(f"{path}: {ARRAY} is damaged"):
             with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
                 _read_header(member)
-                for start in range(0, first, _READ_AT_ONCE):
-                    _read_exactly(member, row * min(_READ_AT_ONCE, first - start))
-                for start in range(first, stop, size):
-                    count = min(size, stop - start)
-                    pictures = np.frombuffer(_read_exactly(member, row * count), np.uint8).reshape(count, *shape[1:])
+                for pictures in read(member, shape, first, stop, size):
                     yield _in_color(pictures)
 
     return PictureSource(str(path), shape[0], (*shape[1:3], 3), stream)
+
+
+def _read_rows(
+    member: IO[bytes], shape: tuple[int, ...], first: int, stop: int, size: int
+) -> Iterator[np.ndarray]:  # n, H, W, C
+    """Portions of an array as it lies in a file, one image after another."""
+    row = math.prod(shape[1:])
+    for start in range(0, first, _READ_AT_ONCE):
+        _read_exactly(member, row * min(_READ_AT_ONCE, first - start))
+    for start in range(first, stop, size):
+        count = min(size, stop - start)
+        yield np.frombuffer(_read_exactly(member, row * count), np.uint8).reshape(count, *shape[1:])
+
+
+def _read_column_major(
+    member: IO[bytes], shape: tuple[int, ...], first: int, stop: int, size: int
+) -> Iterator[np.ndarray]:  # n, H, W, C
+    """The same where the pixels of one place lie together in the file: all that is asked for is held in memory."""
+    places, chosen = math.prod(shape[1:]), np.empty((*shape[:0:-1], stop - first), np.uint8)  # C, W, H, n
+    for place in chosen.reshape(places, -1):
+        place[:] = np.frombuffer(_read_exactly(member, shape[0]), np.uint8)[first:stop]
+    for start in range(0, stop - first, size):
+        yield np.ascontiguousarray(chosen[..., start : start + size].T)
 
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -116,9 +138,7 @@ def _read_exactly(member: IO[bytes], size: int) -> bytes:
 
 
 def _open_folder(path: Path) -> PictureSource:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{path} holds no {', '.join(SUFFIXES)}, and is no prepared data set")
+    files = _list_images(path)
     shape = _read_picture(files[0]).shape
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -132,6 +152,47 @@ def _open_folder(path: Path) -> PictureSource:
                 yield np.stack(pictures)
 
     return PictureSource(str(path), len(files), shape, stream)
+
+
+def _list_images(path: Path) -> list[Path]:
+    """The image files of a folder, or of the folders in it, in the order of their names; names loudly what is ignored.
+
+    Raises:
+      UserError: none, or images at several depths, of which only one can be meant.
+    """
+    files, ignored = [], {}
+    for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse_unreadable):
+        _refuse_loop(path, Path(folder))
+        subfolders.sort()
+        for name in sorted(names):
+            relative = os.path.relpath(os.path.join(folder, name), path)
+            if is_litter(relative) or relative in _SIDE_FILES:
+                continue
+            if is_image_name(name) and not is_hidden(relative):
+                files.append(path / relative)
+            else:
+                ignored[relative] = "hidden" if is_hidden(relative) else "no image by its suffix"
+    if not files:
+        raise UserError(f"{path} holds no {', '.join(IMAGE_SUFFIXES)}, and is no prepared data set")
+    by_depth = {len(file.parts): file for file in files}
+    if len(by_depth) > 1:
+        first, second, *_ = (by_depth[depth].relative_to(path) for depth in sorted(by_depth))
+        raise UserError(
+            f"{path} holds {first} and, a folder deeper, {second}: name the folder with the images that count"
+        )
+    if ignored:
+        logging.warning("%s", describe_ignored(path, ignored))
+    return sorted(files)
+
+
+def _refuse_loop(path: Path, folder: Path) -> None:
+    above = (os.path.realpath(path / parent) for parent in folder.relative_to(path).parents)
+    if os.path.realpath(folder) in above:
+        raise UserError(f"{folder} is a link to a folder above it: name the folder with the images that count")
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 def _read_picture(file: Path) -> np.ndarray:
