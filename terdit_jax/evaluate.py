@@ -23,7 +23,7 @@ from terdit_jax.evaluation import efficientnet
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
 from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.picture_source import PictureSource, open_pictures
-from terdit_jax.evaluation.proxy import Pictures, proxy_metrics, sample_labels
+from terdit_jax.evaluation.proxy import Pictures, check_samples, proxy_metrics, sample_labels
 from terdit_jax.evaluation.reference import save_reference, stored_indices
 from terdit_jax.evaluation.suite import (
     INCEPTION,
@@ -165,12 +165,11 @@ def _write_reference(reference: Reference) -> None:
 def _judge_by_classifier() -> None:
     """Draws samples or reads them, judges them, prints the scores and writes them."""
     output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)
-    model = load_model(_WORKDIR.value, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
-    dataset = _open_pictures(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
+    dataset = _open_pictures(_find_data(_WORKDIR.value))
+    samples = _load_samples(_SAMPLES.value, dataset) if _SAMPLES.value else None
     train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
-    if _SAMPLES.value:
-        samples = _load_samples(_SAMPLES.value, dataset.metadata.shape[-1])
-    else:
+    if samples is None:
+        model = load_model(_WORKDIR.value, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
         images = model.draw(
             labels, seed=_SEED.value, num_steps=_NUM_STEPS.value, cfg_scale=_CFG_SCALE.value, method=_METHOD.value
@@ -188,6 +187,14 @@ def _judge_by_classifier() -> None:
     print(f"written to {output}; judged by a classifier of this data set, so not an FID")
 
 
+def _find_data(workdir: str) -> str:
+    """The data set of a run."""
+    run = Checkpoints(workdir).newest_run() if (epath.Path(workdir) / "checkpoints").is_dir() else None
+    if run is None:
+        raise UserError(f"--workdir={workdir}: holds no checkpoint of a run that can be read")
+    return run["config"]["data"]["dir"]
+
+
 def _open_pictures(path: str) -> Dataset:
     dataset = open_dataset(path)
     if dataset.metadata.codec != "none":
@@ -195,15 +202,17 @@ def _open_pictures(path: str) -> Dataset:
     return dataset
 
 
-def _load_samples(path: str, channels: int) -> Pictures:
-    arrays = load_arrays(path, ("arr_0", "labels"), f"--samples={path}: not an npz with arr_0 and labels")
+def _load_samples(path: str, dataset: Dataset) -> Pictures:
+    shape, prefix = dataset.metadata.shape, f"--samples={path}: "
+    arrays = load_arrays(path, ("arr_0", "labels"), f"{prefix}not an npz with arr_0 and labels")
     images, labels = arrays.values()
     if images.dtype != np.uint8 or images.ndim != 4:
-        dtype = str(images.dtype)[:60]
-        raise UserError(f"--samples={path}: arr_0 is {dtype} {images.shape}, expected uint8 (N, H, W, C)")
-    if channels == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
+        raise UserError(f"{prefix}arr_0 is {str(images.dtype)[:60]} {images.shape}, expected uint8 (N, H, W, C)")
+    if shape[-1] == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
         images = images[..., :1]  # terdit_jax.sample writes grey pictures as evaluators want them, in three channels
-    return Pictures(images.astype(np.float32) / 127.5 - 1, labels)
+    samples = Pictures(images.astype(np.float32) / 127.5 - 1, labels)
+    check_samples(samples, shape, dataset.metadata.num_classes, prefix)
+    return samples
 
 
 def _say(line: str) -> None:

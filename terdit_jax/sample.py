@@ -7,6 +7,7 @@ The second command, given again, goes on where it was stopped (docs/sampling.md)
 """
 
 from collections.abc import Callable, Sequence
+import re
 import time
 from typing import Any
 
@@ -22,10 +23,11 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.modes import MODES
 from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
-from terdit_jax.inference.runtime import DTYPES, Denoiser, check_labels, load_model
+from terdit_jax.inference.runtime import DTYPES, Denoiser, load_model
 from terdit_jax.inference.sampling import check_settings
 from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.vae_weights import load_vae
+from terdit_jax.labels import check_labels
 from terdit_jax.parallel.mesh import initialize_processes, local_mesh
 from terdit_jax.paths import define_path
 
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{flag.name}={flag.value}: must be positive")
     if _CFG_SCALE.value is not None and not 0 <= _CFG_SCALE.value < float("inf"):
         raise UserError(f"--cfg_scale={_CFG_SCALE.value}: must be finite and not negative")
+    classes = _parse_classes()
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
     vae = load_vae(_VAE.value) if _VAE.value else None
@@ -78,7 +81,8 @@ def main(argv: Sequence[str]) -> None:
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if output.suffix != ".png" and not (pixels or vae):
         raise UserError(f"--output={output}: this model draws latents: give --vae, or .png for a preview")
-    classes = _parse_classes(model.config.num_classes)
+    classes = list(range(model.config.num_classes)) if classes is None else classes
+    check_labels(classes, model.config.num_classes)
     labels = make_labels(classes, _NUM_SAMPLES.value or len(classes), _LABEL_ORDER.value, _SEED.value)
     given = {
         "num_steps": _NUM_STEPS.value, "method": _METHOD.value, "spacing": _SPACING.value,
@@ -142,13 +146,14 @@ def _draw_set(
     _say_done(model, len(labels), begin, output)
 
 
-def _parse_classes(num_classes: int) -> list[int]:
-    try:
-        classes = [int(label) for label in _LABELS.value or range(num_classes)]
-    except ValueError:
-        raise UserError(f"--labels={','.join(_LABELS.value)}: give whole numbers, as 0,1,2") from None
-    check_labels(np.array(classes), num_classes)
-    return classes
+def _parse_classes() -> list[int] | None:
+    """The classes of --labels, or None if it is left out."""
+    if _LABELS.value is None:
+        return None
+    for label in _LABELS.value or [""]:
+        if not re.fullmatch(r"-?[0-9]{1,10}", label):
+            raise UserError(f"--labels={','.join(_LABELS.value)}: give whole numbers, as 0,1,2")
+    return [int(label) for label in _LABELS.value]
 
 
 def _say_done(model: Denoiser, count: int, begin: float, output: epath.Path) -> None:

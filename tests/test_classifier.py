@@ -1,10 +1,13 @@
 """The proxy's classifier learns, repeats itself, and gives the proxy metrics their meaning."""
 
+import re
+
 import numpy as np
 import pytest
 from sklearn import datasets
 
 from terdit_jax.errors import UserError
+from terdit_jax.evaluation import proxy
 from terdit_jax.evaluation.classifier import BATCH_SIZE, train_classifier
 from terdit_jax.evaluation.proxy import Pictures, proxy_metrics, sample_labels
 
@@ -50,7 +53,7 @@ def test_takes_pictures_of_any_size(shape):
 
 def test_unusable_pictures_are_refused():
     images = np.zeros((4, 8, 8, 1), np.float32)
-    with pytest.raises(UserError, match="from 0 to 3"):
+    with pytest.raises(UserError, match="label 3 is out of range: the classifier has classes 0 to 2"):
         train_classifier(images, np.arange(4), 3)
     with pytest.raises(UserError, match=r"\(3,\)"):
         train_classifier(images, np.arange(3), 3)
@@ -95,3 +98,50 @@ def test_proxy_refuses_unusable_samples(digits):
     images[3, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="1 of 1280"):
         proxy_metrics(train, heldout, Pictures(images, heldout.labels[:20]), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(5, 15), "label 10 is out of range: the data set has classes 0 to 9"),
+        (np.arange(10) - 1, "label -1 is out of range"),
+        (np.array([str(k) for k in range(10)]), "labels are <U1"),
+        (np.arange(10) / 2, "labels are float64"),
+        (np.full(10, np.nan), "labels are float64"),
+        (np.full(10, True), "labels are bool"),
+        (np.arange(10)[:, None], "10 samples with labels of shape"),
+        (np.arange(9), "10 samples with labels of shape"),
+    ],
+)
+def test_labels_are_checked_before_a_classifier_is_trained(digits, monkeypatch, labels, message):
+    train, heldout = digits
+    monkeypatch.setattr(proxy, "train_classifier", None)  # whoever calls it fails
+    with pytest.raises(UserError, match=re.escape(message)):
+        proxy_metrics(train, heldout, Pictures(heldout.images[:10], labels), CLASSES)
+
+
+def test_what_cannot_be_compared_is_refused_before_a_classifier_is_trained(digits, monkeypatch):
+    train, heldout = digits
+    monkeypatch.setattr(proxy, "train_classifier", None)
+    seven = Pictures(heldout.images[:4], np.full(4, 7))
+    without = Pictures(train.images[train.labels != 7], train.labels[train.labels != 7])
+    with pytest.raises(UserError, match="0 training pictures of the samples' classes"):
+        proxy_metrics(without, heldout, seven, CLASSES)
+    with pytest.raises(UserError, match="1 samples are too few"):
+        proxy_metrics(train, heldout, Pictures(seven.images[:1], seven.labels[:1]), CLASSES)
+    with pytest.raises(UserError, match="1 held-out pictures"):
+        proxy_metrics(train, Pictures(heldout.images[:1], heldout.labels[:1]), seven, CLASSES)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_constant_samples_are_judged(digits, value):
+    train, heldout = digits
+    samples = Pictures(np.full((20, 8, 8, 1), value, np.float32), np.arange(20) % CLASSES)
+    found = proxy_metrics(train, heldout, samples, CLASSES, num_steps=3)
+    assert all(np.isfinite(list(found.values()))) and found["classifier_agreement"] == pytest.approx(0.1)
+
+
+def test_a_data_set_of_equal_pictures_is_refused(digits):
+    flat = Pictures(np.zeros((40, 8, 8, 1), np.float32), np.arange(40) % CLASSES)
+    with pytest.raises(UserError, match="all look the same to the classifier"):
+        proxy_metrics(flat, flat, digits[1], CLASSES, num_steps=1)

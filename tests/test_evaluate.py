@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+from commands import no_flags
 from inception_files import random_state_dict
 import numpy as np
 from PIL import Image
@@ -12,6 +14,8 @@ import pytest
 from runs import ROOT, finish, prepare_digits, start, train_arguments
 from torch_files import state_dict, torch_file
 
+from terdit_jax.data.reader import open_dataset
+from terdit_jax.errors import UserError
 from terdit_jax.evaluation.picture_source import open_pictures
 
 OPTIMISED = {"XLA_FLAGS": ""}  # which `runs.start` is not, and such a network's convolutions then take minutes
@@ -33,6 +37,7 @@ SUITE = ["--samples={}/samples.npz", "--reference={}/reference"]
 BAD_INPUT = {
     "--workdir is missing": [],
     "--reference is missing": SUITE[:1],
+    "holds no checkpoint of a run": ["--workdir={}/reference", SUITE[0], "--output={}/a.json"],
     "--output=metrics.json": SUITE,
     "exists already": [*SUITE, "--output={}/samples.npz"],
     "expected uint8": ["--samples={}/floats.npz", *SUITE[1:], "--output={}/a.json"],
@@ -69,6 +74,47 @@ def test_bad_input_is_one_line(places):
     for line, message in zip(lines, BAD_INPUT, strict=True):
         assert message in line
     assert not (folder / "a.json").exists()
+
+
+GOOD_LABELS = np.arange(10)
+BAD_SAMPLES = {
+    "label 10 is out of range: the data set has classes 0 to 9": {"labels": np.arange(5, 15)},
+    "label -1 is out of range": {"labels": GOOD_LABELS - 1},
+    "labels are <U1, the first 0": {"labels": np.array([str(k) for k in range(10)])},
+    "labels are float64, the first 0.0": {"labels": GOOD_LABELS.astype(float)},
+    "labels are float32, the first nan": {"labels": np.full(10, np.nan, np.float32)},
+    "labels are bool": {"labels": GOOD_LABELS > 4},
+    "10 samples with labels of shape (9,)": {"labels": np.arange(9)},
+    "10 samples with labels of shape (1, 10)": {"labels": GOOD_LABELS[None]},
+    "0 samples are too few": {"arr_0": np.zeros((0, 8, 8, 1), np.uint8), "labels": np.zeros(0, int)},
+    "not an npz with arr_0 and labels (KeyError": {},
+    "not an npz with arr_0 and labels (ValueError": {"labels": np.array([None] * 10)},
+    "samples are (8, 9, 1), the data set's pictures (8, 8, 1)": {
+        "arr_0": np.zeros((10, 8, 9, 1), np.uint8),
+        "labels": GOOD_LABELS,
+    },
+    "arr_0 is float32": {"arr_0": np.zeros((10, 8, 8, 1), np.float32), "labels": GOOD_LABELS},
+}
+
+
+def test_samples_are_checked_before_anything_is_trained(tmp_path):
+    """As `--workdir --samples` reads them: of grey digits, in three channels or in one."""
+    with no_flags():
+        from terdit_jax.evaluate import _load_samples
+    dataset = open_dataset(prepare_digits(tmp_path / "digits"))
+    path, images = tmp_path / "a.npz", np.random.default_rng(0).integers(256, size=(10, 8, 8, 1), dtype=np.uint8)
+    for message, arrays in BAD_SAMPLES.items():
+        np.savez(path, **{"arr_0": images} | arrays)
+        with pytest.raises(UserError, match=re.escape(f"--samples={path}: {message}")):
+            _load_samples(str(path), dataset)
+    with pytest.raises(UserError, match="not an npz with arr_0 and labels .IsADirectoryError"):
+        _load_samples(str(tmp_path), dataset)
+    for arr_0 in (images, images.repeat(3, axis=-1), np.asfortranarray(images)):
+        for dtype in (np.int64, np.uint8, ">i4"):
+            np.savez(path, arr_0=arr_0, labels=GOOD_LABELS.astype(dtype))
+            samples = _load_samples(str(path), dataset)
+            np.testing.assert_array_equal(samples.images, images.astype(np.float32) / 127.5 - 1)
+            np.testing.assert_array_equal(samples.labels, GOOD_LABELS)
 
 
 def test_bad_input_ends_with_status_2(places):

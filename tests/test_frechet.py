@@ -83,3 +83,15 @@ def test_unusable_features_are_refused():
         statistics(np.zeros((1, 4)))
     with pytest.raises(UserError, match="1 of 8"):
         statistics(np.array([[1, 2, 3, np.nan], [1, 2, 3, 4]]))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e-20, -3e7])
+def test_constant_features_have_no_spread(value):
+    """Of a covariance that is zero up to rounding, with eigenvalues on either side of it."""
+    other = statistics(np.random.default_rng(0).normal(size=(50, 8)))
+    constant = statistics(np.full((7, 8), value, np.float32))
+    for spread in (constant.covariance, -1e-40 * np.eye(8), np.zeros((8, 8))):
+        found = frechet_distance(Statistics(constant.mean, spread, 7), other)
+        expected = np.square(constant.mean - other.mean).sum() + np.trace(other.covariance)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert frechet_distance(Statistics(constant.mean, spread, 7), constant) == pytest.approx(0, abs=1e-9)

@@ -474,6 +474,11 @@ def test_pickles_are_never_run(torch_export):
     [
         ({"labels": [10]}, r"classes in 0..9, got 10..10"),
         ({"labels": []}, "got none"),
+        ({"labels": [1.5]}, "whole numbers, got 1.5"),
+        ({"labels": [1, True]}, "whole numbers, got True"),
+        ({"labels": torch.tensor([1.0])}, r"whole numbers, got tensor.1"),
+        ({"labels": torch.tensor([True])}, r"whole numbers, got tensor.True"),
+        ({"labels": ["1"]}, "whole numbers, got '1'"),
         ({"method": "euler"}, "'euler'"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"cfg_scale": float("nan")}, "cfg_scale is nan"),

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from terdit_jax.data import builder, draws, reader, schema, sources, synthetic
 from terdit_jax.data.codec import PixelCodec
+from terdit_jax.data.inspection import inspect
 from terdit_jax.errors import UserError
 
 NUM_TRAIN, NUM_HELDOUT = 37, 11
@@ -267,6 +268,28 @@ def test_a_sound_shard_of_other_content_is_refused(dataset, tmp_path, count, mes
     records = reader.StoredRecords(tmp_path, split, dataset.metadata)
     with pytest.raises(UserError, match=f"{tmp_path / 'shard'}: record 0 cannot be read, .*: .*{message}"):
         records.read(np.array([0]))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("label", [10, 11, 127, 128, 70_000])
+def test_a_label_that_the_data_set_does_not_have_stops_the_run_in_one_line(dataset, tmp_path, label, in_memory):
+    """10 of 10 classes would be the model's null class, and train as that without a word."""
+    shutil.copytree(dataset.path, tmp_path / "copy")
+    features = schema.make_features(dataset.metadata.shape, dataset.metadata.has_mirror)
+    shard = dataset.metadata.splits["train"].shards[1]
+    writer = ArrayRecordWriter(str(tmp_path / "copy" / shard.file), "group_size:1")
+    stored = list(dataset.data_source("train"))
+    start = dataset.metadata.splits["train"].shards[0].records
+    for place, record in enumerate(stored[start : start + shard.records]):
+        writer.write(schema.encode_record(features, record | {"label": label} if place == 1 else record))
+    writer.close()
+    copy = reader.Dataset(tmp_path / "copy", dataset.metadata)
+    with pytest.raises(UserError) as failure:
+        batches(copy, NUM_TRAIN, in_memory=in_memory)
+    where = f"{tmp_path / 'copy' / shard.file}: record 1 has label {label}"
+    assert str(failure.value) == f"{where}, and the data set classes 0 to 9: prepare it again"
+    with pytest.raises(UserError, match=f"label {label} is out of range: the data set has classes 0 to 9"):
+        inspect(copy, NUM_TRAIN)
 
 
 def test_synthetic_data_looks_like_a_prepared_data_set():

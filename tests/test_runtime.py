@@ -25,7 +25,7 @@ from terdit_jax.diffusion.guidance import guided
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps
 from terdit_jax.errors import UserError
-from terdit_jax.inference.runtime import check_labels, load_model, place_operands
+from terdit_jax.inference.runtime import load_model, place_operands
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import model_leaves
 from terdit_jax.model.transformer import forward, make_operands
@@ -173,16 +173,30 @@ def test_settings_and_labels_that_cannot_be_drawn(exported):
     ):
         with pytest.raises(UserError, match=message):
             model.draw(np.arange(2), **options)
-    with pytest.raises(UserError, match="label 10 is out of range"):
-        model.draw(np.array([3, 10]))
 
 
-def test_labels_out_of_range_are_refused():
-    check_labels(np.array([0, 9]), 10)
-    with pytest.raises(UserError, match="label 10 is out of range.*0 to 9"):
-        check_labels(np.array([0, 10]), 10)
-    with pytest.raises(UserError, match="label -1 is out of range"):
-        check_labels(np.array([-1]), 10)
+def test_labels_that_are_no_classes_are_refused(exported):
+    model = load_model(exported(random_weights(small_config())))
+    x_t, t, _ = inputs(model.config, batch=2)
+    for labels in ([3, 11], [-1, 0], [0, 1.5], [1, True], np.array([0, np.nan]), [1.0, 2.0], ["0", "1"], [], [[0, 1]]):
+        for call in (model.draw, partial(model, x_t, t)):
+            with pytest.raises(UserError, match="^label"):
+                call(labels)
+    with pytest.raises(UserError, match="label 10 is out of range: the model has classes 0 to 9"):
+        model.draw([10])  # the null class, which only a call takes
+
+
+def test_labels_that_are_classes_of_any_integer_type(exported):
+    model = load_model(exported(random_weights(small_config())))
+    x_t, t, _ = inputs(model.config, batch=2)
+    expected = np.asarray(model(x_t, t, jnp.array([9, 10])))
+    for labels in ([9, 10], np.array([9, 10], np.uint8), jnp.array([9, 10]), range(9, 11)):
+        np.testing.assert_array_equal(np.asarray(model(x_t, t, labels)), expected)
+    np.testing.assert_array_equal(np.asarray(jax.jit(model)(x_t, t, jnp.array([9, 10]))), expected)
+    with pytest.raises(UserError, match="2 images with 3 labels"):
+        model(x_t, t, np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="labels are float32"):
+        jax.jit(model)(x_t, t, jnp.ones(2))
 
 
 def test_a_dtype_that_nothing_computes_in_is_refused(exported):

@@ -10,6 +10,7 @@ import numpy as np
 from terdit_jax.data import schema
 from terdit_jax.data.reader import Dataset
 from terdit_jax.errors import UserError
+from terdit_jax.labels import check_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,7 @@ def inspect(dataset: Dataset, num_samples: int) -> Inspection:
         for name in schema.array_names(metadata.has_mirror)
     }
     labels = np.array([record["label"] for record in sample])
-    if labels.min() < 0 or labels.max() >= metadata.num_classes:
-        raise UserError(f"{dataset.path} holds label {labels.max()}, but {metadata.num_classes} classes")
+    check_labels(labels, metadata.num_classes, owner="the data set", prefix=f"{dataset.path}: ")
     captions = tuple(
         f"{record['label']} {metadata.class_names[record['label']]}: {record['source_id'].decode(errors='replace')}"
         for record in sample

@@ -95,7 +95,14 @@ class StoredRecords:
         batch = {"mean": self._stack(view.mean for view in views), "std": self._stack(view.std for view in views)}
         if mirrored is not None and not stored:
             _mirror_rows(batch, mirrored)
-        return {**batch, "label": np.array([view.label for view in views], np.int32)}
+        labels = np.array([view.label for view in views], np.int32)  # the parser lets none below 0 pass
+        if labels.max(initial=0) >= self._metadata.num_classes:  # the next one is the model's null class
+            row = int(labels.argmax())
+            raise UserError(
+                f"{self._path / self._shards[shards[row]].file}: record {places[row]} has label {labels[row]}, and "
+                f"the data set classes 0 to {self._metadata.num_classes - 1}: prepare it again"
+            )
+        return {**batch, "label": labels}
 
     def load(self) -> MemoryRecords:
         """All of them in memory."""

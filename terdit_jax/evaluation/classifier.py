@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from terdit_jax.errors import UserError
+from terdit_jax.labels import check_labels
 
 FEATURES = 64
 BATCH_SIZE = 128
@@ -88,8 +89,7 @@ def train_classifier(
         raise UserError(
             f"pictures {images.shape} with labels {labels.shape}: expected (N, H, W, C) and (N,), N above 0"
         )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"labels from {labels.min()} to {labels.max()}: must lie in [0, {num_classes})")
+    check_labels(labels, num_classes, owner="the classifier")
 
     graph, state = nnx.split(Network(*images.shape[1:], num_classes, nnx.Rngs(seed)))
     params = nnx.to_pure_dict(state)

@@ -29,6 +29,6 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
     """F (D, rank) with F F^T = covariance; eigenvalues at or below rounding count as 0."""
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    rounding = eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    rounding = max(0.0, eigenvalues[-1]) * len(eigenvalues) * np.finfo(np.float64).eps  # of constant features all are
     kept = eigenvalues > rounding  # a root would blow rounding of 1e-16 up to 1e-8
     return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])

@@ -12,6 +12,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.evaluation.classifier import Classifier, train_classifier
 from terdit_jax.evaluation.frechet import frechet_distance
 from terdit_jax.evaluation.statistics import statistics
+from terdit_jax.labels import check_labels
 
 
 class Pictures(NamedTuple):
@@ -63,14 +64,15 @@ def proxy_metrics(
     Raises:
       UserError: samples of another shape than the real pictures, values that are not finite, labels that do not fit.
     """
-    if samples.images.shape[1:] != train.images.shape[1:]:
+    check_samples(samples, train.images.shape[1:], num_classes)
+    rng = np.random.default_rng(seed)
+    first, second = _halves(np.concatenate([train.labels, heldout.labels]), rng)
+    alike = _same_classes(train.labels, samples.labels, rng)
+    if min(len(alike), len(heldout.labels), len(second)) < 2:
         raise UserError(
-            f"samples are {samples.images.shape[1:]}, the data set's pictures {train.images.shape[1:]} (H, W, C)"
+            f"{len(heldout.labels)} held-out pictures and {len(alike)} training pictures of the samples' classes: a "
+            "comparison needs at least 2 of each"
         )
-    if samples.labels.shape != samples.images.shape[:1]:
-        raise UserError(f"{len(samples.images)} samples with labels of shape {samples.labels.shape}: expected one each")
-    if not np.isfinite(samples.images).all():
-        raise UserError(f"{(~np.isfinite(samples.images)).sum()} of {samples.images.size} sample values are not finite")
 
     if classifier is None:
         num_steps = num_steps or classifier_steps(len(train.images))
@@ -79,14 +81,12 @@ def proxy_metrics(
         name: classifier.features(pictures.images)
         for name, pictures in (("train", train), ("heldout", heldout), ("samples", samples))
     }
-    rng = np.random.default_rng(seed)
     real = np.concatenate([features["train"], features["heldout"]])
-    first, second = _halves(np.concatenate([train.labels, heldout.labels]), rng)
-    alike = _same_classes(train.labels, samples.labels, rng)
-
     distance = _distance(features["samples"], features["heldout"])
     floor = _distance(features["train"][alike], features["heldout"])
     halves = _distance(real[first], real[second])
+    if not halves:
+        raise UserError("the data set's pictures all look the same to the classifier: nothing can be judged by them")
     return {
         "classifier_heldout_accuracy": _share_read_as_labelled(classifier, heldout),
         "classifier_agreement": _share_read_as_labelled(classifier, samples),
@@ -96,6 +96,20 @@ def proxy_metrics(
         "classifier_frechet_ratio": distance / halves,
         "classifier_frechet_ratio_floor": floor / halves,
     }
+
+
+def check_samples(samples: Pictures, shape: tuple[int, ...], num_classes: int, prefix: str = "") -> None:
+    """Raises UserError unless samples have the `shape` (H, W, C) of real pictures, finite values and a class each."""
+    images, labels = samples
+    if images.shape[1:] != tuple(shape):
+        raise UserError(f"{prefix}samples are {images.shape[1:]}, the data set's pictures {tuple(shape)} (H, W, C)")
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"{prefix}{len(images)} samples with labels of shape {labels.shape}: expected one each")
+    if len(images) < 2:
+        raise UserError(f"{prefix}{len(images)} samples are too few, the least is 2")
+    check_labels(labels, num_classes, owner="the data set", prefix=prefix)
+    if not np.isfinite(images).all():
+        raise UserError(f"{prefix}{(~np.isfinite(images)).sum()} of {images.size} sample values are not finite")
 
 
 def classifier_steps(num_pictures: int) -> int:

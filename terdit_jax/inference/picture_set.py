@@ -15,11 +15,13 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.shards import Shards
+from terdit_jax.labels import check_labels
 from terdit_jax.training.metrics import format_duration
 
 LABEL_ORDERS = ("balanced", "random")
 SHARD_SIZE = 1024  # pictures, of which a kill costs one shard a process
 REPORT_SECONDS = 5
+_MAX_CLASSES = 2**31  # labels are int32 on devices
 _LABELS = 0x1ABE1  # keeps their draws apart from the noise, whose keys are folded with the number of a step
 
 # Called with labels (S,), the index of the first picture and a report of how many are done: (S, H, W, C) in [-1, 1].
@@ -36,16 +38,17 @@ def make_labels(classes: Sequence[int], num_samples: int, order: str, seed: int)
       seed: of random labels.
 
     Raises:
-      UserError: another order.
+      UserError: another order, no classes, or classes that are no whole numbers from 0 on.
     """
+    classes = check_labels(classes, _MAX_CLASSES).astype(np.int64)
     if order not in LABEL_ORDERS:
         raise UserError(f"{order!r} is no order of labels: give one of {', '.join(LABEL_ORDERS)}")
     if order == "balanced":
-        return np.resize(np.asarray(classes, np.int64), num_samples)
+        return np.resize(classes, num_samples)
     key = jax.random.fold_in(jax.random.key(seed), _LABELS)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
     chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes)))(keys)
-    return np.asarray(classes, np.int64)[np.asarray(chosen)]
+    return classes[np.asarray(chosen)]
 
 
 def digest(tree: Any) -> str:

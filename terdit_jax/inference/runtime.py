@@ -25,6 +25,7 @@ from terdit_jax.inference.sampling import Draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
 from terdit_jax.interop.weights import open_weights, packed_leaves
+from terdit_jax.labels import check_labels
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.mesh import single_device_mesh
@@ -64,7 +65,11 @@ class Denoiser:
 
         Returns:
           (B, H, W, 2C) float32: eps, then the variance interpolation v.
+
+        Raises:
+          UserError: labels that are not whole numbers, not B, or of no class; inside a jit their values are not seen.
         """
+        y = self._check_call(x_t, y)
         denoise = _compiled(self.numerics)
         return denoise(self.config, self.numerics, self.mesh, self.operands, x_t, t, y)
 
@@ -87,7 +92,7 @@ class Denoiser:
         """Draws a picture for each label; what is left out is as the model's description has it.
 
         Args:
-          labels: (N,) int.
+          labels: (N,) int, N above 0.
           seed: of all noise; picture i depends on (seed, i) alone.
           num_steps, cfg_scale, method, spacing, cfg_t_min, cfg_t_max: as `config.sample` has them.
           first: index of the first picture.
@@ -101,7 +106,7 @@ class Denoiser:
         Raises:
           UserError: labels the model does not have, settings the sampler does not know, a VAE of other latents.
         """
-        check_labels(labels, self.config.num_classes)
+        labels = check_labels(labels, self.config.num_classes)
         if vae:
             check_vae(vae, self.config.in_channels)
         given = {
@@ -112,6 +117,14 @@ class Denoiser:
         draw = _cached_draw(self.config, self.numerics, tuple(sorted(settings.items())), seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
         return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
+
+    def _check_call(self, x_t: Array, y: Array) -> Array:
+        unseen = isinstance(y, jax.core.Tracer) or (isinstance(y, Array) and not y.is_fully_addressable)
+        values = np.zeros(y.shape, y.dtype) if unseen else y  # of what is unseen, kind and number are checked alone
+        labels = check_labels(values, self.config.num_classes + 1, owner="the model, with the null class,")
+        if len(labels) != len(x_t):
+            raise UserError(f"{len(x_t)} images with {len(labels)} labels: give one number an image")
+        return y if isinstance(y, Array) else labels
 
 
 @lru_cache(maxsize=16)
@@ -203,10 +216,3 @@ def _host() -> jax.Device | None:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
-
-
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises UserError naming the first label that the model does not have."""
-    bad = [int(label) for label in labels if not 0 <= label < num_classes]
-    if bad:
-        raise UserError(f"label {bad[0]} is out of range: the model has classes 0 to {num_classes - 1}")

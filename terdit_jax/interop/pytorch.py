@@ -11,6 +11,7 @@ Sources: TerDiT (arXiv 2405.14854), DiT (arXiv 2212.09748), RoFormer (arXiv 2104
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
+import contextlib
 from functools import partial
 import hashlib
 import json
@@ -466,6 +467,13 @@ def _torch_load(path: Path) -> object:
         raise ValueError(f"{path.name} cannot be read as plain tensors: {reason}") from error
 
 
+def _class_of(label: object) -> int:
+    if not isinstance(label, bool) and getattr(label, "dtype", None) != torch.bool:
+        with contextlib.suppress(TypeError):
+            return operator.index(label)
+    raise ValueError(f"labels must be whole numbers, got {label!r}")
+
+
 _SAMPLE = {"method": "ddpm", "num_steps": 250, "cfg_scale": 4.0, "cfg_channels": 3}  # the published demo's
 
 
@@ -518,7 +526,7 @@ def sample(
     if type(mixed) is not int or mixed < 0:
         raise ValueError(f"cfg_channels is {mixed!r}: give the number of guided channels, or 0 for all")
     device, null = next(model.parameters()).device, model.fields["num_classes"]
-    labels = [operator.index(label) for label in labels]
+    labels = [_class_of(label) for label in labels]
     if not labels or not 0 <= min(labels) <= max(labels) < null:
         found = f"{min(labels)}..{max(labels)}" if labels else "none"
         raise ValueError(f"labels must be classes in 0..{null - 1}, got {found}")
