@@ -5,6 +5,7 @@ and keeps its traceback.
 """
 
 from collections.abc import Callable, Sequence
+from logging import root as root_logger
 import os
 import sys
 import traceback
@@ -24,6 +25,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     Ctrl-C ends it with one line and status 130. A failing standard output does not end it (`streams`).
     """
     streams = steady_streams()
+    root_logger.handlers.clear()  # Orbax's import leaves one, by which every warning would be printed a second time
 
     def guarded(argv: Sequence[str]) -> None:
         try:
