@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from terdit_jax.errors import UserError
+from terdit_jax.untrusted import printable
 
 
 def check_labels(
@@ -33,8 +34,8 @@ def check_labels(
     if array.ndim != 1 or not array.size:
         raise UserError(f"{prefix}labels of shape {array.shape}: give one number an image, and at least one")
     if array.dtype.kind not in "iu":
-        shown = str(array[0])[:40]
-        raise UserError(f"{prefix}labels are {array.dtype}, the first {shown}: {_EXPECTED.format(num_classes - 1)}")
+        kind, first = str(array.dtype)[:60], printable(str(array[0])[:40])
+        raise UserError(f"{prefix}labels are {kind}, the first {first}: {_EXPECTED.format(num_classes - 1)}")
     outside = array[(array < 0) | (array >= num_classes)]
     if outside.size:
         raise UserError(f"{prefix}label {outside[0]} is out of range: {owner} has classes 0 to {num_classes - 1}")

@@ -114,7 +114,7 @@ def test_latents_of_an_autoencoder(tmp_path):
     "args, message",
     [
         (["--source=digits", "--worker=3/3"], "--worker=3/3: write K/N"),
-        (["--source=folder", "--input=docs", "--vae=/nowhere"], "/nowhere is no folder"),
+        (["--source=folder", "--input=docs/pods", "--heldout_share=0.5", "--vae=/nowhere"], "/nowhere is no folder"),
         (["--inspect=/nowhere"], "no data set at /nowhere"),
         ([], "--source is missing"),
         (["--source=imagenet"], "imagenet"),

@@ -9,7 +9,6 @@ import numpy as np
 
 from terdit_jax.data import schema
 from terdit_jax.data.reader import Dataset
-from terdit_jax.errors import UserError
 from terdit_jax.labels import check_labels
 
 
