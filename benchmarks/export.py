@@ -31,9 +31,10 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, count_params, packed_bytes
-from terdit_jax.training.checkpoint import Checkpoints, save_arguments, write_manifest
+from terdit_jax.training.manifest import write_manifest
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.resume import describe_run
+from terdit_jax.training.saving import CheckpointWriter, save_arguments
 from terdit_jax.training.state import init_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A ternary configuration.")
@@ -111,7 +112,7 @@ def _save(config, model: DiTConfig, workdir: pathlib.Path) -> None:
         rest = jax.eval_shape(lambda: init_state(model, optimizer, 0))
         same = {leaf.shape: leaf for leaf in jax.tree.leaves(params)}
         state = jax.tree.map(lambda leaf: same.get(leaf.shape, jnp.zeros(1)), rest)
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = CheckpointWriter(workdir, config.checkpoint)
         checkpoints.save(state | {"params": params, "ema_params": params, "step": np.int32(1)}, run)
         checkpoints.close()
         return

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.random_latents import WRITER_OPTIONS, write_dataset
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.training.loop import device_batches
+from terdit_jax.training.batches import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step

@@ -25,7 +25,7 @@ import jax
 from benchmarks.machine import kernel_times, load_config, measure_matmul_rate
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
-from terdit_jax.training.loop import device_batches
+from terdit_jax.training.batches import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import abstract_state, make_state
 from terdit_jax.training.step import make_train_step

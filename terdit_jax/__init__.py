@@ -1,8 +1,14 @@
 """TerDiT in JAX: ternary diffusion transformers, trained from scratch and run at 2 bits a weight."""
 
+import sys
 from typing import Any
 
+from terdit_jax.interrupts import end_while_importing
+
 __all__ = ["load_model"]
+
+if sys.argv[:1] == ["-m"] and any(argument.startswith("terdit_jax.") for argument in sys.orig_argv):
+    end_while_importing()  # `python -m terdit_jax.COMMAND`, whose imports come before its `run_command`
 
 
 def __getattr__(name: str) -> Any:

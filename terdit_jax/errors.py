@@ -12,6 +12,7 @@ import traceback
 
 from absl import app, flags, logging
 
+from terdit_jax.interrupts import CommandInterrupts
 from terdit_jax.streams import steady_streams
 
 
@@ -22,10 +23,11 @@ class UserError(Exception):
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2.
 
-    Ctrl-C ends it with one line and status 130. A failing standard output does not end it (`streams`).
+    Ctrl-C ends it with one line and status 130 (`interrupts`). A failing standard output does not end it (`streams`).
     """
     streams = steady_streams()
     root_logger.handlers.clear()  # Orbax's import leaves one, by which every warning would be printed a second time
+    interrupts = CommandInterrupts()
 
     def guarded(argv: Sequence[str]) -> None:
         try:
@@ -34,14 +36,15 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except UserError as error:
             exit_with(str(error))
-        except KeyboardInterrupt:
-            exit_with("interrupted by Ctrl-C", status=130)
         except Exception:
             end_if_one_of_several()
             raise
 
     try:
-        app.run(guarded, flags_parser=_parse_flags)
+        with interrupts:
+            app.run(guarded, flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        interrupts.end()
     finally:
         for stream in streams:
             stream.finish()

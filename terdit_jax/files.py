@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 from pathlib import Path
@@ -163,6 +164,31 @@ def write_json(
     write_text(path, json.dumps(content, indent=indent) + "\n", replace=replace, sync=sync)
 
 
+def set_aside(path: epath.PathLike, place: epath.PathLike | None = None) -> epath.Path:
+    """Moves what cannot be used out of the way, under a name that is free; nothing in it is read or changed.
+
+    Args:
+      path: a file or folder.
+      place: the folder to move it into. Where that cannot be (another file system, no permission), or without one, it
+        stays where it is, as NAME.damaged.
+
+    Returns:
+      Where it is now.
+
+    Raises:
+      OSError: it cannot be moved at all.
+    """
+    path = epath.Path(path)
+    if place is not None:
+        place = epath.Path(place)
+        with contextlib.suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            return path.rename(_free_name(place, path.name))
+        with contextlib.suppress(OSError):
+            place.rmdir()  # if it is empty
+    return path.rename(_free_name(path.parent, f"{path.name}.damaged"))
+
+
 @contextlib.contextmanager
 def refusing(path: epath.PathLike, flag: str = "--output") -> Iterator[None]:
     """Makes a UserError that names `path` of an OSError within, for files that a user asked for."""
@@ -243,6 +269,11 @@ def _move_without_replacing(temporary: epath.Path, path: epath.Path) -> None:
 
 def _exists(path: epath.Path) -> FileExistsError:
     return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+
+
+def _free_name(place: epath.Path, name: str) -> epath.Path:
+    candidates = (place / (f"{name}.{i}" if i else name) for i in itertools.count())
+    return next(path for path in candidates if not path.exists())
 
 
 def _sync(path: epath.PathLike) -> None:

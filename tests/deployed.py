@@ -15,8 +15,8 @@ from terdit_jax.interop.description import Description, architecture
 from terdit_jax.interop.published import StateDict, model_leaves, params_leaves, read_leaves
 from terdit_jax.interop.weights import Weights
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import describe_run
+from terdit_jax.training.saving import CheckpointWriter
 
 # Every choice that gives tensors other names, shapes or meanings.
 VARIANTS = {
@@ -68,7 +68,7 @@ def make_workdir(path: Path, steps: tuple[int, ...] = (1, 2), **model) -> dict[i
     fields = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "ffn_multiple_of": 32, "num_classes": 10}
     config.model.update({**fields, **model})
     config.update({"name": "tiny", "sample": {"num_steps": 5, "cfg_scale": 2.0}})
-    checkpoints, data = Checkpoints(path, config.checkpoint), make_synthetic((8, 8, 4), 10).metadata
+    checkpoints, data = CheckpointWriter(path, config.checkpoint), make_synthetic((8, 8, 4), 10).metadata
     saved = {}
     for step in steps:
         raw, averaged = (random_params(architecture(config), 2 * step + i) for i in range(2))

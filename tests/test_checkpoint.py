@@ -9,7 +9,9 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.mesh import AXES
-from terdit_jax.training.checkpoint import Checkpoints, find_damage
+from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.training.manifest import find_damage
+from terdit_jax.training.saving import CheckpointWriter
 
 
 def state(step):
@@ -32,7 +34,7 @@ def target(tree):
 def open_checkpoints(workdir, **overrides):
     settings = base_config().checkpoint
     settings.update(overrides)
-    return Checkpoints(workdir, settings)
+    return CheckpointWriter(workdir, settings)
 
 
 @pytest.fixture

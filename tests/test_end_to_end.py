@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 from runs import assert_same_run, finish, metrics_without_timing, prepare_digits, saved_run, start, train_arguments
 
-from terdit_jax.training.checkpoint import MANIFEST
+from terdit_jax.training.manifest import MANIFEST
 
 
 @pytest.fixture(scope="module")

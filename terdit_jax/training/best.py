@@ -7,12 +7,14 @@ from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.errors import UserError
+from terdit_jax.training.saving import CheckpointWriter
 
 FOLDER = "best"
 
@@ -37,8 +39,8 @@ class BestCheckpoint:
     def __init__(self, workdir: epath.PathLike, start_step: int):
         """Opens it for a run that goes on from `start_step`; what a lost continuation has found beyond is dropped."""
         keep = ConfigDict({"keep": 2, "keep_every": 0})
-        self._checkpoints = Checkpoints(epath.Path(workdir) / FOLDER, keep)
-        self._checkpoints.delete_beyond(start_step)
+        self._checkpoints = CheckpointWriter(epath.Path(workdir) / FOLDER, keep)
+        self._checkpoints.delete_after(start_step)
         run = self._checkpoints.newest_run()
         self._loss = run["loss"] if run else math.inf
 
@@ -62,6 +64,21 @@ class BestCheckpoint:
     def close(self) -> None:
         """Releases the directory."""
         self._checkpoints.close()
+
+
+def open_best(workdir: epath.PathLike, start_step: int) -> BestCheckpoint | None:
+    """Opens it, or returns None where a run that goes on cannot have it: what that goes on from is sound all the same.
+
+    Raises:
+      UserError: a run that begins cannot have it.
+    """
+    try:
+        return BestCheckpoint(workdir, start_step)
+    except UserError as error:
+        if not start_step:
+            raise
+        logging.error("THE BEST WEIGHTS ARE NOT KEPT: %s", error)
+        return None
 
 
 def _agreed(loss: float) -> float:

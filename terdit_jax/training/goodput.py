@@ -6,10 +6,14 @@ What is productive is decided afterwards: seconds of steps that a kill undid are
 from collections.abc import Iterator
 import contextlib
 import json
+import math
 import time
 
+from absl import logging
 from etils import epath
 
+from terdit_jax.files import set_aside, write_json
+from terdit_jax.training import disk
 from terdit_jax.training.metrics import format_duration
 
 GOODPUT_FILE = "goodput.json"
@@ -33,8 +37,7 @@ class Goodput:
 
     def resumed(self, step: int) -> None:
         """The run goes on from `step`: productive seconds beyond it were for nothing."""
-        saved = {int(saved_step): seconds for saved_step, seconds in self._account["saved"].items()}
-        saved = {saved_step: seconds for saved_step, seconds in saved.items() if saved_step <= step}
+        saved = {at: seconds for at, seconds in self._account["saved"].items() if at <= step}
         productive = saved[max(saved)] if saved else 0.0
         seconds = self._account["seconds"]
         self._add("lost", seconds.get("train", 0.0) - productive)
@@ -77,13 +80,11 @@ class Goodput:
         }
 
     def write(self, *, complete: bool = False) -> None:
-        """Puts the account on disk; a disk without room costs no more than this entry."""
+        """Puts the account on disk; a disk that does not take it costs no more than this entry."""
         self.now(self._kind)
         self._account |= {"updated": self._since, "complete": complete}
-        temporary = self._path.with_name(self._path.name + ".tmp")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(self._account))
-            temporary.replace(self._path)
+            write_json(self._path, self._account)
 
     def summary(self) -> str:
         """One line, largest kinds first."""
@@ -101,8 +102,27 @@ class Goodput:
         self._account["seconds"][kind] = self._account["seconds"].get(kind, 0.0) + seconds
 
     def _read(self) -> dict | None:
+        """The account on disk; one that is damaged is set aside."""
         try:
-            account = json.loads(self._path.read_text())
-            return account if {"restarts", "seconds", "saved", "updated", "complete"} <= account.keys() else None
-        except (OSError, ValueError, AttributeError):
+            return _checked(json.loads(self._path.read_bytes()))
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            said = disk.reason(error) if isinstance(error, OSError) else "damaged"
+            logging.error("%s cannot be read (%s): the account begins anew", self._path, said)
+            with contextlib.suppress(OSError):
+                set_aside(self._path)
+            return None
+
+
+def _checked(account: dict) -> dict:
+    """The entries that are ours, each of its type; raises ValueError, or what looking for them raises, if one is not."""
+    seconds = {kind: account["seconds"][kind] for kind in KINDS if kind in account["seconds"]}
+    saved = {int(step): value for step, value in account["saved"].items()}
+    numbers = [*seconds.values(), *saved.values(), account["updated"]]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
+        raise ValueError("seconds that are no numbers")
+    if type(account["restarts"]) is not int or type(account["complete"]) is not bool:
+        raise ValueError("not an account")
+    kept = {name: account[name] for name in ("restarts", "updated", "complete")}
+    return {**kept, "seconds": seconds, "saved": saved}

@@ -4,12 +4,13 @@ Who watches it (launch/supervise.sh, a scheduler) decides what its silence means
 """
 
 import contextlib
-import json
 import os
 import socket
 import time
 
 from etils import epath
+
+from terdit_jax.files import write_json
 
 HEARTBEAT_FILE = "heartbeat.json"
 _SECONDS = 5.0
@@ -24,12 +25,10 @@ class Heartbeat:
         self._host = socket.gethostname()
 
     def beat(self, step: int, *, now: bool = False) -> None:
-        """Renews the file if that is due, or `now`; a disk without room is no reason to stop."""
+        """Renews the file if that is due, or `now`; a disk that does not take it is no reason to stop."""
         if not now and time.monotonic() - self._last < _SECONDS:
             return
         self._last = time.monotonic()
         content = {"step": step, "time": time.time(), "pid": os.getpid(), "host": self._host}
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(content) + "\n")
-            temporary.replace(self._path)
+            write_json(self._path, content, sync=False)

@@ -3,9 +3,9 @@
 The mathematics is `step`'s; this module decides when things happen and keeps the device busy while they do.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+import contextlib
 from functools import partial
-import json
 
 from absl import logging
 from clu import parameter_overview
@@ -13,16 +13,17 @@ from etils import epath
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
 
-from terdit_jax.data.reader import heldout_batches, make_batches
+from terdit_jax.data.reader import heldout_batches
 from terdit_jax.errors import UserError, end_if_one_of_several
+from terdit_jax.files import write_json
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
-from terdit_jax.parallel.sharding import batch_sharding, batch_shards, local_block
-from terdit_jax.training.best import FOLDER, BestCheckpoint, Judge
-from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.parallel.sharding import batch_shards, local_block
+from terdit_jax.training import disk
+from terdit_jax.training.batches import device_batches, to_devices
+from terdit_jax.training.best import FOLDER, Judge, open_best
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.interruption import Interruption
@@ -33,6 +34,7 @@ from terdit_jax.training.optimizer import learning_rate_schedule
 from terdit_jax.training.profile import FOLDER as PROFILE_FOLDER
 from terdit_jax.training.profile import Steps
 from terdit_jax.training.resume import check_resumable, describe_run
+from terdit_jax.training.saving import CheckpointWriter
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State, abstract_state, make_state, packed_codes
 from terdit_jax.training.step import make_train_step, on_mesh
@@ -76,7 +78,7 @@ def _train(
     observers: Observers,
 ) -> None:
     config, goodput = setup.config, observers.goodput
-    checkpoints = Checkpoints(setup.workdir, config.checkpoint)
+    checkpoints = CheckpointWriter(setup.workdir, config.checkpoint)
     fingerprint = setup.dataset.metadata.fingerprint
     if run := checkpoints.newest_run():
         for change in check_resumable(run, config, fingerprint, str(setup.workdir)):
@@ -102,7 +104,7 @@ def _train(
     goodput.resumed(start)
     observers.beat(start, now=True)
     if _is_first():
-        (setup.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+        _write_config(setup)
     with Interruption() as interruption:
         run = _Run(setup, start, draw_grid, checkpoints, judge, observers)
         try:
@@ -113,15 +115,7 @@ def _train(
             end_if_one_of_several()
             raise
         finally:
-            observers.profiler.close()
-            if run.best:
-                run.best.close()
-            if run.writer:
-                run.writer.close()
-            with goodput.spent("save"):
-                checkpoints.close()  # a save under way is finished, whatever ended the run
-            if run.writer:
-                goodput.write(complete=run.complete)
+            run.close()
     _say(goodput.summary())
     if step < config.train.num_steps:
         _say(f"stopped by {interruption.name} at step {step:,}, state saved: the same command goes on from there")
@@ -137,7 +131,7 @@ class _Run:
         setup: Setup,
         start: int,
         draw_grid: DrawGrid,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointWriter,
         judge: Judge | None,
         observers: Observers,
     ):
@@ -145,7 +139,7 @@ class _Run:
         self.setup, self.draw_grid, self.checkpoints, self.judge = setup, draw_grid, checkpoints, judge
         self.observers, self.goodput = observers, observers.goodput
         self.complete, self.spiked = False, 0
-        self.best = BestCheckpoint(setup.workdir, start) if judge else None
+        self.best = open_best(setup.workdir, start) if judge else None
         common = (setup.schedule, setup.mesh, metadata.latent_scale)
         self.train_step = make_train_step(config, setup.model, common[0], setup.optimizer, *common[1:])
         self.heldout_loss = make_heldout_loss(config, setup.model, *common)
@@ -201,6 +195,24 @@ class _Run:
                 break
         self.complete = last
         return step
+
+    def close(self) -> None:
+        """Releases what the run has opened, each whatever becomes of the others; a save under way is finished."""
+        with contextlib.ExitStack() as ending:  # from the last to the first
+            if self.writer:
+                ending.callback(lambda: self.goodput.write(complete=self.complete))
+            ending.callback(self._close_checkpoints)
+            if self.writer:
+                ending.callback(self.writer.close)
+            if self.best:
+                ending.callback(self.best.close)
+            ending.callback(self.observers.profiler.close)
+
+    def _close_checkpoints(self) -> None:
+        complete, self.complete = self.complete, False
+        with self.goodput.spent("save"):
+            self.checkpoints.close()
+        self.complete = complete
 
     def flush(self) -> None:
         """Fetches and writes the figures that are waiting, if any."""
@@ -269,7 +281,7 @@ class _Run:
             process_count=num_blocks,
         )
         for number, batch in enumerate(batches):
-            batch = _to_devices(mesh, batch, batch_size)
+            batch = to_devices(mesh, batch, batch_size)
             for name, weights in (("heldout_loss", "params"), ("heldout_loss_ema", "ema_params")):
                 totals[name] += float(self.heldout_loss(state[weights], batch, jnp.int32(number)))
         figures = {name: total / num_batches for name, total in totals.items()}
@@ -296,7 +308,7 @@ class _Run:
             written = ", ".join(f"{name} {value:.4g}" for name, value in judgement.figures.items())
             _say(f"step {step:,}  {written}")
         run = describe_run(self.setup.config, step, self.setup.dataset.metadata)
-        if self.best.offer(state["ema_params"], run, judgement.loss):
+        if self.best and self.best.offer(state["ema_params"], run, judgement.loss):
             _say(f"step {step:,}  the best so far: kept in {self.setup.workdir / FOLDER}")
         self.stopwatch.restart(step)
 
@@ -330,39 +342,12 @@ def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dic
     return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
 
 
-def device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
-    """Global batches on the mesh from step `start` on, one always on its way while another is used."""
-    config = setup.config
-    batch_size = config.train.batch_size
-    block, num_blocks = local_block(setup.mesh, batch_size)
-    batches = make_batches(
-        setup.dataset,
-        seed=config.seed,
-        batch_size=batch_size,
-        start_step=start,
-        process_index=block,
-        process_count=num_blocks,
-        horizontal_flip=config.data.horizontal_flip,
-        in_memory=config.data.in_memory,
-        read_threads=config.data.read_threads,
-        prefetch=config.data.prefetch,
-    )
-    ready = _to_devices(setup.mesh, next(batches), batch_size)
-    for batch in batches:
-        following = _to_devices(setup.mesh, batch, batch_size)
-        yield ready
-        ready = following
-
-
-def _to_devices(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, Array]:
-    """This process's records to their part of the global batch. Positions stay behind: row r of a global batch is
-    position r of its step, which is all that keys its draws."""
-    sharding = batch_sharding(mesh)
-    arrays = {name: array for name, array in batch.items() if name != "position"}
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
-        for name, array in arrays.items()
-    }
+def _write_config(setup: Setup) -> None:
+    path = setup.workdir / "config.json"
+    try:
+        write_json(path, setup.config.to_dict(), indent=1)
+    except OSError as error:  # every checkpoint holds it too
+        logging.error("%s cannot be written: %s", path, disk.reason(error))
 
 
 def _introduce(setup: Setup, start: int) -> None:

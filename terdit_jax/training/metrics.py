@@ -3,7 +3,7 @@
 Figures come in as plain floats; computing them is `window`'s and `heldout`'s.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import math
@@ -12,7 +12,11 @@ import time
 from absl import logging
 from etils import epath
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from terdit_jax.files import set_aside, write_text
+from terdit_jax.paths import is_remote
+from terdit_jax.training import disk
+from terdit_jax.training.events import Events
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,70 +24,103 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote beyond it.
 
-    A disk without room does not end a run: lines are kept and written with the next one that it takes.
+    A disk that takes or gives nothing does not end a run: lines are kept and written with the next one that it takes,
+    and a file that is not ours to continue is set aside.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int, *, tensorboard: bool):
         self._path = epath.Path(workdir) / METRICS_FILE
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._lines = [line for line in lines if _step_of(line) <= start_step]
-        self._rewrite()
-        # Object stores cannot append: there the whole file, a few megabytes at most, is written again.
-        self._is_local = "://" not in str(self._path)
+        self._is_local = not is_remote(self._path)
         self._behind = False
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1) if tensorboard else None
+        lines, whole = self._read()
+        if not whole:
+            self._set_aside()
+        self._lines = [line for line in lines if _step_of(line) <= start_step]
+        self._try(self._rewrite)
+        self._events: Events | None = None
+        if tensorboard:
+            self._with_events(lambda: Events(workdir, start_step))
 
     def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """One line, on disk when this returns if there is room; `timing` stands apart because it is all that differs
         between reruns."""
         line = {"step": step, **figures, **({"timing": timing} if timing else {})}
         self._lines.append(json.dumps(_finite(line)))
-        try:
-            if self._is_local and not self._behind:
-                with self._path.open("a") as file:
-                    file.write(self._lines[-1] + "\n")
-            else:
-                self._rewrite()
-            self._behind = False
-        except OSError as error:
-            if not self._behind:
-                logging.error("%s cannot be written (%s): its lines wait for room", self._path, error.strerror or error)
-            self._behind = True
+        # Object stores cannot append: there the whole file, a few megabytes at most, is written again.
+        self._try(self._append if self._is_local and not self._behind else self._rewrite)
         if self._events:
-            for name, value in {**figures, **(timing or {})}.items():
-                self._events.add_scalar(name, value, step)
-            self._flush_events()
+            self._with_events(lambda: self._events.write(step, {**figures, **(timing or {})}))
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """(H, W, 3) uint8 to TensorBoard."""
         if self._events:
-            self._events.add_image(name, picture, step, dataformats="HWC")
-            self._flush_events()
-
-    def _flush_events(self) -> None:
-        try:
-            self._events.flush()
-        except OSError as error:  # the library's writer does not recover, and would block once its queue is full
-            logging.error(
-                "TensorBoard events cannot be written (%s): none until the next start", error.strerror or error
-            )
-            self._events = None
+            self._with_events(lambda: self._events.write_image(step, name, picture))
 
     def close(self) -> None:
+        """Releases the files."""
         if self._events:
-            self._events.close()
+            self._with_events(self._events.close)
+
+    def _read(self) -> tuple[list[str], bool]:
+        """The lines on disk that are whole, and whether that is all of them but one at the end, cut short by a kill."""
+        try:
+            found = self._path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return [], True
+        except OSError as error:
+            logging.error("%s cannot be read (%s): it is begun anew", self._path, disk.reason(error))
+            return [], False
+        *found, last = found
+        lines = [_decode(line) for line in found]
+        if damaged := sum(line is None for line in lines):
+            logging.error("%s: %d of %d lines are damaged and left out", self._path, damaged, len(lines))
+        return [line for line in [*lines, _decode(last)] if line is not None], not damaged
+
+    def _set_aside(self) -> None:
+        try:
+            logging.error("%s is kept as %s", self._path, set_aside(self._path))
+        except OSError as error:
+            logging.error("%s cannot be set aside: %s", self._path, disk.reason(error))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                logging.error("%s cannot be written (%s): its lines wait", self._path, disk.reason(error))
+            self._behind = True
+
+    def _append(self) -> None:
+        with self._path.open("a") as file:
+            file.write(self._lines[-1] + "\n")
 
     def _rewrite(self) -> None:
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in self._lines))
-        temporary.replace(self._path)
+        write_text(self._path, "".join(line + "\n" for line in self._lines))
+
+    def _with_events(self, write: Callable[[], Events | None]) -> None:
+        try:
+            self._events = write() or self._events
+        except (OSError, ImportError) as error:  # ImportError: an object store without TensorBoard's package for it
+            logging.error("TensorBoard events cannot be written (%s): none until the next start", disk.reason(error))
+            self._events = None
+
+
+def _decode(line: bytes) -> str | None:
+    """A line that says its step, or None."""
+    try:
+        text = line.decode()
+        return text if math.isfinite(_step_of(text)) else None
+    except ValueError:
+        return None
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line cut short by a kill belongs to no step and is dropped."""
+    """The step of a line, infinite if it is none of ours."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+        return step if type(step) is int else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+from absl import logging
 from etils import epath
 import jax
 
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, in_a_line
 
 FOLDER = "profile"
 
@@ -51,9 +52,13 @@ class Profiler:
         return self.close()
 
     def close(self) -> bool:
-        """Ends a trace that is running; whether one was."""
+        """Ends a trace that is running; whether it is on disk now."""
         if not self._running:
             return False
-        jax.profiler.stop_trace()
         self._running, self._steps = False, None
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, RuntimeError) as error:  # the profiler's own errors are RuntimeErrors
+            logging.error("no trace in %s: %s", self._folder, in_a_line(error))
+            return False
         return True

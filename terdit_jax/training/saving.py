@@ -1,0 +1,202 @@
+"""Checkpoints, written: asynchronously, signed when they are whole, old ones deleted once a newer one is.
+
+A save that the disk refuses is given up with a loud line and training goes on. Deleting and setting aside are
+housekeeping: where they fail a loud line says so, and nothing else is lost by it.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import os
+import time
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import orbax.checkpoint as ocp
+
+from terdit_jax.errors import UserError
+from terdit_jax.files import set_aside
+from terdit_jax.training import disk
+from terdit_jax.training.checkpoint import ITEMS, RUN, Checkpoints, is_half_written
+from terdit_jax.training.manifest import write_manifest
+
+DAMAGED = "damaged_checkpoints"
+_CLEAR_SECONDS = 5
+_CHUNK_BYTES = 64 << 20
+
+
+class CheckpointWriter(Checkpoints):
+    """The checkpoints of the run that is at work in a workdir."""
+
+    def __init__(self, workdir: epath.PathLike, checkpoint: ConfigDict):
+        """Opens `workdir`/checkpoints, and clears what a killed save left in it.
+
+        Args:
+          workdir: of the run.
+          checkpoint: `config.checkpoint`, of which `keep` and `keep_every` matter here.
+
+        Raises:
+          UserError: if there can be no such directory.
+        """
+        super().__init__(workdir)
+        self._keep, self._keep_every = checkpoint.keep, checkpoint.keep_every
+        self._restored: int | None = None
+        self._unsaved: tuple[int, Exception] | None = None
+        self._finishing: concurrent.futures.Future | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self._clear_half_written():  # of another user: its name must be free
+                self._move_away(path)
+        except OSError as error:
+            raise UserError(f"cannot use {self.directory}: {disk.reason(error)}") from error
+        disk.silence_tracebacks()
+        self._background = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._orbax = _open_orbax()
+
+    def save(self, state: dict, run: dict[str, Any]) -> None:
+        """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices.
+
+        A state may lack items: sampling needs no more than one set of weights. Its step is then `run`'s. A save that
+        the disk refuses, now or while it goes on during training, is reported by `wait`; the ones before it stay.
+        """
+        step = int(state["step"]) if "step" in state else run["step"]
+        present = {item: names for item, names in ITEMS.items() if set(names) <= set(state)}
+        trees = {item: {name: state[name] for name in names} for item, names in present.items()}
+        arguments = {item: save_arguments(tree) for item, tree in trees.items()}
+        self.wait()
+        if step == self._restored:
+            return  # it came from there
+        if self.path(step).exists():  # damaged, and it could not be set aside
+            self._unsaved = step, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            logging.error("CHECKPOINT %d COULD NOT BE SAVED: another stands in its place, move it away", step)
+            return
+        try:
+            self._orbax.save(self.path(step), args=ocp.args.Composite(**arguments, **{RUN: ocp.args.JsonSave(run)}))
+        except (OSError, ValueError) as error:
+            self._give_up(step, error)
+            return
+        self._finishing = self._background.submit(self._finish, step)
+
+    def wait(self) -> bool:
+        """Blocks until the save under way is on disk and signed, or given up; whether the latest one is on disk."""
+        if self._finishing:
+            finishing, self._finishing = self._finishing, None
+            step, error = finishing.result()
+            if error:
+                self._give_up(step, error)
+            else:
+                self._unsaved = None
+        return self._unsaved is None
+
+    def close(self) -> None:
+        """As `wait`, then releases the directory.
+
+        Raises:
+          UserError: if the latest save was given up: who ends here would lose what it held.
+        """
+        complete = self.wait()
+        self._background.shutdown()
+        self._orbax.close()
+        if not complete:
+            step, error = self._unsaved
+            raise UserError(
+                f"checkpoint {step} of {self.directory} could not be saved ({disk.reason(error)}): "
+                f"{disk.remedy(error)}, then go on from {max(self.steps(), default='the start')}"
+            )
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        if jax.process_index() == 0:
+            for later in self.steps():
+                if later > step:
+                    self._delete(later)
+
+    def _finish(self, step: int) -> tuple[int, Exception | None]:
+        """Signs the step as soon as Orbax has given it its final name, then deletes old ones; returns the step, and the
+        error if the disk did not take it."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.path(step))
+        except (OSError, ValueError) as error:
+            return step, error
+        if jax.process_index() == 0:
+            with contextlib.suppress(UserError):  # a directory that cannot be listed: the next save tries again
+                self._delete_old()
+        return step, None
+
+    def _delete_old(self) -> None:
+        """All but the newest and those to be kept for good."""
+        for step in self.steps()[: -self._keep]:
+            if not self._keep_every or step % self._keep_every:
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        try:
+            self.path(step).rmtree()
+        except OSError as error:
+            self._say_once(step, f"COULD NOT BE DELETED ({disk.reason(error)}): delete {self.path(step)} yourself")
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """One loud line for a save that the disk refused, and the room that its beginning took is free again.
+
+        Raises:
+          Exception: the error, if it is not the disk's.
+        """
+        if not disk.is_refusal(error):
+            raise error
+        self._unsaved = step, error
+        logging.error("CHECKPOINT %d COULD NOT BE SAVED (%s): training goes on without it", step, disk.reason(error))
+        with contextlib.suppress(Exception):
+            self._orbax.close()
+        self._orbax = _open_orbax()  # what failed in the old one would be raised at every save that follows
+        deadline = time.monotonic() + _CLEAR_SECONDS
+        with contextlib.suppress(OSError):
+            while self._clear_half_written() and time.monotonic() < deadline:  # its writers may still add to it
+                time.sleep(0.05)
+        if jax.process_index() == 0 and self.path(step).exists():  # there was room for all but its manifest
+            self._delete(step)
+
+    def _clear_half_written(self) -> list[epath.Path]:
+        """Deletes what saves left; returns what is still there."""
+        if jax.process_index() != 0:
+            return []
+        for path in filter(is_half_written, self.directory.iterdir()):
+            with contextlib.suppress(OSError):
+                path.rmtree()
+        return list(filter(is_half_written, self.directory.iterdir()))
+
+    def _pass_over_unreadable(self, step: int, reason: str) -> None:
+        """A run that went on from an older step would do this one's work again, and could not save it."""
+        raise UserError(
+            f"checkpoint {step} of {self.directory} cannot be read ({reason}): make it readable, or move it away to go "
+            "on from the one before it"
+        )
+
+    def _go_on_from(self, step: int, damaged: list[int]) -> None:
+        """Moves damaged steps out of the way: they would be taken for the latest, and their numbers must be free."""
+        self._restored = step
+        for number in damaged:
+            self._move_away(self.path(number))
+
+    def _move_away(self, path: epath.Path) -> None:
+        try:
+            set_aside(path, self.directory.parent / DAMAGED)
+        except OSError as error:
+            logging.error("%s COULD NOT BE SET ASIDE (%s): move it away", path, disk.reason(error))
+
+
+def _open_orbax() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+
+def save_arguments(tree: dict) -> ocp.args.PyTreeSave:
+    """A tree to store, a chunk a layer, so that who reads a leaf decodes it layer by layer, not all of it twice."""
+
+    def chunks(leaf: jax.Array) -> ocp.SaveArgs:
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
+
+    return ocp.args.PyTreeSave(tree, jax.tree.map(chunks, tree))
