@@ -65,7 +65,8 @@ def test_a_last_save_without_room_is_an_error(tmp_path):
     checkpoints.wait()
     with full_disk(0):
         checkpoints.save(state(2), {"step": 2})
-        with pytest.raises(UserError, match="checkpoint 2 of .* could not be saved .File too large.: make room, then go on from 1$"):
+        message = "checkpoint 2 of .* could not be saved .File too large.: make room, then go on from 1$"
+        with pytest.raises(UserError, match=message):
             checkpoints.close()
     assert restored_step(tmp_path) == 1
 

@@ -1,4 +1,4 @@
-"""TensorBoard's events of a run, written as they come: a thread of the library's own would die of a full disk unseen."""
+"""TensorBoard's events of a run, written as they come: the library's own thread would die of a full disk unseen."""
 
 import time
 

@@ -116,7 +116,7 @@ class Goodput:
 
 
 def _checked(account: dict) -> dict:
-    """The entries that are ours, each of its type; raises ValueError, or what looking for them raises, if one is not."""
+    """The entries that are ours; raises ValueError, KeyError or TypeError if one is missing or of another type."""
     seconds = {kind: account["seconds"][kind] for kind in KINDS if kind in account["seconds"]}
     saved = {int(step): value for step, value in account["saved"].items()}
     numbers = [*seconds.values(), *saved.values(), account["updated"]]
