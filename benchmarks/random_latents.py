@@ -63,7 +63,7 @@ def _write_split(
                 record[f"std{suffix}"] = generator.lognormal(-3, 0.5, shape).astype(np.float16)
             writer.write(schema.encode_record(features, record))
         writer.close()
-        shards.append(schema.Shard(file.name, stop - start, file.stat().st_size, ""))
+        shards.append(schema.Shard(file.name, stop - start, file.stat().st_size, schema.hash_file(file)))
     return schema.Split(num_records, tuple(shards))
 
 
