@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from terdit_jax import paths
 from terdit_jax.data import builder, schema, sources
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.image_file import PictureError
@@ -48,8 +49,9 @@ def make_source(num_train=30, num_heldout=10, bad=(), load=None):
 
 
 @pytest.fixture
-def bucket():
-    """The name of a bucket whose gs:// paths lie in memory."""
+def bucket(monkeypatch):
+    """The name of a bucket whose gs:// paths lie in memory, as if the package for them were installed."""
+    monkeypatch.setitem(paths._SCHEMES, "gs", ("fsspec", "fsspec"))
     for protocol in ("gs", "gcs"):
         fsspec.register_implementation(protocol, MemoryFileSystem, clobber=True)
     yield "bucket-of-a-test"
