@@ -23,10 +23,10 @@ import time
 from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 import orbax.checkpoint as ocp
 
+from terdit_jax.config_file import define_config, read_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.model.config import DiTConfig
@@ -37,7 +37,7 @@ from terdit_jax.training.resume import describe_run
 from terdit_jax.training.saving import CheckpointWriter, save_arguments
 from terdit_jax.training.state import init_state
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A ternary configuration.")
+_CONFIG = define_config("A ternary configuration.")
 _EMA_ONLY = flags.DEFINE_bool("ema_only", False, "A checkpoint of the averaged weights alone, not of a whole state.")
 _SCRATCH = flags.DEFINE_string(
     "scratch", None, "Where checkpoint and artifacts go meanwhile; the system's own if none."
@@ -54,9 +54,9 @@ _OUTPUT = flags.DEFINE_string("output", "export.json", "JSON file.")
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    if _CONFIG.value is None:
+    config = read_config(_CONFIG)
+    if config is None:
         raise UserError("--config is missing, e.g. --config=configs/terdit_600m.py")
-    config = _CONFIG.value
     model = DiTConfig.from_config(config)
     workdir = pathlib.Path(tempfile.mkdtemp(dir=_SCRATCH.value))
     try:

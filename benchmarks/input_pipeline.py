@@ -18,10 +18,10 @@ import time
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 from benchmarks.random_latents import WRITER_OPTIONS, write_dataset
+from terdit_jax.config_file import define_config, read_config
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.training.batches import device_batches
@@ -30,7 +30,7 @@ from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step
 from terdit_jax.versions import versions
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The model and its data.* settings, as of terdit_jax.main.")
+_CONFIG = define_config("The model and its data.* settings, as of terdit_jax.main.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Batch size; the config's own if not given.", lower_bound=1)
 _RECORDS = flags.DEFINE_integer("records", 20_480, "Stored records.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps a turn.", lower_bound=1)
@@ -41,9 +41,9 @@ _OUTPUT = flags.DEFINE_string("output", "input_pipeline.json", "JSON file.")
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    if _CONFIG.value is None:
+    config = read_config(_CONFIG)
+    if config is None:
         raise UserError("--config is missing, e.g. --config=configs/terdit_600m.py")
-    config = _CONFIG.value
     config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size
     config.data.synthetic = True
     with tempfile.TemporaryDirectory() as scratch:

@@ -4,7 +4,6 @@ import ast
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import fcntl
-import importlib.util
 import os
 import pathlib
 import tempfile
@@ -13,15 +12,8 @@ import time
 from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.config_file import load_config
 from terdit_jax.errors import UserError
-
-
-def load_config(path: str) -> ConfigDict:
-    """The configuration in a file, as of configs/."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def load_changed(text: str) -> ConfigDict:

@@ -21,7 +21,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from benchmarks.machine import load_config
+from terdit_jax.config_file import load_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.inference.runtime import load_model

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from benchmarks.machine import load_config
 from benchmarks.torch_inference import FIELDS
+from terdit_jax.config_file import load_config
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.interop.pytorch import TerDiT

@@ -22,7 +22,8 @@ import time
 from absl import flags
 import jax
 
-from benchmarks.machine import kernel_times, load_config, measure_matmul_rate
+from benchmarks.machine import kernel_times, measure_matmul_rate
+from terdit_jax.config_file import load_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.training.batches import device_batches

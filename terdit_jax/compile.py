@@ -9,49 +9,65 @@ It runs on a CPU, with the compilers of `pip install 'terdit-jax[aot]'`. docs/po
 
 from collections.abc import Sequence
 import os
+import re
 
 from absl import flags
 from etils import epath
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from terdit_jax.aot.program import lower_sample, lower_train
 from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.suggest import describe_suggestions, suggest
 from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
-from terdit_jax.config import read_flag
+from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.files import refusing, write_json
+from terdit_jax.files import check_output, refusing, write_json
 from terdit_jax.inference.modes import MODES
+from terdit_jax.options import MAX_BATCH, refuse_unused
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.paths import define_path
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/terdit_4b.py.")
+_CONFIG = define_config("File with get_config(), as configs/terdit_4b.py, or a run's config.json.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"The machine: {EXAMPLES}.")
-_MESH = flags.DEFINE_list("mesh", [], "Mesh axes instead of the configuration's, as data=2,fsdp=128,tensor=1.")
+_MESH = flags.DEFINE_list("mesh", None, "Mesh axes instead of the configuration's, as data=2,fsdp=128,tensor=1.")
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or the drawing of pictures.")
 _MODE = flags.DEFINE_enum("mode", "exact", list(MODES), "Of inference, with --what=sample.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --what=sample.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --what=sample.", 1, MAX_BATCH)
 _SUGGEST = flags.DEFINE_bool("suggest", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
-_TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute or more each.", lower_bound=1)
+_TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute or more each.", 1, 1000)
 _TABLE = define_path("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
 _MEASURED = define_path("measured", None, "With --table: JSON of benchmarks/training.py to compare with.")
-_OUTPUT = define_path("output", None, "JSON file for the report; local or gs://.")
+_OUTPUT = define_path("output", None, "JSON file for the report, replaced if there; local or gs://.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     if _TABLE.value:
+        refuse_unused((_CONFIG, _TOPOLOGY, _MESH, _WHAT, _MODE, _BATCH_SIZE, _SUGGEST, _TRIES, _OUTPUT), "with --table")
         folder = epath.Path(_TABLE.value)
         print(compare(folder, epath.Path(_MEASURED.value)) if _MEASURED.value else make_tables(folder))
         return
-    config = read_flag(_CONFIG)
+    refuse_unused([_MEASURED], "without --table")
+    config = read_config(_CONFIG)
     if config is None or not _TOPOLOGY.value:
         raise UserError(
             "--config and --topology are both needed, e.g. --config=configs/terdit_4b.py --topology=v5e:16x16"
         )
+    if _OUTPUT.value:
+        if not _OUTPUT.value.endswith(".json"):
+            raise UserError(f"--output={_OUTPUT.value}: must end in .json")
+        check_output(_OUTPUT.value, replace=True)
+    if _WHAT.value == "train":
+        refuse_unused((_MODE, _BATCH_SIZE), "with --what=train")
+    else:
+        refuse_unused([_MESH], "with --what=sample, where every chip holds the whole model")
+    if not _SUGGEST.value:
+        refuse_unused([_TRIES], "without --suggest")
+    else:
+        refuse_unused([_MESH], "with --suggest, which tries all meshes")
     topology = parse_topology(_TOPOLOGY.value)
     _be_on_cpu(topology)
     _set_mesh(config)
@@ -86,9 +102,9 @@ def _be_on_cpu(topology: Topology) -> None:
 
 
 def _set_mesh(config: ConfigDict) -> None:
-    for part in _MESH.value:
+    for part in [""] if _MESH.value == [] else _MESH.value or []:
         axis, _, size = part.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
+        if axis not in AXES or not re.fullmatch(r"-1|[0-9]{1,7}", size):
             raise UserError(f"--mesh={','.join(_MESH.value)}: give sizes of {', '.join(AXES)}, as data=2,fsdp=128")
         config.mesh[axis] = int(size)
 

@@ -1,18 +1,17 @@
-"""The configuration's schema: every field of a run with its type, default and meaning, and the checks on their values.
+"""The configuration's schema: every field of a run with its type, default and meaning, and the rule for its values.
 
-Files in `configs/` start from `base_config()` and set what their model needs; `ml_collections` refuses unknown
-fields and wrong types, `validate` refuses values that cannot work before anything is allocated.
+Files in `configs/` start from `base_config()` and set what their model needs; `config_file` loads them. `validate`
+refuses values that cannot work before anything is allocated.
 """
 
-from collections.abc import Callable
-import math
-import os
+from collections.abc import Callable, Collection, Iterator
+import difflib
+from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.paths import as_path
 
 
 def base_config() -> ConfigDict:
@@ -129,62 +128,164 @@ def base_config() -> ConfigDict:
     return config.lock()
 
 
-def read_flag(flag: flags.FlagHolder) -> ConfigDict | None:
-    """The configuration of a command's --config; None without it. ml_collections reports a file that does not load only
-    when it is first read.
+class Rule(NamedTuple):
+    """What a field accepts, as a predicate on values of the field's type and in words."""
 
-    Args:
-      flag: of `config_flags.DEFINE_config_file`.
-
-    Raises:
-      UserError: a file that cannot be loaded.
-    """
-    try:
-        config = flag.value and flag.value.copy_and_resolve_references()
-        for field in _PATHS if config else ():
-            section, _, name = field.rpartition(".")
-            if value := config[section][name]:
-                config[section][name] = os.fspath(as_path(value, f"config.{field}"))
-        return config
-    except OSError as error:
-        path = config_flags.get_config_filename(flags.FLAGS[flag.name])
-        raise UserError(f"--config={path} cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
+    accepts: Callable[[Any], bool]
+    words: str
 
 
-_POSITIVE = (
-    "train.num_steps", "train.batch_size", "train.accumulation_steps", "train.max_nonfinite_steps",
-    "optimizer.learning_rate", "optimizer.drop_learning_rate", "optimizer.clip_norm", "optimizer.eps",
-    "optimizer.spike_window", "checkpoint.every", "log.every", "log.heldout_batches", "log.score_samples",
-    "sample.cfg_t_max", "sample.num_steps", "sample.num_images", "data.read_threads", "data.prefetch",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "optimizer.drop_step", "optimizer.spike_sigma", "optimizer.weight_decay", "checkpoint.keep_every",
-    "log.heldout_every", "log.samples_every", "log.score_every", "sample.cfg_scale",
-    "sample.cfg_channels", "sample.cfg_t_min",
-)  # fmt: skip
-_PATHS = ("data.dir", "train.init_from", "train.compilation_cache")
-_SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay")
+def _whole(low: int, high: int = 2**31 - 1) -> Rule:
+    """Steps, counts and sizes; they meet int32 arithmetic on devices, so that is the limit where no lower one is."""
+    return Rule(lambda value: low <= value <= high, f"must lie in [{low}, {high}]")
+
+
+def _one_of(*choices: str) -> Rule:
+    return Rule(lambda value: value in choices, f"choose one of {', '.join(choices)}")
+
+
+def _in_float32(value: float) -> float:
+    """As devices hold it: numbers above float32's range are infinite there, and those below its normal range are 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(np.float32(value))
+    return rounded if abs(rounded) >= np.finfo(np.float32).tiny else 0.0
+
+
+_POSITIVE = Rule(lambda value: 0 < _in_float32(value) < np.inf, "must be positive and finite in float32")
+_NOT_NEGATIVE = Rule(lambda value: 0 <= value and _in_float32(value) < np.inf, "must be finite and not negative")
+_SHARE = Rule(lambda value: 0 <= value and _in_float32(value) < 1, "must be in [0, 1), in float32 too")
+_AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "must be -1 (what the others leave) or in [1, 1048576]")
+_NAME = Rule(lambda value: 0 < len(value) <= 100 and value.isprintable() and value.strip() == value != "",
+             "must be 1 to 100 printable characters, without spaces around them")  # fmt: skip
+_TEXT = Rule(lambda value: len(value) <= 10_000 and value.isprintable(), "must be at most 10000 printable characters")
+_PATH = Rule(lambda value: value == value.strip(), "must not begin or end with a space")
+
+# Of every field but booleans, whose type says it all. Limits above are far beyond any sensible value: they keep a
+# mistyped digit from asking for memory or hours that nobody has.
+RULES = {
+    "name": _NAME,
+    "seed": _whole(0, 2**32 - 1),
+    "model.input_size": _whole(1, 2**13),
+    "model.in_channels": _whole(1, 2**12),
+    "model.patch_size": _whole(1, 2**13),
+    "model.hidden_size": _whole(1, 2**17),
+    "model.depth": _whole(1, 2**10),
+    "model.num_heads": _whole(1, 2**12),
+    "model.num_kv_heads": _whole(0, 2**12),
+    "model.ffn_multiple_of": _whole(1, 2**20),
+    "model.num_classes": _whole(1, 2**24),
+    "model.class_dropout_prob": _SHARE,
+    "model.positions": _one_of("rope_1d", "rope_1d_sincos_2d"),
+    "model.alpha_init": _one_of("normal", "least_squares"),
+    "compute.dtype": _one_of("float32", "bfloat16"),
+    "compute.grad_dtype": _one_of("float32", "bfloat16"),
+    "compute.matmul_dtype": _one_of("same", "float8_e4m3fn", "int8"),
+    "compute.remat": _one_of("none", "block", "dots"),
+    "compute.attention": _one_of("auto", "xla", "cudnn"),
+    "compute.passes": _one_of("auto", "xla"),
+    "compute.layers": _one_of("auto", "scanned", "unrolled"),
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "mesh.slices": _whole(1, 2**20),
+    "mesh.gather": _one_of("codes", "bfloat16"),
+    "data.dir": _PATH,
+    "data.read_threads": _whole(1, 1024),
+    "data.prefetch": _whole(1, 1024),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.drop_step": _whole(0),
+    "optimizer.drop_learning_rate": _POSITIVE,
+    "optimizer.b1": _SHARE,
+    "optimizer.b2": _SHARE,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _POSITIVE,
+    "optimizer.ema_decay": _SHARE,
+    "optimizer.spike_sigma": _NOT_NEGATIVE,
+    "optimizer.spike_window": _whole(1),
+    "train.num_steps": _whole(1),
+    "train.batch_size": _whole(1),
+    "train.accumulation_steps": _whole(1),
+    "train.max_nonfinite_steps": _whole(1),
+    "train.init_from": _PATH,
+    "train.compilation_cache": _PATH,
+    "train.compiler_options": _TEXT,
+    "checkpoint.every": _whole(1),
+    # The newest checkpoint counts only once its checksums stand beside it: until then the one before it must stay.
+    "checkpoint.keep": _whole(2),
+    "checkpoint.keep_every": _whole(0),
+    "log.every": _whole(1),
+    "log.heldout_every": _whole(0),
+    "log.heldout_batches": _whole(1),
+    "log.samples_every": _whole(0),
+    "log.score_every": _whole(0),
+    "log.score_samples": _whole(1),
+    "sample.method": _one_of("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"),
+    "sample.num_steps": _whole(1, 1000),
+    "sample.spacing": _one_of("auto", "uniform", "quadratic", "power", "logsnr"),
+    "sample.cfg_scale": _NOT_NEGATIVE,
+    "sample.cfg_channels": _whole(0),
+    "sample.cfg_t_min": _whole(0, 999),
+    "sample.cfg_t_max": _whole(1, 1000),
+    "sample.num_images": _whole(1),
+}
+PATHS = ("data.dir", "train.init_from", "train.compilation_cache")
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a nested mapping as (dotted name, value)."""
+    for name, value in tree.items():
+        if isinstance(value, (dict, ConfigDict)):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuses values that cannot work. What concerns the architecture alone is checked by `DiTConfig.from_config`.
+    """Refuses fields of another type and values that cannot work, each for itself. How they go together is checked
+    where that is known: `DiTConfig`, `parallel.mesh`, `inference.sampling`, `training.setup`.
 
     Raises:
       UserError: naming the first offending field and its value.
     """
-    for field in _POSITIVE:
-        _check(config, field, lambda value: 0 < value < math.inf, "must be positive and finite")
-    for field in _NOT_NEGATIVE:
-        _check(config, field, lambda value: 0 <= value < math.inf, "must be finite and not negative")
-    for field in _SHARES:
-        _check(config, field, lambda value: 0 <= value < 1, "must be in [0, 1)")
-    _check(config, "seed", lambda value: 0 <= value < 2**32, "must lie in [0, 2**32)")
-    # The newest checkpoint counts only once its checksums stand beside it: until then the one before it must stay.
-    _check(config, "checkpoint.keep", lambda value: value >= 2, "must be at least 2")
+    fields = dict(flatten(config))
+    for field, default in flatten(base_config()):
+        if field not in fields:
+            raise UserError(f"config.{field} is missing: start from terdit_jax.config.base_config()")
+        check_type(field, fields[field], type(default))
+        check(field, fields[field], "config.")
 
 
-def _check(config: ConfigDict, field: str, accept: Callable[[float], bool], rule: str) -> None:
+def check(field: str, value: Any, prefix: str = "") -> None:
+    """Raises UserError, with the prefix before the field's name, for a value that the field's rule does not accept."""
+    rule = RULES.get(field)
+    if rule and not rule.accepts(value):
+        raise UserError(f"{prefix}{field}={shown(value)}: {rule.words}")
+
+
+def check_type(field: str, value: Any, kind: type) -> None:
+    """Raises UserError for a value of another type than a field's default has; whole numbers are floats too."""
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise UserError(f"config.{field}={value!r:.60}: must be of type {kind.__name__}, not {type(value).__name__}")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in errors: strings in quotes, and nothing longer than a line."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
+
+
+def nearest(field: str, known: Collection[str]) -> str:
+    """The end of an error about an unknown field: the names that may have been meant, or those there are."""
     section, _, name = field.rpartition(".")
-    value = config[section][name] if section else config[name]
-    if not accept(value):
-        raise UserError(f"config.{field}={value}: {rule}")
+    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
+    close = [one for one in known if one.rpartition(".")[2] == name]
+    if section and beside:
+        close += [beside[one] for one in difflib.get_close_matches(name, beside, 3, 0.6)]
+    else:
+        close += difflib.get_close_matches(field, known, 3, 0.6)
+    if close:
+        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
+    if section and beside:
+        return f"config.{section} has {', '.join(beside)}"
+    return "docs/configs.md has them all"

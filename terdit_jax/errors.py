@@ -79,21 +79,13 @@ def end_if_one_of_several() -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(_expand_home(argv))
+        rest = flags.FLAGS(argv)
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # the libraries' notes at INFO would bury our lines
         return rest
     except (flags.Error, UserError) as error:
         exit_with(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections reports an unknown or mistyped config field with these.
-        exit_with(str(error.args[0]) if error.args else type(error).__name__)
+        # ml_collections reports a config field of another type with these, absl a --flagfile that cannot be read.
+        exit_with(str(error) if error.args else type(error).__name__)
     raise AssertionError("unreachable")
-
-
-def _expand_home(argv: Sequence[str]) -> list[str]:
-    """The arguments with `~` expanded in --config, whose flag is not ours to parse."""
-    return [
-        f"--config={os.path.expanduser(argument.partition('=')[2])}" if argument.startswith("--config=~") else argument
-        for argument in argv
-    ]

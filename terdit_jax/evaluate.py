@@ -34,12 +34,16 @@ from terdit_jax.evaluation.suite import (
     open_reference,
     suite_metrics,
 )
-from terdit_jax.files import refusing, write_json
+from terdit_jax.files import check_output, refusing, write_json
 from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.runtime import load_model
+from terdit_jax.inference.sampling import NUM_TIMESTEPS
 from terdit_jax.interop.vae_weights import load_vae
-from terdit_jax.parallel.mesh import initialize_processes, local_mesh, make_mesh
+from terdit_jax.memory import check_host
+from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, refuse_unused
+from terdit_jax.parallel.mesh import local_mesh, make_mesh
+from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.untrusted import load_arrays
@@ -57,10 +61,12 @@ _SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the refer
 _FEATURES = flags.DEFINE_enum("features", INCEPTION, [INCEPTION, efficientnet.NAME], "Network; the second is a proxy.")
 _INCEPTION = define_path("inception", None, "Weights of Inception, .pth or .pb; fetched if not given.")
 _HALF_DISTANCES = flags.DEFINE_bool("half_distances", False, "Precision and recall in float16, as the ADM evaluator.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", lower_bound=1)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", lower_bound=2)
-_CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance; the run's own if not given.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", 1, MAX_BATCH)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", 2, MAX_IMAGES)
+_CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0)
+_NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS
+)
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
@@ -68,15 +74,18 @@ _VAE = define_path("vae", None, "Folder of the autoencoder, for a run that draws
 _OUTPUT = define_path("output", None, "JSON file to write; a new one.")
 
 
+_HOW_TO_DRAW = (_NUM_SAMPLES, _CFG_SCALE, _NUM_STEPS, _METHOD, _SEED, _WEIGHTS, _VAE)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    if _OUTPUT.value and epath.Path(_OUTPUT.value).exists():
-        raise UserError(f"--output={_OUTPUT.value}: exists already, name another file")
+    for flag in (_OUTPUT, _SAVE_REFERENCE):
+        if flag.value:
+            check_output(flag.value, f"--{flag.name}")
     # Many small steps: on CPUs, queueing them makes the threads of one step fight those of the next.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if _REFERENCE.value:
-        initialize_processes()
         _judge_by_suite()
     elif _WORKDIR.value:
         _judge_by_classifier()
@@ -94,8 +103,15 @@ def _judge_by_suite() -> None:
         )
     if _SAVE_REFERENCE.value and _FEATURES.value != INCEPTION:
         raise UserError(f"--save_reference holds Inception's statistics, not those of --features={_FEATURES.value}")
-    if _SAVE_REFERENCE.value and epath.Path(_SAVE_REFERENCE.value).exists():
-        raise UserError(f"--save_reference={_SAVE_REFERENCE.value}: exists already, name another file")
+    if _SAMPLES.value:
+        refuse_unused([_WORKDIR], "beside --samples, which --reference judges")
+    if not samples_path or not (epath.Path(samples_path) / "checkpoints").is_dir():
+        refuse_unused(_HOW_TO_DRAW, "where no run draws the samples")
+    if _FEATURES.value != INCEPTION:
+        refuse_unused([_INCEPTION], f"with --features={_FEATURES.value}")
+    if not samples_path:
+        refuse_unused([_HALF_DISTANCES], "without --samples")
+    initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
     samples = check_count(_open_samples(samples_path)) if samples_path else None
     if _FEATURES.value == INCEPTION:
@@ -164,11 +180,17 @@ def _write_reference(reference: Reference) -> None:
 
 def _judge_by_classifier() -> None:
     """Draws samples or reads them, judges them, prints the scores and writes them."""
+    refuse_unused((_SAVE_REFERENCE, _FEATURES, _INCEPTION, _HALF_DISTANCES, _BATCH_SIZE, _VAE), "without --reference")
+    if _SAMPLES.value:
+        refuse_unused([flag for flag in _HOW_TO_DRAW if flag is not _SEED], "beside --samples: those are judged")
     output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)
+    check_output(output, replace=not _OUTPUT.value)
     dataset = _open_pictures(_find_data(_WORKDIR.value))
     samples = _load_samples(_SAMPLES.value, dataset) if _SAMPLES.value else None
     train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
     if samples is None:
+        size = 8 * int(np.prod(dataset.metadata.shape))  # bytes of an image, and of what is computed of it
+        check_host(size * _NUM_SAMPLES.value, f"--num_samples={_NUM_SAMPLES.value}", "draw fewer")
         model = load_model(_WORKDIR.value, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
         images = model.draw(

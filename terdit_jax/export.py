@@ -14,16 +14,18 @@ from etils import epath
 import jax
 
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.interop.exports import FORMATS, export
+from terdit_jax.files import check_output
+from terdit_jax.interop.exports import FORMATS, check_options, export
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights, open_weights
+from terdit_jax.options import refuse_unused
 from terdit_jax.paths import define_path
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 _WORKDIR = define_path("workdir", None, "A training run.")
 _MODEL = define_path("model", None, "In its place: an artifact, a published checkpoint, or safetensors.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newest sound one if left out.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newest sound one if left out.", 0)
 _EMA = flags.DEFINE_bool("ema", True, "The averaged weights; --noema for those of the last step.")
 _FORMAT = flags.DEFINE_enum("format", "packed", FORMATS, "packed: the artifact of docs/format.md; torch: a folder.")
 _MASTERS = flags.DEFINE_bool("masters", False, "float32 master weights instead of ternary ones (torch, safetensors).")
@@ -41,6 +43,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--output is missing: name what to write, e.g. --output=model.safetensors")
     if _OUTPUT.value and _REPORT.value:
         raise UserError("--report writes nothing: leave out --output")
+    if _REPORT.value:
+        refuse_unused((_FORMAT, _MASTERS, _COMPRESS), "with --report")
+    else:
+        check_output(_OUTPUT.value)
+        check_options(_FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value)
     if _WORKDIR.value and not (epath.Path(_WORKDIR.value) / "checkpoints").is_dir():
         raise UserError(f"--workdir={_WORKDIR.value} holds no run: give the --workdir of a training run that has saved")
     jax.config.update("jax_platforms", "cpu")  # conversion is host work, also where there are accelerators

@@ -210,6 +210,32 @@ def refuse_existing(path: epath.PathLike, flag: str = "--output") -> None:
         raise UserError(f"{flag}={os.fspath(path)}: exists already, name another place")
 
 
+def check_output(path: epath.PathLike, flag: str = "--output", *, replace: bool = False) -> None:
+    """Finds out before the work whether a file can be written behind it; nothing is left of the trial.
+
+    Args:
+      path: of the file to write.
+      flag: that names it.
+      replace: whether it may take the place of a file that is there.
+
+    Raises:
+      UserError: something is there that may not be replaced, or its folder takes no files.
+    """
+    if not replace:
+        refuse_existing(path, flag)
+    if is_remote(path):
+        return
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{flag}={os.fspath(path)}: is no file, name another place")
+    folder = Path(os.path.abspath(path)).parent
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag}={os.fspath(path)}: {folder} takes no files ({error.strerror or error})") from error
+
+
 def _reserve(place: epath.PathLike, name: str, *, folder: bool) -> tuple[epath.Path, int]:
     """A new file or folder in `place` for what will be called `name`, and a descriptor that holds a lock on it: what
     nobody locks is left from a writer that was killed."""

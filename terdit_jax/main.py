@@ -9,10 +9,9 @@ from functools import partial
 from absl import flags, logging
 from etils import epath
 import jax
-from ml_collections import config_flags
 import numpy as np
 
-from terdit_jax.config import read_flag
+from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
 from terdit_jax.inference.decoding import to_pictures
@@ -20,20 +19,18 @@ from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.interop.weights import start_params
 from terdit_jax.model.transformer import make_operands
-from terdit_jax.parallel.mesh import initialize_processes
+from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 from terdit_jax.training.loop import DrawGrid, train
 from terdit_jax.training.profile import parse_steps
 from terdit_jax.training.setup import Setup, set_up
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), as configs/digits.py.")
+_CONFIG = define_config("File with get_config(), as configs/digits.py, or a run's config.json.")
 _WORKDIR = define_path("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
 _HEARTBEAT = define_path(
-    "heartbeat",
-    "",
-    "File that every process renews while it makes steps; WORKDIR/heartbeat.json, by the first, if empty.",
+    "heartbeat", None, "File that every process renews while it trains; WORKDIR/heartbeat.json, by the first, if none."
 )
-_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: steps to trace for xprof, into WORKDIR/profile.")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: steps to trace for xprof, into WORKDIR/profile.")
 
 _DRAWN_AT_ONCE = 256
 
@@ -41,7 +38,7 @@ _DRAWN_AT_ONCE = 256
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    config = read_flag(_CONFIG)
+    config = read_config(_CONFIG)
     if config is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are both needed, e.g. --config=configs/digits.py --workdir=runs/digits")
     # On CPUs, steps dispatched asynchronously fight over the cores: five times slower on two of them.
@@ -57,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if config.log.score_every:
         judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)
     load_start = partial(start_params, start, setup.model) if start else None
-    train(setup, _grid_drawer(setup, draw), load_start, judge, _HEARTBEAT.value or None, profile)
+    train(setup, _grid_drawer(setup, draw), load_start, judge, _HEARTBEAT.value, profile)
 
 
 def _drawer(setup: Setup) -> DrawPictures:

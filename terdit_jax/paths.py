@@ -69,7 +69,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def define_path(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder[str | None]:
-    """A flag that names a place; its value is a string that `as_path` has been through, or empty."""
+    """A flag that names a place; its value is a string that `as_path` has been through."""
     return flags.DEFINE(_PathParser(name), name, default, help, serializer=flags.ArgumentSerializer(), **options)
 
 
@@ -81,7 +81,9 @@ class _PathParser(flags.ArgumentParser):
         self._name = name
 
     def parse(self, argument: str) -> str:
-        return os.fspath(as_path(argument, f"--{self._name}")) if argument else ""
+        if not argument.strip():
+            raise UserError(f"--{self._name}={argument}: is empty, give a path or leave it out")
+        return os.fspath(as_path(argument, f"--{self._name}"))
 
     def flag_type(self) -> str:
         return "path"

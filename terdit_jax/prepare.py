@@ -16,19 +16,21 @@ import jax
 
 from terdit_jax.data import builder, schema, sources
 from terdit_jax.data.codec import Codec, PixelCodec, VAECodec
+from terdit_jax.data.crop import MAX_SIZE
 from terdit_jax.data.inspection import format_report, inspect
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.tar_source import make_tar_source
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import check_output
 from terdit_jax.inference.contact_sheet import make_contact_sheet
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import save_png, to_uint8
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
-from terdit_jax.parallel.mesh import initialize_processes
+from terdit_jax.memory import check_host
+from terdit_jax.options import define_float, refuse_unused
+from terdit_jax.parallel.processes import check_devices, initialize_processes
 from terdit_jax.paths import define_path
-
-_SHARD_MB_RANGE = (1e-3, 1e6)
 
 _SOURCE = flags.DEFINE_enum(
     "source", None, ["digits", "folder", "tar", "tfds"],
@@ -38,37 +40,51 @@ _SOURCE = flags.DEFINE_enum(
 _INPUT = define_path("input", None, "The folder, the archive, or the name of the TFDS data set.")
 _DATA_DIR = define_path("data_dir", None, "Where TFDS keeps its data sets; its own default if left out.")
 _OUTPUT = define_path("output", None, "Directory of the data set, new or unfinished; with --inspect a .png.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Height and width of the centre crop; 32, or 256 with --vae.")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Height and width of the centre crop; 32, or 256 with --vae.", 1, MAX_SIZE
+)
 _CHANNELS = flags.DEFINE_integer("channels", None, "3 (RGB) or 1 (grey); 3 if not given.")
-_HELDOUT_SHARE = flags.DEFINE_float("heldout_share", None, "Share held out where the source has no such split.")
+_HELDOUT_SHARE = define_float(
+    "heldout_share", None, "Share held out where the source has no such split.", low=1e-6, high=1 - 1e-6
+)
 _VAE = define_path(
     "vae", None, "Stores latents of this autoencoder: a folder, or a name such as stabilityai/sd-vae-ft-ema."
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "Of the autoencoder; float32 on CPUs, else bfloat16."
 )
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Pictures that a device encodes at once.", lower_bound=1, upper_bound=4096
-)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures that a device encodes at once.", 1, 4096)
 _MIRROR = flags.DEFINE_bool("mirror", None, "Also store each mirrored picture; by default with --vae only.")
-_MAX_BAD_SHARE = flags.DEFINE_float("max_bad_share", 0.01, "Abort when more than this share cannot be decoded.")
-_SHARD_MB = flags.DEFINE_float("shard_mb", 256, "Size of a shard in MiB, before compression.")
+_MAX_BAD_SHARE = define_float(
+    "max_bad_share", 0.01, "Abort when more than this share cannot be decoded.", low=0, high=1 - 1e-6
+)
+_SHARD_MB = define_float("shard_mb", 256, "Size of a shard in MiB, before compression.", low=1e-3, high=1e6)
 _WORKER = flags.DEFINE_string("worker", None, "K/N: make every N-th shard from the K-th on, K from 0.")
 _INSPECT = define_path("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
-_NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 48, "Records that --inspect looks at.", lower_bound=1, upper_bound=4096
-)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 48, "Records that --inspect looks at.", 1, 4096)
+
+
+_ONLY_BUILD = (
+    _SOURCE, _INPUT, _DATA_DIR, _IMAGE_SIZE, _CHANNELS, _HELDOUT_SHARE, _DTYPE, _BATCH_SIZE, _MIRROR, _MAX_BAD_SHARE,
+    _SHARD_MB, _WORKER,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepares the data set that the flags describe, says that it is already there, or shows one."""
     del argv
     if _INSPECT.value is not None:
+        refuse_unused(_ONLY_BUILD, "with --inspect")
         return _inspect(_INSPECT.value)
+    refuse_unused([_NUM_SAMPLES], "without --inspect")
     if not _OUTPUT.value:
         raise UserError("--output is missing: name the directory of the data set, such as --output=data/digits")
-    if not _SHARD_MB_RANGE[0] <= _SHARD_MB.value <= _SHARD_MB_RANGE[1]:  # absl's own bounds let NaN pass
-        raise UserError(f"--shard_mb={_SHARD_MB.value}: must be from {_SHARD_MB_RANGE[0]:g} to {_SHARD_MB_RANGE[1]:g}")
+    if _SOURCE.value is None:
+        raise UserError("--source is missing: digits, folder, tar or tfds")
+    if _SOURCE.value != "tfds":
+        refuse_unused([_DATA_DIR], f"with --source={_SOURCE.value}")
+    if _VAE.value is None:
+        refuse_unused([_DTYPE, _BATCH_SIZE], "without --vae")
     worker, wait = _find_worker()
     source, codec = _make_source(), _make_codec()
     mirror = _VAE.value is not None if _MIRROR.value is None else _MIRROR.value
@@ -107,8 +123,6 @@ def _find_worker() -> tuple[tuple[int, int], bool]:
 
 
 def _make_source() -> sources.Source:
-    if _SOURCE.value is None:
-        raise UserError("--source is missing: digits, folder, tar or tfds")
     if _SOURCE.value == "digits":
         for flag in (_INPUT, _IMAGE_SIZE, _CHANNELS, _VAE):
             if flag.value is not None:
@@ -131,17 +145,20 @@ def _make_codec() -> Codec:
     if _VAE.value is None:
         return PixelCodec()
     config, params = load_vae(_VAE.value)
+    side = _IMAGE_SIZE.value or 256
+    # One batch is encoded, one written, and two are decoded.
+    check_host(4 * _BATCH_SIZE.value * side**2 * 3 * 4, f"--batch_size={_BATCH_SIZE.value}", "encode fewer at once")
+    check_devices()
     dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return VAECodec(config, params, vae_identity(config, params), dtype, _BATCH_SIZE.value)
 
 
 def _inspect(path: str) -> None:
-    dataset = open_dataset(path)
     output = _OUTPUT.value or f"{path.rstrip('/')}.png"
     if not output.endswith(".png"):
         raise UserError(f"--output={output}: must end in .png")
-    if epath.Path(output).exists():
-        raise UserError(f"--output={output}: exists, name another file")
+    check_output(output)
+    dataset = open_dataset(path)
     vae = load_vae(_VAE.value) if _VAE.value else None
     inspected = inspect(dataset, _NUM_SAMPLES.value)
     scale = dataset.metadata.latent_scale

@@ -20,37 +20,47 @@ from terdit_jax.config import base_config
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import check_output
 from terdit_jax.inference.modes import MODES
 from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.runtime import DTYPES, Denoiser, load_model
-from terdit_jax.inference.sampling import check_settings
-from terdit_jax.inference.shards import Shards
+from terdit_jax.inference.sampling import NUM_TIMESTEPS, check_settings
+from terdit_jax.inference.shards import Shards, check_set
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.labels import check_labels
-from terdit_jax.parallel.mesh import initialize_processes, local_mesh
+from terdit_jax.memory import check_host
+from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float
+from terdit_jax.parallel.mesh import local_mesh
+from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 
 _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.", 0)
 _LABELS = flags.DEFINE_list("labels", None, "Classes to draw; all of them if left out.")
 _LABEL_ORDER = flags.DEFINE_enum("label_order", "balanced", LABEL_ORDERS, "The classes in turn, or drawn by seed.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Pictures; one for each label if left out.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's config.sample if left out.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Pictures; one for each label if left out.", 1, MAX_IMAGES)
+_NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "Denoising steps; the run's config.sample if left out.", 1, NUM_TIMESTEPS
+)
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's config.sample if left out.")
 _SPACING = flags.DEFINE_enum("spacing", None, ("auto", *SPACINGS), "Of the steps; as config.sample if left out.")
-_CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.")
-_CFG_T_MIN = flags.DEFINE_integer("cfg_t_min", None, "First timestep guided; the run's config.sample if left out.")
-_CFG_T_MAX = flags.DEFINE_integer("cfg_t_max", None, "First timestep no longer guided; likewise.")
+_CFG_SCALE = define_float("cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.", low=0)
+_CFG_T_MIN = flags.DEFINE_integer(
+    "cfg_t_min", None, "First timestep guided; the run's config.sample if left out.", 0, NUM_TIMESTEPS - 1
+)
+_CFG_T_MAX = flags.DEFINE_integer("cfg_t_max", None, "First timestep no longer guided; likewise.", 1, NUM_TIMESTEPS)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Of all noise: picture i depends on (seed, i) alone.", lower_bound=0, upper_bound=2**32 - 1
 )
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
 _MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.", 1, MAX_BATCH)
 _VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
-_OUTPUT = define_path("output", None, "A .png for a grid, a .npz for arr_0 (uint8) and labels, else a folder of PNGs.")
+_OUTPUT = define_path(
+    "output", None, "A .png for a grid, replaced if there, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,12 +71,11 @@ def main(argv: Sequence[str]) -> None:
     output = epath.Path(_OUTPUT.value)
     if output.suffix not in ("", ".png", ".npz"):
         raise UserError(f"--output={output}: must end in .png or .npz, or name a folder")
-    for flag in (_NUM_SAMPLES, _NUM_STEPS, _BATCH_SIZE):
-        if flag.value is not None and flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value}: must be positive")
-    if _CFG_SCALE.value is not None and not 0 <= _CFG_SCALE.value < float("inf"):
-        raise UserError(f"--cfg_scale={_CFG_SCALE.value}: must be finite and not negative")
     classes = _parse_classes()
+    if output.suffix == ".png":
+        check_output(output, replace=True)
+    else:
+        check_set(output)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
     vae = load_vae(_VAE.value) if _VAE.value else None
@@ -94,6 +103,8 @@ def main(argv: Sequence[str]) -> None:
     settings["spacing"] = resolve_spacing(settings["spacing"], settings["method"])
     options = {"seed": _SEED.value, "vae": vae, **given}
     if output.suffix == ".png":
+        size = (vae[0].downsampling if vae else 1) * model.config.input_size
+        check_host(20 * len(labels) * size**2, f"--num_samples={len(labels)}", "write a .npz, which is drawn in parts")
         _draw_grid(model, output, labels, options)
     else:
         _draw_set(model, output, classes, labels, settings, options)

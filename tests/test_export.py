@@ -77,7 +77,7 @@ def test_the_report_writes_nothing(sources, tmp_path, capsys, source):
 BAD = {
     "neither source": ([], "give either --workdir .* or --model"),
     "both sources": (["--workdir={run}", "--model={packed}"], "give either --workdir .* or --model"),
-    "no output": (["--model={packed}", "--output="], "--output is missing"),
+    "no output": (["--model={packed}", "--output="], "--output=: is empty, give a path or leave it out"),
     "a report to a file": (["--model={packed}", "--report"], "--report writes nothing: leave out --output"),
     "no run": (["--workdir={empty}"], "--workdir=.*empty holds no run"),
     "an artifact for a run": (["--workdir={packed}"], "--workdir=.*packed.safetensors holds no run"),
@@ -109,7 +109,7 @@ def test_nothing_is_overwritten(sources, tmp_path, options):
     with pytest.raises(UserError, match=f"--output={output}: exists already"):
         run(f"--model={sources['packed']}", f"--output={output}", *options)
     if options != ["--format=torch"] or "torch" in sys.modules:
-        with pytest.raises(UserError, match=f"cannot write {output}/deeper: Not a directory"):
+        with pytest.raises(UserError, match=f"--output={output}/deeper: {output} takes no files .Not a directory"):
             run(f"--model={sources['packed']}", f"--output={output}/deeper", *options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and output.read_text() == "precious"
 

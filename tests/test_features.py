@@ -94,7 +94,8 @@ def test_features_that_are_not_finite_are_refused():
 def test_two_processes_have_the_features_of_one():
     code = """
 import sys; sys.path.insert(0, "tests")
-from terdit_jax.parallel.mesh import initialize_processes, local_mesh
+from terdit_jax.parallel.mesh import local_mesh
+from terdit_jax.parallel.processes import initialize_processes
 initialize_processes()
 import jax, test_features
 assert jax.process_count() == 2

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from traced import products
 
-from terdit_jax.config import base_config
+from terdit_jax.config import RULES, base_config
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import abstract_params, forward, make_operands
+from terdit_jax.model.transformer import abstract_params, count_params, forward, make_operands
 
 SIZES = {  # name: (hidden_size, depth, num_heads) of the published models
     "600M": (1536, 16, 32),
@@ -82,16 +82,17 @@ POSITIVE = (
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *(({name: value}, f"model.{name}={value}: must be positive") for name in POSITIVE for value in (0, -1)),
-        ({"num_kv_heads": -1}, "model.num_kv_heads=-1: must be positive"),
+        *(({name: 0}, f"model.{name}=0: {RULES[f'model.{name}'].words}") for name in POSITIVE),
+        *(({name: -1}, f"model.{name}=-1: {RULES[f'model.{name}'].words}") for name in POSITIVE),
+        ({"num_kv_heads": -1}, "model.num_kv_heads=-1: must lie in [0, 4096]"),
         ({"patch_size": 3}, "model.input_size=32 is not divisible by model.patch_size=3"),
         ({"num_heads": 7}, "model.hidden_size=1536 is not divisible by model.num_heads=7"),
         ({"hidden_size": 96}, "model.hidden_size / model.num_heads = 3: RoPE needs an even width"),
         ({"num_kv_heads": 5}, "model.num_heads=32 is not divisible by model.num_kv_heads=5"),
         ({"num_kv_heads": 64}, "model.num_heads=32 is not divisible by model.num_kv_heads=64"),
         ({"hidden_size": 6, "num_heads": 3}, "model.hidden_size=6: must be a multiple of 4 to be packed"),
-        ({"class_dropout_prob": 1.0}, "model.class_dropout_prob=1.0: must be in [0, 1)"),
-        ({"class_dropout_prob": -0.1}, "model.class_dropout_prob=-0.1: must be in [0, 1)"),
+        ({"class_dropout_prob": 1.0}, "model.class_dropout_prob=1.0: must be in [0, 1), in float32 too"),
+        ({"class_dropout_prob": -0.1}, "model.class_dropout_prob=-0.1: must be in [0, 1), in float32 too"),
         ({"positions": "rope"}, "model.positions='rope': choose one of rope_1d, rope_1d_sincos_2d"),
         ({"alpha_init": "one"}, "model.alpha_init='one': choose one of normal, least_squares"),
         ({"dtype": "float16"}, "compute.dtype='float16': choose one of float32, bfloat16"),
@@ -103,6 +104,11 @@ POSITIVE = (
         ),
         ({"remat": "all"}, "compute.remat='all': choose one of none, block, dots"),
         ({"attention": "flash"}, "compute.attention='flash': choose one of auto, xla, cudnn"),
+        (
+            {"hidden_size": 2**17, "depth": 1024, "num_heads": 2**10},
+            "model.hidden_size=131072, model.depth=1024 and the others make 212,002,279,115,808 parameters, "
+            "848,009,116,463,232 bytes: give a smaller model",
+        ),
         ({"gather": "weights"}, "mesh.gather='weights': choose one of codes, bfloat16"),
     ],
 )
@@ -115,6 +121,21 @@ def test_what_makes_no_model_is_refused(fields, message):
 def test_a_feed_forward_that_cannot_be_packed_is_refused():
     with pytest.raises(UserError, match="ffn_multiple_of=6"):
         from_fields(hidden_size=64, num_heads=4, ffn_multiple_of=6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"ternary": False},
+        {"qk_norm": False, "adaln_rms_norm": False},
+        {"hidden_size": 2048, "num_heads": 16, "num_kv_heads": 4, "depth": 3},
+        {"in_channels": 1, "patch_size": 4, "num_classes": 10, "hidden_size": 32, "num_heads": 4},
+    ],
+)
+def test_parameters_are_counted_without_shapes(fields):
+    model = from_fields(**fields)
+    assert model.num_params == count_params(model)["total"]
 
 
 @pytest.mark.parametrize(("name", "teraflops"), [("600M", 0.238), ("4.2B", 1.88)])

@@ -41,6 +41,9 @@ _NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+_MOST_CHIPS = 2**17
+_MOST_CPUS = 1024  # each is some threads of this machine
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -93,7 +96,7 @@ def parse_topology(name: str) -> Topology:
     Raises:
       UserError: a family or shape that is unknown.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    match = re.fullmatch(r"(\w+):([0-9]{1,6}(?:x[0-9]{1,6})*)", name)
     if match is None:
         raise UserError(f"--topology={name}: give a chip and a shape, as {EXAMPLES}")
     family, shape = match[1], tuple(int(size) for size in match[2].split("x"))
@@ -104,6 +107,8 @@ def parse_topology(name: str) -> Topology:
     dims = chip.torus_dims if chip and chip.torus_dims else 1
     if len(shape) != dims or not all(shape):
         raise UserError(f"--topology={name}: {family} takes {dims} positive size{'s' * (dims > 1)}, as {EXAMPLES}")
+    if math.prod(shape) > (most := _MOST_CHIPS if chip else _MOST_CPUS):
+        raise UserError(f"--topology={name}: has {math.prod(shape):,} devices, give at most {most:,}")
     if chip and chip.node_size:
         per_node = min(shape[0], chip.node_size)
         if shape[0] % per_node:

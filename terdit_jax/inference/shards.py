@@ -18,7 +18,7 @@ from etils import epath
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.files import new_file, refusing
+from terdit_jax.files import check_output, new_file, refusing
 from terdit_jax.inference.pictures import encode_png
 from terdit_jax.paths import as_path, is_remote
 from terdit_jax.untrusted import load_arrays, parse_json, printable, reading, short_json
@@ -195,6 +195,18 @@ def _is_shard(pictures: np.ndarray, labels: np.ndarray, size: int) -> bool:
     """Whether these can be what `Shards.write` wrote."""
     sound = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3
     return sound and labels.dtype.kind == "i" and len(pictures) == size and labels.shape == (size,)
+
+
+def check_set(output: epath.Path) -> None:
+    """Raises UserError for an output that no set can have or be continued in, whatever its plan."""
+    settings = output.with_name(output.name + ".json") if output.suffix == ".npz" else output / "settings.json"
+    try:
+        if output.exists() and not settings.exists():
+            raise UserError(f"--output={output}: exists and no {settings.name} tells its settings; name another place")
+    except OSError as error:
+        raise UserError(f"--output={output}: {error.strerror or error}") from error
+    if not output.exists():
+        check_output(output)
 
 
 def _in_color(pictures: np.ndarray) -> np.ndarray:

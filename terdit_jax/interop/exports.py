@@ -40,14 +40,9 @@ def export(
       UserError: a path that exists or cannot be written, a kind that this model does not have, or no PyTorch.
     """
     model, path = weights.model, as_path(path, "--output")
-    if kind not in FORMATS:
-        raise UserError(f"--format={kind}: choose one of {', '.join(FORMATS)}")
+    check_options(kind, masters=masters, compress=compress)
     if kind == "packed" and not model.ternary:
         raise UserError(f"{weights.source} is full precision, nothing to pack: give --format=torch or safetensors")
-    if kind == "packed" and masters:
-        raise UserError("--masters: a packed artifact holds ternary weights; give --format=torch or safetensors")
-    if compress and kind != "packed":
-        raise UserError(f"--compress: only --format=packed can be compressed, not {kind}")
     if masters and model.ternary and not weights.masters:
         raise UserError(f"{weights.source} holds ternary weights only, there are no master weights to export")
     refuse_existing(path)
@@ -61,6 +56,16 @@ def export(
     else:
         write_plain(path, weights.description, layout, tensors)
     return []
+
+
+def check_options(kind: str, *, masters: bool, compress: bool) -> None:
+    """Raises UserError for what `export` can do with no model."""
+    if kind not in FORMATS:
+        raise UserError(f"--format={kind}: choose one of {', '.join(FORMATS)}")
+    if kind == "packed" and masters:
+        raise UserError("--masters: a packed artifact holds ternary weights; give --format=torch or safetensors")
+    if compress and kind != "packed":
+        raise UserError(f"--compress: only --format=packed can be compressed, not {kind}")
 
 
 def _tensors(weights: Weights, ternary: bool) -> Iterator[tuple[str, np.ndarray]]:

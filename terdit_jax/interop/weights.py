@@ -67,7 +67,8 @@ def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = N
       masters: prefer master weights where a folder holds both those and ternary ones.
 
     Raises:
-      UserError: nothing there that can be read, or a step of something that is no workdir.
+      UserError: nothing there that can be read, a step of something that is no workdir, or raw weights of a file that
+        holds averaged ones.
     """
     place = as_path(path)
     if (place / "checkpoints").is_dir():
@@ -79,9 +80,10 @@ def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = N
     local = local_path(place)
     if local.is_dir():
         return _open_torch(_find_consolidated(local, ema, masters))
-    if local.suffix == ".pth":
-        return _open_torch(local)
-    return _open_container(local)
+    weights = _open_torch(local) if local.suffix == ".pth" else _open_container(local)
+    if weights.description.ema and not ema:
+        raise UserError(f"{place} holds averaged weights alone, but raw ones were asked for")
+    return weights
 
 
 def packed_leaves(model: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.ndarray]]:

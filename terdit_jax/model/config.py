@@ -9,10 +9,11 @@ import math
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from terdit_jax.config import RULES, check
 from terdit_jax.errors import UserError
-from terdit_jax.parallel.gather import GATHERS
 
 MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this
+MAX_PARAMS = 10**13  # more than any machine trains: beyond it, not even shapes are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,10 @@ class DiTConfig:
         return model
 
     def _check(self) -> None:
-        for field in ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads"):
-            _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}: must be positive")
-        for field in ("ffn_multiple_of", "num_classes"):
-            _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}: must be positive")
+        for field in RULES:
+            section, _, name = field.rpartition(".")
+            if section in ("model", "compute") or field == "mesh.gather":
+                check(field, getattr(self, name))
         _require(
             self.input_size % self.patch_size == 0,
             f"model.input_size={self.input_size} is not divisible by model.patch_size={self.patch_size}",
@@ -82,25 +83,6 @@ class DiTConfig:
             "must be a multiple of 4 to be packed",
         )
         _require(
-            0 <= self.class_dropout_prob < 1,
-            f"model.class_dropout_prob={self.class_dropout_prob}: must be in [0, 1)",
-        )
-        for field, choices in (
-            ("positions", ("rope_1d", "rope_1d_sincos_2d")),
-            ("alpha_init", ("normal", "least_squares")),
-        ):
-            _one_of(f"model.{field}", getattr(self, field), choices)
-        for field, choices in (
-            ("dtype", ("float32", "bfloat16")),
-            ("grad_dtype", ("float32", "bfloat16")),
-            ("matmul_dtype", ("same", "float8_e4m3fn", "int8")),
-            ("remat", ("none", "block", "dots")),
-            ("attention", ("auto", "xla", "cudnn")),
-            ("passes", ("auto", "xla")),
-            ("layers", ("auto", "scanned", "unrolled")),
-        ):
-            _one_of(f"compute.{field}", getattr(self, field), choices)
-        _require(
             self.attention != "cudnn" or self.fits_cudnn(256),
             f"compute.attention='cudnn': takes bfloat16 and heads of at most 256 features, a multiple of 8; here it is "
             f"{self.dtype} and {self.head_dim}: give 'auto'",
@@ -109,7 +91,11 @@ class DiTConfig:
             self.ternary or self.matmul_dtype == "same",
             f"compute.matmul_dtype={self.matmul_dtype!r}: is of ternary models, not of full precision; give 'same'",
         )
-        _one_of("mesh.gather", self.gather, GATHERS)
+        _require(
+            self.num_params <= MAX_PARAMS,
+            f"model.hidden_size={self.hidden_size}, model.depth={self.depth} and the others make {self.num_params:,} "
+            f"parameters, {4 * self.num_params:,} bytes: give a smaller model",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -150,6 +136,19 @@ class DiTConfig:
     def activation_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
+    @property
+    def num_params(self) -> int:
+        """Parameters, counted without making the model, or its shapes."""
+        width, condition, patch = self.hidden_size, self.condition_width, self.patch_size**2 * self.in_channels
+        layer = 2 * width * (width + self.kv_width) + 3 * width * self.mlp_width  # q, k, v, out and w1, w2, w3
+        layer += 6 * width * (condition + 1)  # adaLN
+        layer += 2 * width + 2 * (width + self.kv_width) * self.qk_norm  # norms
+        layer += (6 * width * self.adaln_rms_norm + 8) * self.ternary  # norm after adaLN, alphas
+        ends = patch * width + width  # patch embedder
+        ends += (256 + condition + 2) * condition + (self.num_classes + 1) * condition  # timestep and label
+        ends += 2 * width * (condition + 1) + 2 * patch * (width + 1)  # final layer
+        return self.depth * layer + ends
+
     def flops_per_image(self) -> float:
         """Multiplications and additions of one forward pass of one image: every matmul and attention, nothing else.
 
@@ -166,7 +165,3 @@ class DiTConfig:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{field}={value!r}: choose one of {', '.join(choices)}")

@@ -1,11 +1,10 @@
-"""The device mesh (data, fsdp, tensor) and the start of several processes.
+"""The device mesh (data, fsdp, tensor): this module only arranges the devices.
 
-How arrays lie on the mesh is `sharding`'s; this module only arranges the devices.
+How arrays lie on the mesh is `sharding`'s, how processes meet `processes`'s.
 """
 
 from collections.abc import Sequence
 import math
-import os
 
 import jax
 from jax.experimental import mesh_utils
@@ -14,39 +13,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.parallel.processes import check_devices
 
 AXES = ("data", "fsdp", "tensor")
-
-# Any of these says that a cluster has started several processes of this program; jax.distributed finds the rest.
-_CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
-
-# A process that dies must end the others in less than two minutes; by default they would wait for up to five, those
-# that are still joining the others included.
-_PATIENCE = {"initialization_timeout": 90, "heartbeat_timeout_seconds": 45, "shutdown_timeout_seconds": 60}
-
-
-def initialize_processes() -> None:
-    """Joins the processes of a multi-process run through `jax.distributed`; does nothing in a single process.
-
-    A run has several processes when a TPU pod, SLURM or Open MPI started it, or when JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are set.
-    """
-    if jax.distributed.is_initialized():
-        return
-    if "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"),
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-            **_PATIENCE,
-        )
-    elif (
-        any(name in os.environ for name in _CLUSTER_VARIABLES)
-        or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-        or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1  # set by srun only
-        or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    ):
-        jax.distributed.initialize(**_PATIENCE)
 
 
 def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
@@ -80,7 +49,9 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     Raises:
       UserError: as `mesh_shape` and `_slices` do.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        check_devices()
+        devices = jax.devices()
     data, *within = mesh_shape(mesh, len(devices))
     slices = _slices(devices, mesh.get("slices", 1))
     # A torus whose dimensions the axes do not follow is split: 256 by 8 chips lie on 8 x 16 x 16 only so.
@@ -137,11 +108,13 @@ def fsdp_rings(mesh: Mesh) -> tuple[int, ...]:
 
 def single_device_mesh() -> Mesh:
     """The mesh of this process's first device alone."""
+    check_devices()
     return _data_mesh(jax.local_devices()[:1])
 
 
 def local_mesh() -> Mesh:
     """The mesh of this process's devices, all of them along data: for work that processes share without talking."""
+    check_devices()
     return _data_mesh(jax.local_devices())
 
 

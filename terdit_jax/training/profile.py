@@ -1,5 +1,6 @@
 """Traces of chosen steps for xprof or TensorBoard's profile plug-in, in WORKDIR/profile."""
 
+import re
 from typing import NamedTuple
 
 from absl import logging
@@ -18,14 +19,12 @@ class Steps(NamedTuple):
     last: int
 
 
-def parse_steps(text: str) -> Steps | None:
-    """FIRST:LAST as written on the command line; None if empty. Raises UserError if it is anything else."""
-    if not text:
+def parse_steps(text: str | None) -> Steps | None:
+    """FIRST:LAST as written on the command line; None if left out. Raises UserError if it is anything else."""
+    if text is None:
         return None
-    try:
-        steps = Steps(*(int(part) for part in text.split(":")))
-    except (TypeError, ValueError):
-        steps = Steps(0, 0)
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    steps = Steps(*map(int, match.groups())) if match else Steps(0, 0)
     if not 0 < steps.first <= steps.last:
         raise UserError(f"--profile={text}: give the first and the last step, as --profile=100:105")
     return steps

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+import math
 
 from etils import epath
 import jax
@@ -14,13 +15,17 @@ from terdit_jax.data.reader import AnyDataset, open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
+from terdit_jax.memory import check_host, host_memory
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.implementations import attention_implementation
 from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, batch_shards, check_heads
 from terdit_jax.paths import as_path
 from terdit_jax.training.optimizer import make_optimizer
+
+_STATE_COPIES = 4  # of every parameter in float32: itself, two moments, EMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
+    check_memory(config, model, mesh)
     check_arrays(model, mesh)
     check_options(compiler_options(config, mesh), jax.local_devices()[0])
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
@@ -68,6 +74,33 @@ def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
             f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
         )
     check_heads(model.num_kv_heads, mesh)
+
+
+def check_memory(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
+    """Raises UserError for what no device or host here can hold: by the least that a run needs, so it misses some."""
+    local, shards = mesh.local_devices, mesh.shape["fsdp"] * mesh.shape["tensor"]
+    state = _STATE_COPIES * 4 * model.num_params // shards
+    examples = max(1, config.train.batch_size // (config.train.accumulation_steps * batch_shards(mesh)))
+    tokens = model.num_tokens // mesh.shape["tensor"]
+    numbers = examples * tokens * model.hidden_size * model.depth
+    if attention_implementation(model) == "xla":  # which makes the scores of all pairs of tokens
+        numbers += examples * model.num_heads // mesh.shape["tensor"] * model.num_tokens**2
+    kept = numbers * model.activation_dtype.itemsize
+    limit = (local[0].memory_stats() or {}).get("bytes_limit") or host_memory() // len(local)
+    if state + kept > limit:
+        raise UserError(
+            f"config.model of {model.num_params:,} parameters, config.train.batch_size={config.train.batch_size}: a "
+            f"device would hold at least {state + kept:,} bytes of its {limit:,}; give a smaller model, smaller "
+            "microbatches (train.accumulation_steps) or more devices"
+        )
+    example = 4 * math.prod(model.sample_shape)  # bytes of a record, and of a drawn image
+    prefetched = config.train.batch_size // jax.process_count() * example * (config.data.prefetch + 2)
+    what = f"config.train.batch_size={config.train.batch_size}, config.data.prefetch={config.data.prefetch}"
+    check_host(prefetched, what, "give fewer of either")
+    for section, field in (("sample", "num_images"), ("log", "score_samples")):
+        count = config[section][field]
+        if section == "sample" and config.log.samples_every or section == "log" and config.log.score_every:
+            check_host(5 * count * example, f"config.{section}.{field}={count}", "give fewer")
 
 
 def check_arrays(model: DiTConfig, mesh: Mesh) -> None:

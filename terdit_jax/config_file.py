@@ -1,0 +1,208 @@
+"""Configuration files and the flag that names one: a Python file with `get_config()`, or the `config.json` of a run.
+
+Fields, types and rules are `config`'s. Whatever is wrong with a file or an override is a UserError of one line.
+"""
+
+from collections.abc import Iterator
+import os
+import re
+import sys
+import traceback
+import types
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_flags
+
+from terdit_jax import config as schema
+from terdit_jax.errors import UserError, in_a_line
+from terdit_jax.paths import as_path
+from terdit_jax.untrusted import parse_json
+
+_UNSET = object()  # the value of a placeholder
+_SUFFIXES = (".py", ".json")
+
+
+def define_config(help: str, flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder[ConfigDict | None]:
+    """The flag --config, with --config.section.field=value for every field; read it with `read_config`."""
+    holder = config_flags.DEFINE_config_file("config", None, help, flag_values)
+    flag_values["config"].parser = _ConfigParser()
+    return holder
+
+
+def read_config(holder: flags.FlagHolder[ConfigDict | None]) -> ConfigDict | None:
+    """The configuration that the flags describe, valid field by field; None without --config.
+
+    Raises:
+      UserError: a field that is still a placeholder, of another type or against its rule, or a path that cannot be one.
+    """
+    if holder.value is None:
+        return None
+    given = dict(_fields(holder.value))
+    config = schema.base_config()
+    for field, default in schema.flatten(schema.base_config()):
+        value = given[field]
+        if value is _UNSET:
+            raise UserError(f"config.{field} is a placeholder that nothing fills: give --config.{field}=VALUE")
+        schema.check_type(field, value, type(default))
+        _assign(config, field, value)
+    schema.validate(config)
+    for field in schema.PATHS:
+        section, _, name = field.rpartition(".")
+        if value := config[section][name]:
+            config[section][name] = os.fspath(as_path(value, f"config.{field}"))
+    return config
+
+
+def load_config(path: epath.PathLike) -> ConfigDict:
+    """The configuration in a file, with all fields and no other; a Python file may leave placeholders and references.
+
+    Args:
+      path: a Python file whose `get_config()` returns a ConfigDict, or a JSON file such as a run's config.json. The
+        text after a colon that follows .py is given to `get_config` as its argument.
+
+    Raises:
+      UserError: with one line that says what is wrong with it.
+    """
+    text = os.fspath(path)
+    file, colon, argument = text.partition(".py:")
+    place = as_path(file + ".py" if colon else text, "--config")
+    content = _read(place)
+    if place.suffix == ".json":
+        return _from_json(place, content)
+    config = _call(place, content, [argument] if colon else [])
+    _check_fields(place, dict(_fields(config)))
+    return config
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads the file, and looks through the overrides on the command line before ml_collections does."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        if not argument:
+            raise UserError("--config is empty: name a configuration, as --config=configs/digits.py")
+        config = load_config(argument)
+        _check_overrides(dict(schema.flatten(schema.base_config())))
+        return config.lock()
+
+    def flag_type(self) -> str:
+        return "a configuration file"
+
+
+def _read(place: epath.Path) -> str:
+    if place.is_dir():
+        inside = place / "config.json"
+        meant = f"did you mean {inside}?" if inside.exists() else "give a file, as configs/digits.py"
+        raise UserError(f"--config={place}: is a folder; {meant}")
+    if place.exists() and place.suffix not in _SUFFIXES:
+        raise UserError(f"--config={place}: give a Python file (.py) with get_config(), or a run's config.json")
+    try:
+        return place.read_text()
+    except OSError as error:
+        raise UserError(f"--config={place} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"--config={place}: is no text in UTF-8 ({in_a_line(error)})") from error
+
+
+def _call(place: epath.Path, source: str, arguments: list[str]) -> ConfigDict:
+    """What get_config() of a Python file returns."""
+    name = os.fspath(place)
+    module = types.ModuleType("config_file")
+    module.__file__ = name
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
+    try:
+        exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError(f"--config={name}: defines no get_config(); configs/digits.py is an example")
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--config={name}{_line_of(error, name)}: {in_a_line(error)}") from error
+    if isinstance(config, FrozenConfigDict):
+        config = ConfigDict(config)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={name}: get_config() returned {type(config).__name__}, not a ConfigDict: start from "
+            "terdit_jax.config.base_config() and return it"
+        )
+    return config
+
+
+def _line_of(error: BaseException, file: str) -> str:
+    """`, line N` of the file that an error arose in, as far as it can be told."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _from_json(place: epath.Path, content: str) -> ConfigDict:
+    """`base_config()` with the values of a JSON file.
+
+    Fields that the file of an older run lacks have their defaults, which a line on standard error says. Those of
+    `model` may not be missing: with another default it would be another model.
+    """
+    tree = parse_json(content, f"--config={place}", dict)
+    given, config = dict(schema.flatten(tree)), schema.base_config()
+    defaults = dict(schema.flatten(config))
+    missing = [field for field in defaults if field not in given]
+    if len(missing) == len(defaults):
+        raise UserError(f"--config={place}: holds no field of a configuration; a run's WORKDIR/config.json does")
+    late = [field for field in missing if not field.startswith("model.")]
+    _check_fields(place, given | {field: defaults[field] for field in late})
+    for field, value in given.items():
+        schema.check_type(field, value, type(defaults[field]))
+        _assign(config, field, value)
+    if late:
+        filled = ", ".join(f"{field}={defaults[field]!r}" for field in late)
+        print(f"--config={place} lacks {len(late)} fields, which have their defaults: {filled}", file=sys.stderr)
+    return config
+
+
+def _check_fields(place: epath.Path, given: dict[str, Any]) -> None:
+    """Raises UserError unless the fields of a file are those of `base_config`."""
+    known = dict(schema.flatten(schema.base_config()))
+    for field in given:
+        if field not in known:
+            raise UserError(f"--config={place}: there is no field {field}; {schema.nearest(field, known)}")
+    for field in known:
+        if field not in given:
+            raise UserError(f"--config={place}: lacks {field}; terdit_jax.config.base_config() has every field")
+
+
+def _check_overrides(known: dict[str, Any]) -> None:
+    """Raises UserError for an override of a field that is unknown: ml_collections would print the bare name."""
+    for argument in sys.argv[1:]:
+        match = re.match(r"--?(no)?config\.([^=]*)", argument)
+        if match is None or match[2] in known:
+            continue
+        section = [field for field in known if field.startswith(f"{match[2]}.")]
+        if section:
+            raise UserError(f"--config.{match[2]} is a section: give its fields, as --config.{section[0]}=VALUE")
+        raise UserError(f"--config.{match[2]}: there is no such field; {schema.nearest(match[2], known)}")
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As `schema.flatten`, with references resolved and `_UNSET` for placeholders that hold nothing yet."""
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, FieldReference):
+            try:
+                value = value.get()
+            except Exception as error:  # what a reference is computed by may raise anything
+                raise UserError(
+                    f"config.{prefix}{name} has no value ({in_a_line(error)}): set it in the file, or make it a "
+                    f"config_dict.placeholder, which --config.{prefix}{name}=VALUE fills"
+                ) from error
+            value = _UNSET if value is None else value
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _assign(config: ConfigDict, field: str, value: Any) -> None:
+    section, _, name = field.rpartition(".")
+    (config[section] if section else config)[name] = value

@@ -1,0 +1,56 @@
+"""Flags of the commands beyond absl's own: numbers that are finite, and none that is given for nothing.
+
+Flags that name a place are `paths`'s, the configuration's `config_file`'s.
+"""
+
+from collections.abc import Iterable
+import math
+from typing import Any
+
+from absl import flags
+
+from terdit_jax.errors import UserError
+
+MAX_IMAGES = 10_000_000  # of one set: two hundred times what scores are published of
+MAX_BATCH = 65_536
+_LARGEST = 3e38  # of float32, rounded down
+
+
+def define_float(
+    name: str, default: float | None, help: str, *, low: float = -_LARGEST, high: float = _LARGEST
+) -> flags.FlagHolder[float | None]:
+    """A flag that holds a number from `low` to `high`. absl's own lets nan pass, and with no bound infinity."""
+    return flags.DEFINE(_FloatParser(low, high), name, default, help, serializer=flags.ArgumentSerializer())
+
+
+def refuse_unused(holders: Iterable[flags.FlagHolder[Any]], why: str) -> None:
+    """Raises UserError for the first of the flags that was given, though nothing reads it here.
+
+    Args:
+      holders: flags that take no part.
+      why: what makes them so, as "with --inspect".
+    """
+    for holder in holders:
+        if holder.present:
+            raise UserError(f"--{holder.name}={_written(holder.value)}: takes no part {why}, leave it out")
+
+
+def _written(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+class _FloatParser(flags.ArgumentParser):
+    syntactic_help = "a number"
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self._low, self._high = low, high
+
+    def parse(self, argument: str | float) -> float:
+        value = float(argument)
+        if not self._low <= value <= self._high or not math.isfinite(value):
+            raise ValueError(f"must be a finite number from {self._low:g} to {self._high:g}")
+        return value
+
+    def flag_type(self) -> str:
+        return "float"
