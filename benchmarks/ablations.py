@@ -15,13 +15,13 @@ import dataclasses
 import datetime
 import json
 import pathlib
-import pickle
 import subprocess
 import sys
 import threading
 import time
 
 from absl import flags
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,13 +242,14 @@ def make_judge():
 
 def _shared_classifier(train: Pictures, num_classes: int) -> Classifier:
     """Trained by the first who asks: two trainings on a GPU do not give the same bits."""
-    path = pathlib.Path(_FOLDER.value) / "classifier.pickle"
+    path = pathlib.Path(_FOLDER.value) / "classifier.msgpack"
     with locked(f"{path}.lock"):
         if not path.exists():
             steps = classifier_steps(len(train.images))
             trained = train_classifier(train.images, train.labels, num_classes, 0, steps)
-            path.write_bytes(pickle.dumps(jax.device_get(trained.params)))
-        return make_classifier(train.images.shape[1:], num_classes, pickle.loads(path.read_bytes()))
+            path.write_bytes(serialization.msgpack_serialize(jax.device_get(trained.params)))
+        params = serialization.msgpack_restore(path.read_bytes())
+        return make_classifier(train.images.shape[1:], num_classes, params)
 
 
 def _pictures_file(name: str, seed: str) -> pathlib.Path:

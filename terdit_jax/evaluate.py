@@ -46,6 +46,7 @@ from terdit_jax.parallel.mesh import local_mesh, make_mesh
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 from terdit_jax.training.checkpoint import Checkpoints
+from terdit_jax.training.resume import data_dir
 from terdit_jax.untrusted import load_arrays
 from terdit_jax.versions import versions
 
@@ -214,7 +215,7 @@ def _find_data(workdir: str) -> str:
     run = Checkpoints(workdir).newest_run() if (epath.Path(workdir) / "checkpoints").is_dir() else None
     if run is None:
         raise UserError(f"--workdir={workdir}: holds no checkpoint of a run that can be read")
-    return run["config"]["data"]["dir"]
+    return data_dir(run, workdir)
 
 
 def _open_pictures(path: str) -> Dataset:

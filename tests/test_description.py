@@ -228,7 +228,7 @@ def test_a_run_describes_itself():
     config.update({"name": "mine", "seed": 3, "model": {"num_kv_heads": 8}, "sample": {"cfg_scale": 1.5}})
     config.compute.dtype = "float32"
     run = json.loads(json.dumps(resume.describe_run(config, 120, make_synthetic((32, 32, 4), 1000).metadata)))
-    description = describe_run(run, ema=False)
+    description = describe_run(run, ema=False, source="runs/a")
     assert (description.name, description.ema, description.step) == ("mine", False, 120)
     assert (description.model.num_kv_heads, description.model.num_heads) == (8, 32)
     assert (description.codec, description.latent_scale) == ("none", 1.0)

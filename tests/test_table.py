@@ -52,7 +52,7 @@ def test_a_folder_without_reports_is_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no report"):
         make_tables(epath.Path(tmp_path))
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match="x.json is no JSON"):
+    with pytest.raises(UserError, match="x.json: it is not sound JSON"):
         make_tables(epath.Path(tmp_path))
 
 

@@ -1,12 +1,12 @@
 """Saved reports as Markdown tables: one of training steps, one of drawings, one beside what has been measured."""
 
 from collections.abc import Iterable, Iterator
-import json
 
 from etils import epath
 
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.chips import GIB
+from terdit_jax.untrusted import parse_json, reading
 
 _TRAIN = (
     ("Machine", lambda r: f"`{r['topology']}`"),
@@ -42,11 +42,12 @@ def make_tables(folder: epath.Path) -> str:
     Raises:
       UserError: no reports, or files that are none.
     """
-    reports = sorted(_read(folder), key=lambda r: (r["topology"].partition(":")[0], r["chips"], r["images"]))
-    tables = [
-        _table(columns, [r for r in reports if r["what"] == what and r["roofline"]])
-        for what, columns in (("train", _TRAIN), ("sample", _SAMPLE))
-    ]
+    with reading(f"--table={folder}: holds a report that is damaged"):
+        reports = sorted(_read(folder), key=lambda r: (r["topology"].partition(":")[0], r["chips"], r["images"]))
+        tables = [
+            _table(columns, [r for r in reports if r["what"] == what and r["roofline"]])
+            for what, columns in (("train", _TRAIN), ("sample", _SAMPLE))
+        ]
     if not any(tables):
         raise UserError(f"--table={folder}: holds no report (*.json) of a training step or a drawing")
     return "\n\n".join(table for table in tables if table)
@@ -62,22 +63,18 @@ def compare(folder: epath.Path, measured: epath.Path) -> str:
     Raises:
       UserError: files that cannot be read, or no run that a report is of.
     """
-    try:
-        runs = json.loads(measured.read_text())["rows"]
+    with reading(f"--measured={measured}: is no result of benchmarks/training.py"):
+        runs = parse_json(
+            measured.read_bytes(), f"--measured={measured}: is no result of benchmarks/training.py: it", dict
+        )["rows"]
         of = {(run["config"], run["batch_size"], run["remat"]): run for run in runs if run["devices"] == 1}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--measured={measured}: is no result of benchmarks/training.py ({error})") from error
-    rows = []
-    for report in _read(folder):
-        run = of.get((report["config"], report["images"], report["options"].get("remat")))
-        if report["chips"] == 1 and run:
-            speed, memory = report["roofline"], report["memory"]["total"]
-            took = run["batch_size"] / run["images_per_second"]
-            rows.append(
-                f"| `{report['config']}` | {report['images']} | {run['remat']} "
-                f"| {memory / 1e9:.1f} | {run['peak_gb']:.1f} "
-                f"| {_step(speed, 1)} | {took * 1e3:.0f} | {took / speed['in_turn']:.2f} |"
-            )
+    with reading(f"--table={folder} or --measured={measured}: holds a result that is damaged"):
+        rows = [
+            _compare(report, run)
+            for report in _read(folder)
+            if (run := of.get((report["config"], report["images"], report["options"].get("remat"))))
+            and report["chips"] == 1
+        ]
     if not rows:
         raise UserError(f"--measured={measured}: holds no run on one device that a report in {folder} is of")
     head = (
@@ -87,12 +84,19 @@ def compare(folder: epath.Path, measured: epath.Path) -> str:
     return "\n".join([head, "| --- " * 8 + "|", *rows])
 
 
+def _compare(report: dict, run: dict) -> str:
+    speed, memory = report["roofline"], report["memory"]["total"]
+    took = run["batch_size"] / run["images_per_second"]
+    return (
+        f"| `{report['config']}` | {report['images']} | {run['remat']} "
+        f"| {memory / 1e9:.1f} | {run['peak_gb']:.1f} "
+        f"| {_step(speed, 1)} | {took * 1e3:.0f} | {took / speed['in_turn']:.2f} |"
+    )
+
+
 def _read(folder: epath.Path) -> Iterator[dict]:
     for path in sorted(folder.glob("*.json")):
-        try:
-            report = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"--table={folder}: {path.name} is no JSON ({error})") from error
+        report = parse_json(path.read_bytes(), f"--table={folder}: {path.name}: it", object)
         if isinstance(report, dict) and "what" in report:  # suggestions and others lie beside them
             yield report
 

@@ -16,7 +16,7 @@ from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import Layout
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.untrusted import short
+from terdit_jax.untrusted import is_number, reading, short
 
 SD_LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoder
 SD_DOWNSAMPLING = 8
@@ -79,7 +79,7 @@ class Description:
             same_kind = isinstance(fields[name], kind) and (kind is bool or not isinstance(fields[name], bool))
             if not same_kind or _is_long(fields[name]):
                 raise UserError(f"{source}: description.{name}={short(fields[name])} is of the wrong type or too long")
-        if not 0 < fields["latent_scale"] < _MAX_EXACT:
+        if not is_number(fields["latent_scale"], 1e-6, 1e6):
             raise UserError(f"{source}: description.latent_scale={short(fields['latent_scale'])} must be positive")
         if not 0 <= (fields["step"] or 0) < _MAX_EXACT:
             raise UserError(f"{source}: description.step={short(fields['step'])} must not be negative")
@@ -104,21 +104,29 @@ def architecture(config: ConfigDict) -> DiTConfig:
     return DiTConfig.from_config(plain)
 
 
-def describe_run(run: Mapping[str, Any], ema: bool) -> Description:
-    """Of the JSON that a training checkpoint carries (`terdit_jax.training.resume.describe_run`)."""
-    config = base_config()
-    config.update(run["config"])
-    provenance = {"data_fingerprint": run["data_fingerprint"], "seed": str(run["seed"])}
-    return Description(
-        name=config.name,
-        model=architecture(config),
-        ema=ema,
-        step=run["step"],
-        codec=run["codec"],
-        latent_scale=run["latent_scale"],
-        sample=config.sample.to_dict(),
-        provenance=provenance,
-    )
+def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
+    """Of the JSON that a training checkpoint carries (`terdit_jax.training.resume.describe_run`), which may be forged.
+
+    Raises:
+      UserError: as `Description.from_dict`.
+    """
+    defaults = base_config()
+    with reading(f"{source}: its newest checkpoint does not describe a run"):
+        config = run["config"]
+        fingerprint, seed = run["data_fingerprint"], run["seed"]
+        if type(seed) is not int or not isinstance(fingerprint, str) or _is_long(fingerprint):
+            raise ValueError(f"its data fingerprint is {short(fingerprint)}, its seed {short(seed)}")
+        fields = {
+            "name": config["name"],
+            "model": {**defaults.model, **config["model"]},
+            "ema": ema,
+            "step": run["step"],
+            "codec": run["codec"],
+            "latent_scale": run["latent_scale"],
+            "sample": {**defaults.sample, **config["sample"]},
+            "provenance": {"data_fingerprint": fingerprint, "seed": str(seed)},
+        }
+    return Description.from_dict(fields, source)
 
 
 def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool, source: str) -> Description:

@@ -140,7 +140,7 @@ def _unpack_masters(packed: np.ndarray) -> np.ndarray:
 
 def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:
     run, read = Checkpoints(place).read_leaves(_ITEMS[ema], step)
-    description = describe_run(run, ema)
+    description = describe_run(run, ema, str(place))
     paths = [leaf.path for leaf in model_leaves(description.model)]
     return Weights(str(place), description, lambda: read(paths), masters=True)
 

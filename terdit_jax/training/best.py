@@ -15,6 +15,7 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.training.saving import CheckpointWriter
+from terdit_jax.untrusted import is_number
 
 FOLDER = "best"
 
@@ -42,7 +43,8 @@ class BestCheckpoint:
         self._checkpoints = CheckpointWriter(epath.Path(workdir) / FOLDER, keep)
         self._checkpoints.delete_after(start_step)
         run = self._checkpoints.newest_run()
-        self._loss = run["loss"] if run else math.inf
+        loss = run.get("loss") if run else None
+        self._loss = loss if is_number(loss, -math.inf, math.inf) else math.inf
 
     def offer(self, ema_params: dict, run: dict[str, Any], loss: float) -> bool:
         """Saves the weights if they are the best so far, and returns whether they are; on disk when this returns.

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from terdit_jax.data.schema import Metadata
 from terdit_jax.errors import UserError
+from terdit_jax.untrusted import printable, reading, short, short_json
 
 # Fields that a continued run may change, by prefix; every other one must stay.
 _FREE = (
@@ -48,11 +49,25 @@ def check_resumable(run: dict[str, Any], config: ConfigDict, fingerprint: str, w
     """The allowed changes, one line each, between a saved run and the configuration that is to continue it.
 
     Raises:
-      UserError: another data set, or a field that must not change.
+      UserError: another data set, a field that must not change, or JSON that describes no run.
     """
+    with reading(f"{workdir}: its newest checkpoint does not describe a run"):
+        return _compare(run, config, fingerprint, workdir)
+
+
+def data_dir(run: dict[str, Any], workdir: str) -> str:
+    """Where the data set of a saved run lies. Raises UserError for JSON that describes no run."""
+    with reading(f"{workdir}: its newest checkpoint does not describe a run"):
+        path = run["config"]["data"]["dir"]
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"its data set is {short(path)}")
+        return path
+
+
+def _compare(run: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: str) -> list[str]:
     if run["data_fingerprint"] != fingerprint:
         raise UserError(
-            f"{workdir} was trained on data set {run['data_fingerprint'][:24]}, config.data.dir now holds "
+            f"{workdir} was trained on data set {printable(run['data_fingerprint'][:24])}, config.data.dir now holds "
             f"{fingerprint[:24]}: give that data set or another --workdir"
         )
     before, after = _flatten(run["config"]), _flatten(config.to_dict())
@@ -61,11 +76,10 @@ def check_resumable(run: dict[str, Any], config: ConfigDict, fingerprint: str, w
         old, new = before.get(field), after.get(field)
         if old == new:
             continue
+        old, new, name = short_json(old), short_json(new), printable(field[:80])
         if not field.startswith(_FREE):
-            raise UserError(
-                f"{workdir} holds a run with {field}={old!r}, not {new!r}: give that value or another --workdir"
-            )
-        changes.append(f"config.{field}: {old!r} -> {new!r}")
+            raise UserError(f"{workdir} holds a run with {name}={old}, not {new}: give that value or another --workdir")
+        changes.append(f"config.{name}: {old} -> {new}")
     return changes
 
 
