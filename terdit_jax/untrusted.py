@@ -10,10 +10,13 @@ import math
 import os
 import reprlib
 from typing import IO, Any
+import zipfile
 
 import numpy as np
 
 from terdit_jax.errors import UserError, in_a_line
+
+_MAX_DEFLATION = 1032  # times that zlib can shrink anything
 
 
 @contextlib.contextmanager
@@ -58,16 +61,39 @@ def load_arrays(source: str | os.PathLike | IO[bytes], names: Iterable[str], ref
     Raises:
       UserError: the refusal, for anything else: no npz, a damaged one, a name that it lacks, a member that is no array.
     """
-    with reading(refusal):
-        archive = np.load(source, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is no archive but one array")
-        with archive:
-            arrays = {name: archive[name] for name in names}
-        for name, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # numpy returns the bytes of a member that is none
-                raise ValueError(f"its member {name} is no array")
-        return arrays
+    with reading(refusal), zipfile.ZipFile(source) as archive:
+        return {name: _load_member(archive, name) for name in names}
+
+
+def _load_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    find_array(archive, name)
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def find_array(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is column-major, and dtype of an array of an npz, whose file is large enough to hold it.
+
+    Raises:
+      KeyError, ValueError: there is no such array; of another reader's errors there are many.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        shape, column_major, dtype = read_array_header(member)
+    size, there = math.prod(shape) * dtype.itemsize, min(info.file_size, _MAX_DEFLATION * info.compress_size)
+    if min(shape, default=0) < 0 or size > there:
+        raise ValueError(f"{name} has {there} bytes, its shape {str(shape)[:40]} needs {size}")
+    return shape, column_major, dtype
+
+
+def read_array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is column-major, and dtype of an array of an npz. Raises ValueError for what is none."""
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(member)
+    raise ValueError(f"array format {version}")
 
 
 def short(value: object) -> str:

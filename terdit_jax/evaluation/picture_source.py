@@ -23,7 +23,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.interop.safetensors import is_possible
 from terdit_jax.paths import as_path
-from terdit_jax.untrusted import reading
+from terdit_jax.untrusted import find_array, read_array_header, reading
 
 ARRAY = "arr_0"
 _SIDE_FILES = ("settings.json", "labels.json")  # that `sample` writes beside its images
@@ -76,8 +76,8 @@ def open_pictures(path: str | os.PathLike) -> PictureSource:
 
 def _open_npz(path: Path) -> PictureSource:
     with reading(f"{path}: not an npz with pictures in {ARRAY}"):
-        with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
-            shape, column_major, dtype = _read_header(member)
+        with zipfile.ZipFile(path) as archive:
+            shape, column_major, dtype = find_array(archive, ARRAY)
             names = [name.removesuffix(".npy") for name in archive.namelist()]
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not is_possible(shape) or 0 in shape:
         raise UserError(
@@ -91,7 +91,7 @@ def _open_npz(path: Path) -> PictureSource:
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         with reading(f"{path}: {ARRAY} is damaged"):
             with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
-                _read_header(member)
+                read_array_header(member)
                 for pictures in read(member, shape, first, stop, size):
                     yield _in_color(pictures)
 
@@ -119,15 +119,6 @@ def _read_column_major(
         place[:] = np.frombuffer(_read_exactly(member, shape[0]), np.uint8)[first:stop]
     for start in range(0, stop - first, size):
         yield np.ascontiguousarray(chosen[..., start : start + size].T)
-
-
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(member)
-    raise ValueError(f"array format {version}")
 
 
 def _read_exactly(member: IO[bytes], size: int) -> bytes:
