@@ -13,6 +13,8 @@ from etils import epath
 
 from terdit_jax.errors import UserError
 
+flags.disclaim_key_flags()  # those of `define_path` belong to the command that defines them, and to its --helpshort
+
 MAX_NAME_BYTES = 255  # of one component, on every file system that we know of
 MAX_PATH_BYTES = 4095
 # URL schemes that etils.epath opens through fsspec, the package each needs, and our extra that installs it.
