@@ -5,7 +5,7 @@ from absl import flags
 from terdit_jax.paths import define_path
 
 
-def test_helpshort_of_a_command_lists_its_path_flags():
+def test_it_is_defined_by_the_module_that_asks_for_it():
     values = flags.FlagValues()
     define_path("place", None, "Where.", flag_values=values)
-    assert list(values.key_flags_by_module_dict()) == [__name__]
+    assert list(values.flags_by_module_dict()) == [__name__]
