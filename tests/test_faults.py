@@ -8,6 +8,7 @@ import sys
 
 from faults.cases import CASES, _check_resumed
 from faults.damages import DAMAGES, HALF_WRITTEN
+from faults.soak import LIMITS, judge
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +61,14 @@ def test_a_round_that_goes_wrong_is_said_and_ends_with_status_1(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "WRONG in round 1" in done.stderr, done.stderr
+
+
+def test_the_soak_notices_what_grows():
+    steady = [
+        {"seconds": 5.0 * i, "step": 40 * i, "rss_mib": 500 + i % 3, "descriptors": 40 + i % 2, "threads": 30}
+        for i in range(1, 200)
+    ]
+    assert judge(steady)["grew"] == []
+    for name in LIMITS:
+        growing = [entry | {name: entry[name] + 0.2 * i} for i, entry in enumerate(steady)]
+        assert judge(growing)["grew"] == [name]

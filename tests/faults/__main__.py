@@ -35,13 +35,7 @@ def main() -> int:
     names = [*DAMAGES, *HALF_WRITTEN] if options.case == "damages" else [options.case]
     report = {
         "command": "python -m tests.faults " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "system": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "orbax": ocp.__version__,
-        },
+        **describe_machine(),
         "cases": [_run(name, options.rounds, options.seed) for name in names],
     }
     text = json.dumps(report, indent=1)
@@ -49,6 +43,19 @@ def main() -> int:
     if options.output:
         options.output.write_text(text + "\n")
     return int(any(case["wrong"] for case in report["cases"]))
+
+
+def describe_machine() -> dict:
+    """The date, the machine and the versions that a report was made with."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "system": platform.platform()},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "orbax": ocp.__version__,
+        },
+    }
 
 
 def _run(name: str, rounds: int, seed: int | None) -> dict:
