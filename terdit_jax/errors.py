@@ -15,6 +15,8 @@ from absl import app, flags, logging
 from terdit_jax.interrupts import CommandInterrupts
 from terdit_jax.streams import steady_streams
 
+_HELP = {"help", "?", "helpshort", "helpfull", "helpxml"}  # absl's, which end with status 1
+
 
 class UserError(Exception):
     """Input that cannot be used. The message is one line: the offending value, then what to do."""
@@ -83,6 +85,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # the libraries' notes at INFO would bury our lines
         return rest
+    except SystemExit:
+        asked = any(argument.lstrip("-").partition("=")[0] in _HELP for argument in argv[1:])
+        raise SystemExit(0 if asked else 2) from None
     except (flags.Error, UserError) as error:
         exit_with(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
