@@ -38,24 +38,25 @@ from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.published import Leaves
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
+from terdit_jax.paths import define_path
 from terdit_jax.ternary.quantize import least_squares_alpha
 from terdit_jax.versions import versions
 
 _CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "Configuration of a ternary model of pictures.")
-_DATA = flags.DEFINE_string("data", "data/cifar10", "Its data set.")
+_DATA = define_path("data", "data/cifar10", "Its data set.")
 _STEPS = flags.DEFINE_integer("steps", 4000, "Of each run.", lower_bound=10)
 _DROP = flags.DEFINE_float("drop", 0.8, "Share of the steps behind which the learning rate drops.", 0, 1)
 _SEEDS = flags.DEFINE_list("seeds", "0", "Of the runs.")
 _VARIANTS = flags.DEFINE_list("variants", None, "Some of VARIANTS; all if left out.")
 _SET = flags.DEFINE_list("set", "", "FIELD=VALUE of the configuration, for all runs.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 5000, "Pictures judged, of each run.", lower_bound=2)
-_FOLDER = flags.DEFINE_string("folder", "runs/ablations", "Where the runs' workdirs are.")
+_FOLDER = define_path("folder", "runs/ablations", "Where the runs' workdirs are.")
 _DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that runs are spread over.", lower_bound=1)
 _RUNS_PER_DEVICE = flags.DEFINE_integer("runs_per_device", 1, "Runs that share a GPU.", lower_bound=1)
 _MINUTES = flags.DEFINE_float("minutes", 0, "Behind which no run is begun; 0: no limit.", lower_bound=0)
-_PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
-_GRID = flags.DEFINE_string("grid", None, "PNG to make of pictures of each variant's first seed, one a class.")
-_OUTPUT = flags.DEFINE_string("output", "ablations.json", "JSON file.")
+_PLOT = define_path("plot", None, "Picture to make of all rows.")
+_GRID = define_path("grid", None, "PNG to make of pictures of each variant's first seed, one a class.")
+_OUTPUT = define_path("output", "ablations.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "VARIANT:SEED, in this process; prints its rows. Or classifier.")
 
 TERNARISED, FULL = "ternarised_afterwards", "full_precision"

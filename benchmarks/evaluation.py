@@ -31,13 +31,14 @@ from terdit_jax.evaluation.picture_source import PictureSource
 from terdit_jax.evaluation.statistics import Moments
 from terdit_jax.evaluation.suite import INCEPTION, Reference, feature_statistics, inception_extract, suite_metrics
 from terdit_jax.parallel.mesh import local_mesh
+from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
 
 _QUICK = flags.DEFINE_bool("quick", False, "Few and small pictures.")
 _NUM_PICTURES = flags.DEFINE_integer("num_pictures", 50_000, "Pictures.", lower_bound=16)
 _SIDE = flags.DEFINE_integer("side", 256, "Height and width of a picture.", lower_bound=8)
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", "32,64,128", "Of a device; the fastest takes all pictures.")
-_OUTPUT = flags.DEFINE_string("output", "evaluation.json", "JSON file.")
+_OUTPUT = define_path("output", "evaluation.json", "JSON file.")
 
 _DISTINCT = 256  # pictures, drawn once and shown again and again
 _TRIAL = 4096  # pictures that tell the fastest batch size

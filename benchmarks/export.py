@@ -31,6 +31,7 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, count_params, packed_bytes
+from terdit_jax.paths import define_path
 from terdit_jax.training.manifest import write_manifest
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.resume import describe_run
@@ -39,7 +40,7 @@ from terdit_jax.training.state import init_state
 
 _CONFIG = define_config("A ternary configuration.")
 _EMA_ONLY = flags.DEFINE_bool("ema_only", False, "A checkpoint of the averaged weights alone, not of a whole state.")
-_SCRATCH = flags.DEFINE_string(
+_SCRATCH = define_path(
     "scratch", None, "Where checkpoint and artifacts go meanwhile; the system's own if none."
 )
 _MEASURED = """
@@ -48,7 +49,7 @@ atexit.register(lambda: print(next(line for line in open("/proc/self/status") if
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-_OUTPUT = flags.DEFINE_string("output", "export.json", "JSON file.")
+_OUTPUT = define_path("output", "export.json", "JSON file.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run
 from benchmarks.random_codes import random_operands
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models: PATH[:input_size=N][@BATCH/BATCH...], in this order.")
@@ -40,11 +41,11 @@ _PROFILES = flags.DEFINE_list("profiles", "", "CONFIG_NAME/MODE/BATCH of which e
 _MINUTES = flags.DEFINE_float("minutes", None, "No row is begun after as long; what runs a minute later is ended.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 _ERRORS = flags.DEFINE_bool("errors", True, "Also the error against float32.")
-_OUTPUT = flags.DEFINE_string("output", "inference.json", "JSON file; without --configs, its rows are shown.")
-_PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
+_OUTPUT = define_path("output", "inference.json", "JSON file; without --configs, its rows are shown.")
+_PLOT = define_path("plot", None, "Picture to make of all rows.")
 _ONE = flags.DEFINE_string("one", None, "Our side for one configuration, in this process; prints a line for each row.")
 _UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
-_LOCK = flags.DEFINE_string("lock", None, "File that is locked while the device is in use.")
+_LOCK = define_path("lock", None, "File that is locked while the device is in use.")
 
 PEER = "torch compiled"  # what ours is compared with
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "triton", "nvidia-cudnn-cu13")

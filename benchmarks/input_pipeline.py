@@ -24,6 +24,7 @@ from benchmarks.random_latents import WRITER_OPTIONS, write_dataset
 from terdit_jax.config_file import define_config, read_config
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.paths import define_path
 from terdit_jax.training.batches import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import make_state
@@ -35,7 +36,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Batch size; the config's
 _RECORDS = flags.DEFINE_integer("records", 20_480, "Stored records.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps a turn.", lower_bound=1)
 _TURNS = flags.DEFINE_integer("turns", 5, "Turns of either kind.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "input_pipeline.json", "JSON file.")
+_OUTPUT = define_path("output", "input_pipeline.json", "JSON file.")
 
 
 def main(argv: Sequence[str]) -> None:

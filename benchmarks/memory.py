@@ -29,12 +29,13 @@ from terdit_jax.interop.artifact import write_artifact
 from terdit_jax.interop.description import describe_run as describe
 from terdit_jax.interop.published import Layout, published_layout
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.paths import define_path
 from terdit_jax.training.resume import describe_run
 from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Configuration files of ternary models.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 250, "Denoising steps.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "memory.json", "JSON file.")
+_OUTPUT = define_path("output", "memory.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "One artifact, in this process; prints JSON.")
 
 

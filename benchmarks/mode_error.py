@@ -34,15 +34,16 @@ from terdit_jax.inference.modes import Numerics
 from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
+from terdit_jax.paths import define_path
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.versions import versions
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run of a ternary model on a data set of pictures.")
+_WORKDIR = define_path("workdir", None, "Run of a ternary model on a data set of pictures.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 2000, "Pictures of a set.", lower_bound=2)
 _NUM_SETS = flags.DEFINE_integer("num_sets", 3, "Sets that are drawn in each mode and judged.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Pictures drawn at once.", lower_bound=1)
 _NUM_NOISED = flags.DEFINE_integer("num_noised", 200, "Held-out pictures noised to each timestep.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "mode_error.json", "JSON file.")
+_OUTPUT = define_path("output", "mode_error.json", "JSON file.")
 
 TIMESTEPS = tuple(range(50, 1000, 100))
 NUMERICS = {

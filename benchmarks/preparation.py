@@ -31,13 +31,14 @@ from terdit_jax.data.crop import decode_picture
 from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.tar_source import make_tar_source
 from terdit_jax.errors import run_command
+from terdit_jax.paths import define_path
 
 _WIDTH = flags.DEFINE_integer("width", 500, "Of a picture.", lower_bound=1)
 _HEIGHT = flags.DEFINE_integer("height", 375, "Of a picture.", lower_bound=1)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Of the crop; a multiple of 8.", lower_bound=8)
 _PICTURES = flags.DEFINE_integer("pictures", 2000, "Of a run, the same 50 over and over.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Runs, of which the best counts.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "preparation.json", "JSON file.")
+_OUTPUT = define_path("output", "preparation.json", "JSON file.")
 
 
 class FreeCodec:

@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.random_latents import WRITER_OPTIONS, write_dataset
 from terdit_jax.data import reader, schema
 from terdit_jax.errors import run_command
+from terdit_jax.paths import define_path
 
 _RECORDS = flags.DEFINE_integer("records", 20_480, "Records of the training split.", lower_bound=1)
 _SHARDS = flags.DEFINE_integer("shards", 8, "Files that hold them.", lower_bound=1)
@@ -34,8 +35,8 @@ _PIPELINES = flags.DEFINE_list("pipelines", ["1:1", "2:4", "16:4", "16:16"], "RE
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "Length of one run.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Runs, of which the best counts.", lower_bound=1)
 _CORES = flags.DEFINE_integer("cores", 2, "Processor cores to use, where the system can set them.", lower_bound=1)
-_SCRATCH = flags.DEFINE_string("scratch", None, "Where the data sets lie meanwhile; the system's own if none.")
-_OUTPUT = flags.DEFINE_string("output", "reader.json", "JSON file.")
+_SCRATCH = define_path("scratch", None, "Where the data sets lie meanwhile; the system's own if none.")
+_OUTPUT = define_path("output", "reader.json", "JSON file.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -45,10 +45,11 @@ from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.proxy import sample_labels
 from terdit_jax.evaluation.statistics import Moments, Statistics, statistics
 from terdit_jax.inference.runtime import load_model
+from terdit_jax.paths import define_path
 from terdit_jax.training.checkpoint import Checkpoints
 
 _PARTS = flags.DEFINE_list("parts", "line,digits_mixture,digits", "What to measure.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Run of configs/digits.py, for the part digits.")
+_WORKDIR = define_path("workdir", "runs/digits", "Run of configs/digits.py, for the part digits.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 20_000, "A set, of the parts in 64 dimensions.", lower_bound=100)
 _NUM_SETS = flags.DEFINE_integer("num_sets", 4, "Independent sets of each run.", lower_bound=2)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 500, "Samples drawn at once.", lower_bound=1)
@@ -60,8 +61,8 @@ _RUNS = flags.DEFINE_list(
     "dpmpp_2m_sde:40:power,ddim:40:uniform,ddpm:40:uniform",
     "METHOD:STEPS:SPACING of the parts in 64 dimensions.",
 )
-_PLOT = flags.DEFINE_string("plot", None, "Picture to make of all rows.")
-_OUTPUT = flags.DEFINE_string("output", "samplers.json", "JSON file.")
+_PLOT = define_path("plot", None, "Picture to make of all rows.")
+_OUTPUT = define_path("output", "samplers.json", "JSON file.")
 
 FULL = linear_schedule()
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")

@@ -37,6 +37,7 @@ from absl import flags
 from benchmarks.machine import on_devices, share_devices, take_turn
 from benchmarks.scaling_rows import measure, measure_losses, measure_sampling
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", "", "path[@FIELD=VALUE...]:batch a device[:remat[:layouts[:gathers]]] each.")
@@ -52,7 +53,7 @@ _SAMPLE_STEPS = flags.DEFINE_integer("sample_steps", 10, "Steps of their schedul
 _PICTURES = flags.DEFINE_integer("pictures", 1024, "Pictures drawn.", lower_bound=1)
 _AT_ONCE = flags.DEFINE_integer("at_once", 1, "Processes beside each other.", lower_bound=1)
 _MINUTES = flags.DEFINE_float("minutes", 0, "Behind which rows are ended, or not begun; 0: no limit.", lower_bound=0)
-_OUTPUT = flags.DEFINE_string("output", "scaling.json", "JSON file.")
+_OUTPUT = define_path("output", "scaling.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "A single row in this process, as JSON; prints JSON.")
 _TURN = flags.DEFINE_list("turn", "", "Its open files of `machine.share_devices`.")
 

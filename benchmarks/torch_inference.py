@@ -21,12 +21,13 @@ from benchmarks.machine import locked, parse_run
 from terdit_jax.errors import run_command
 from terdit_jax.interop.pytorch import TerDiT
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.paths import define_path
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models, as benchmarks.machine.parse_run reads them.")
 _BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
 _PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "Which ways.")
 _UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
-_LOCK = flags.DEFINE_string("lock", None, "File that is locked while the device is timed.")
+_LOCK = define_path("lock", None, "File that is locked while the device is timed.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 
 FIELDS = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads",

@@ -26,6 +26,7 @@ from benchmarks.machine import kernel_times, measure_matmul_rate
 from terdit_jax.config_file import load_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
+from terdit_jax.paths import define_path
 from terdit_jax.training.batches import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import abstract_state, make_state
@@ -37,7 +38,7 @@ _PEERS = flags.DEFINE_list("peers", "", "PyTorch's, of benchmarks.torch_training
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, behind warm-up.", lower_bound=1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also each kernel's time in a step.")
-_OUTPUT = flags.DEFINE_string("output", "training.json", "JSON file.")
+_OUTPUT = define_path("output", "training.json", "JSON file.")
 _COMPILE = flags.DEFINE_bool("compile", False, "With --one: compiles only, into JAX's cache.")
 _ONE = flags.DEFINE_string("one", None, "A single run in this process; prints JSON.")
 

@@ -36,6 +36,7 @@ from terdit_jax.model.vae import (
     encode_flops,
     encoder_params,
 )
+from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
 
 _ALL = "jax:bfloat16,torch:default,jax:float32,decode:bfloat16,decode:float32,torch:max-autotune-no-cudagraphs"
@@ -45,9 +46,9 @@ _CALLS = flags.DEFINE_integer("calls", 10, "Calls a timing, of which there are t
 _QUICK = flags.DEFINE_bool("quick", False, "One batch size, jax:bfloat16 and torch:default only, half the calls.")
 _TINY = flags.DEFINE_bool("tiny", False, "A tiny network on small pictures, to try this script anywhere.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Also the time of each kernel, of encoding.")
-_OUTPUT = flags.DEFINE_string("output", "vae.json", "JSON file.")
+_OUTPUT = define_path("output", "vae.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "A single run in this process; prints a line of JSON for each row.")
-_SCRATCH = flags.DEFINE_string("scratch", None, "Folder of the outputs that a single run leaves for comparison.")
+_SCRATCH = define_path("scratch", None, "Folder of the outputs that a single run leaves for comparison.")
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest value; another network is off by more than 1
 _PACKAGES = ("jax", "jaxlib", "numpy", "torch", "nvidia-cudnn-cu13")

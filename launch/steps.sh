@@ -18,13 +18,17 @@ run() {
   [[ -n $DRY_RUN ]] || "$@"
 }
 
-# option ARGUMENT NAME...: sets the upper-case variable of the option that ARGUMENT gives a value to; 1 if it is none of them.
+# option ARGUMENT NAME...: sets the upper-case variable of the option that ARGUMENT gives a value to, with a leading ~/
+# expanded, which shells do not do there; 1 if it is none of them.
 option() {
-  local argument=$1 name
+  local argument=$1 name value
   shift
   for name in "$@"; do
     if [[ $argument == "--$name="* ]]; then
-      printf -v "$(tr 'a-z-' 'A-Z_' <<<"$name")" '%s' "${argument#*=}"
+      value=${argument#*=}
+      # shellcheck disable=SC2088
+      [[ $value != "~/"* ]] || value=$HOME/${value#"~/"}
+      printf -v "$(tr 'a-z-' 'A-Z_' <<<"$name")" '%s' "$value"
       return 0
     fi
   done

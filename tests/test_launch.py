@@ -243,3 +243,18 @@ def test_a_preempted_pod_is_asked_for_again_and_goes_on_without_bring_up(tmp_pat
     # A bring-up, the training that was preempted, the training that went on.
     assert state["trainings"] == 3
     assert output.count("20 steps") == 1 and "done; delete the slice" in output
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("/shared/x", "/shared/x"),
+        ("runs/x y", f"{Path.cwd()}/runs/x y"),
+        ("~/x", "/home/me/x"),
+        ("x~/y", f"{Path.cwd()}/x~/y"),
+    ],
+)
+def test_a_workdir_is_the_callers_wherever_jobs_start(given, meant):
+    output = launch("slurm.sh", *SLURM, f"--workdir={given}", "--dry-run", HOME="/home/me")
+    made, *_, last = commands(output)
+    assert made == ["mkdir", "-p", f"{meant}.slurm"] and f"--workdir={meant}" in training_of(last)

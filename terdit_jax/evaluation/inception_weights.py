@@ -75,7 +75,7 @@ def load_inception(path: str | os.PathLike | None = None) -> Inception:
 
 def cache_folder() -> Path:
     """$TERDIT_JAX_CACHE, or ~/.cache/terdit_jax."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "terdit_jax")
+    return local_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/terdit_jax", f"${CACHE_VARIABLE}")
 
 
 def fetch_inception(url: str = URL) -> Path:

@@ -18,6 +18,7 @@ import json
 import math
 import mmap
 import operator
+import os
 from pathlib import Path
 import zlib
 
@@ -295,7 +296,7 @@ def load(
       ValueError: a file of another kind, damaged, or that does not fit its description; one line.
       OSError: a path that cannot be read.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     try:
         tensors, fields, description = _read(path)
         depth = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
