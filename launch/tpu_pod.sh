@@ -122,7 +122,7 @@ for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
   [[ -z $DRY_RUN ]] || exit 0
   found=$(state)
   if [[ $status == 0 && $found == ACTIVE ]]; then
-    echo "done; delete the slice when you have looked: gcloud compute tpus queued-resources delete $NAME ${place[*]} --force"
+    echo "done; delete the slice when you have looked: $(quoted gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force)"
     exit 0
   fi
   if [[ $found == ACTIVE ]] && ((SECONDS - begun < SHORT)); then

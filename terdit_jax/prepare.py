@@ -19,6 +19,7 @@ from terdit_jax.data.codec import Codec, PixelCodec, VAECodec
 from terdit_jax.data.crop import MAX_SIZE
 from terdit_jax.data.inspection import format_report, inspect
 from terdit_jax.data.reader import open_dataset
+from terdit_jax.data.suggestion import training_command
 from terdit_jax.data.tar_source import make_tar_source
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError, run_command
@@ -171,22 +172,15 @@ def _inspect(path: str) -> None:
 def _print_summary(metadata: schema.Metadata) -> None:
     train, heldout = (metadata.splits[split] for split in schema.SPLITS)
     shards = (*train.shards, *heldout.shards)
-    height, width, channels = metadata.shape
+    shape = "x".join(map(str, metadata.shape))
     print(
-        f"{train.records:,} training and {heldout.records:,} held-out records of {height}x{width}x{channels}, "
+        f"{train.records:,} training and {heldout.records:,} held-out records of {shape}, "
         f"{metadata.num_classes} classes"
     )
     if (epath.Path(_OUTPUT.value) / builder.SKIPPED_FILE).exists():
         print(f"what was left out, and why: {_OUTPUT.value}/{builder.SKIPPED_FILE}")
     print(f"{sum(shard.bytes for shard in shards):,} bytes in {len(shards)} shards, fingerprint {metadata.fingerprint}")
-    name = "digits" if metadata.source["kind"] == "digits" else "cifar10" if metadata.codec == "none" else "terdit_600m"
-    command = ["python", "-m", "terdit_jax.main", f"--config=configs/{name}.py", f"--workdir=runs/{name}"]
-    if name != "digits":
-        command += [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
-        command += [f"--config.model.num_classes={metadata.num_classes}"]
-    if name == "terdit_600m" and not metadata.has_mirror:
-        command.append("--config.data.horizontal_flip=False")
-    print("next: " + shlex.join([*command, f"--config.data.dir={_OUTPUT.value}"]))
+    print("next: " + shlex.join(training_command(metadata, _OUTPUT.value)))
 
 
 if __name__ == "__main__":

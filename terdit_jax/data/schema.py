@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 from typing import Any
 
 from etils import epath
@@ -254,4 +255,5 @@ def _check_files(path: epath.Path, metadata: Metadata) -> None:
 
 
 def _how_to_prepare(path: epath.PathLike) -> str:
-    return f"run `python -m terdit_jax.prepare --source=digits --output={path}`, or --source=folder for your pictures"
+    output = shlex.quote(f"--output={os.fspath(path)}")
+    return f"run `python -m terdit_jax.prepare --source=digits {output}`, or with --source=folder --input=FOLDER"

@@ -6,6 +6,7 @@ The mathematics is `step`'s; this module decides when things happen and keeps th
 from collections.abc import Callable
 import contextlib
 from functools import partial
+import shlex
 
 from absl import logging
 from clu import parameter_overview
@@ -364,7 +365,9 @@ def _introduce(setup: Setup, start: int) -> None:
 
 def _close(setup: Setup) -> None:
     _say(f"checkpoints, metrics.jsonl, TensorBoard events and samples are in {setup.workdir}")
-    _say(f"next: python -m terdit_jax.sample --model={setup.workdir} --labels=0,1,2 --output=grid.png")
+    labels = ",".join(map(str, range(min(3, setup.model.num_classes))))
+    command = ["python", "-m", "terdit_jax.sample", f"--model={setup.workdir}", f"--labels={labels}"]
+    _say("next: " + shlex.join([*command, "--output=grid.png"]))
 
 
 def _due(step: int, every: int) -> bool:

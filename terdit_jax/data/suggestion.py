@@ -1,0 +1,65 @@
+"""The training command that fits a data set, as `prepare` prints it: it works as it stands, from the same folder.
+
+Which fields there are belongs to the configurations in `configs/`.
+"""
+
+import math
+import os
+from pathlib import Path
+
+from terdit_jax.data.schema import Metadata
+
+# Patches along a side: published models have 16, and 32 for latents of 512 px.
+_GRID = 16
+_MAX_LATENT_GRID = 32
+_MAX_GRID = 64  # 4,096 tokens
+_PATCH_SIZE = 2  # of the configurations named here
+_MEMORY = 4 << 30  # bytes of records that `data.in_memory` may hold without being asked
+
+
+def training_command(metadata: Metadata, path: str) -> list[str]:
+    """The words of a `terdit_jax.main` command that trains on the data set at `path`.
+
+    Digits have a configuration of their own; other pixels take that of CIFAR-10, latents that of ImageNet, each with
+    the fields that the data decides.
+    """
+    latents = metadata.codec != "none"
+    digits = metadata.source["kind"] == "digits"
+    config = "digits" if digits else "terdit_600m" if latents else "cifar10"
+    name = os.path.basename(os.path.abspath(path)) or config
+    words = ["python", "-m", "terdit_jax.main", f"--config={_config_file(config)}", f"--workdir=runs/{name}"]
+    if not digits:
+        height, _, channels = metadata.shape
+        words += [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
+        words.append(f"--config.model.num_classes={metadata.num_classes}")
+        patch_size = choose_patch_size(height, latents)
+        if patch_size != _PATCH_SIZE:
+            words.append(f"--config.model.patch_size={patch_size}")
+    if latents and not metadata.has_mirror:
+        words.append("--config.data.horizontal_flip=False")
+    if not latents and _bytes_in_memory(metadata) > _MEMORY:
+        words.append("--config.data.in_memory=False")
+    return [*words, f"--config.data.dir={path}"]
+
+
+def choose_patch_size(size: int, latents: bool) -> int:
+    """A divisor of `size`: 2 if that makes no more tokens than published models have, else the one nearest to 16 x 16.
+
+    Sizes whose divisors all make too many tokens, such as large primes, become one patch.
+    """
+    if size % _PATCH_SIZE == 0 and 4 <= size // _PATCH_SIZE <= (_MAX_LATENT_GRID if latents else _GRID):
+        return _PATCH_SIZE
+    divisors = [patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= _MAX_GRID]
+    return min(divisors, key=lambda patch: abs(math.log(size / patch / _GRID)))
+
+
+def _config_file(name: str) -> str:
+    """Relative where it is found from here, else that of the checkout that this package is installed from."""
+    relative = Path("configs") / f"{name}.py"
+    checkout = Path(__file__).parents[2] / relative
+    return str(checkout if not relative.exists() and checkout.exists() else relative)
+
+
+def _bytes_in_memory(metadata: Metadata) -> int:
+    views = 2 if metadata.has_mirror else 1
+    return metadata.splits["train"].records * math.prod(metadata.shape) * views * 2 * 2  # mean and std, float16
