@@ -19,7 +19,7 @@ from terdit_jax.data.codec import Codec, PixelCodec, VAECodec
 from terdit_jax.data.crop import MAX_SIZE
 from terdit_jax.data.inspection import format_report, inspect
 from terdit_jax.data.reader import open_dataset
-from terdit_jax.data.suggestion import training_command
+from terdit_jax.data.suggestion import remark, training_command
 from terdit_jax.data.tar_source import make_tar_source
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError, run_command
@@ -180,6 +180,8 @@ def _print_summary(metadata: schema.Metadata) -> None:
     if (epath.Path(_OUTPUT.value) / builder.SKIPPED_FILE).exists():
         print(f"what was left out, and why: {_OUTPUT.value}/{builder.SKIPPED_FILE}")
     print(f"{sum(shard.bytes for shard in shards):,} bytes in {len(shards)} shards, fingerprint {metadata.fingerprint}")
+    if note := remark(metadata):
+        print(note)
     print("next: " + shlex.join(training_command(metadata, _OUTPUT.value)))
 
 

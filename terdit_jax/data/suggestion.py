@@ -53,6 +53,16 @@ def choose_patch_size(size: int, latents: bool) -> int:
     return min(divisors, key=lambda patch: abs(math.log(size / patch / _GRID)))
 
 
+def remark(metadata: Metadata) -> str | None:
+    """A line on sizes that only a few large patches make up, of which little can be learned."""
+    size, step = metadata.shape[0], 32
+    grid = size // choose_patch_size(size, metadata.codec != "none")
+    if size < _GRID or grid >= 4 or metadata.codec != "none":
+        return None
+    better = -(-size // step) * step
+    return f"note: {size} pixels divide into {grid} x {grid} patches only; --image_size={better} is better"
+
+
 def _config_file(name: str) -> str:
     """Relative where it is found from here, else that of the checkout that this package is installed from."""
     relative = Path("configs") / f"{name}.py"

@@ -1,0 +1,119 @@
+"""What the pages take for granted: folders of images, an archive, checkpoints, all of them tiny."""
+
+import io
+from pathlib import Path
+import shutil
+import subprocess
+import tarfile
+
+from deployed import random_weights, small_config
+import numpy as np
+from PIL import Image
+from runs import ROOT, prepare_digits
+from torch_files import namespace, state_dict, torch_file
+
+from terdit_jax.interop.description import public_model_args
+from terdit_jax.interop.exports import export
+from terdit_jax.interop.published import published_tensors
+from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
+
+TINY_VAE = ROOT / "tests" / "golden" / "vae_tiny"
+
+
+def make(name: str, path: Path) -> None:
+    """Makes the input of this name at a path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    MAKERS[name](path)
+
+
+def image_bytes(seed: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(256, size=(66, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def make_class_folders(path: Path, names: list[str], count: int) -> None:
+    for label, name in enumerate(names):
+        (path / name).mkdir(parents=True)
+        for index in range(count):
+            (path / name / f"{index}.png").write_bytes(image_bytes(label * count + index))
+
+
+def _pictures(path: Path) -> None:
+    make_class_folders(path, ["cat", "dog"], 10)
+
+
+def _cifar10(path: Path) -> None:
+    """Two of its ten classes, so that its model is that of the pictures and compiled once."""
+    for split, count in (("train", 8), ("test", 4)):
+        make_class_folders(path / split, ["airplane", "automobile"], count)
+
+
+def _archive(path: Path) -> None:
+    """ImageNet's training archive: a tar of tars, one a class."""
+    with tarfile.open(path, "w") as outer:
+        for label, name in enumerate(("n01440764", "n01443537")):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for index in range(2):
+                    _add(archive, f"{name}_{index}.JPEG", image_bytes(10 * label + index, "JPEG"))
+            _add(outer, f"{name}.tar", inner.getvalue())
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def _weights() -> Weights:
+    return random_weights(small_config(num_classes=1000), codec="vae")
+
+
+def _published(path: Path) -> None:
+    """A published checkpoint of a tiny model: ternary weights in PyTorch's layout."""
+    weights = _weights()
+    arrays = dict(published_tensors(weights.model, packed_leaves(weights.model, weights.leaves())))
+    path.mkdir()
+    (path / consolidated_name(True, True)).write_bytes(torch_file(state_dict(arrays), arrays.values()))
+    arguments = {**public_model_args(weights.description)[0], "terdit_jax": weights.description.to_dict()}
+    (path / MODEL_ARGS).write_bytes(torch_file(namespace(arguments)))
+
+
+def _environment(path: Path) -> None:
+    """What launch/setup.sh takes for an installed environment: its Python is the one on the PATH."""
+    (path / "bin").mkdir(parents=True)
+    (path / "bin" / "python").write_text('#!/bin/sh\nexec python "$@"\n')
+    (path / "bin" / "python").chmod(0o755)
+    root = path.parent
+    stamp = subprocess.run(
+        ["bash", "-c", 'echo "$0 $(cat "$0/requirements.txt" "$0/pyproject.toml" | cksum)"', root],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (path / "terdit-jax.stamp").write_text(stamp.stdout)
+
+
+def _digits_artifact(path: Path) -> None:
+    model = small_config(input_size=8, in_channels=1)
+    export(random_weights(model), path, "packed")
+
+
+def _vae(path: Path) -> None:
+    shutil.copytree(TINY_VAE, path)
+
+
+# "runs/digits" is the run that the README's quickstart leaves: the test trains it once for all pages.
+MAKERS = {
+    "pictures": _pictures,
+    "cifar10": _cifar10,
+    "ILSVRC2012_img_train.tar": _archive,
+    "sd-vae-ft-ema": _vae,
+    "stabilityai/sd-vae-ft-ema": _vae,
+    "3B_1180000": _published,
+    "checkpoints/3B_1180000": _published,
+    "terdit_4b.safetensors": lambda path: export(_weights(), path, "packed") and None,
+    "digits.safetensors": _digits_artifact,
+    "data/digits": prepare_digits,
+    ".venv": _environment,
+}
