@@ -125,12 +125,13 @@ class CheckpointWriter(Checkpoints):
             return step, error
         if jax.process_index() == 0:
             with contextlib.suppress(UserError):  # a directory that cannot be listed: the next save tries again
-                self._delete_old()
+                self._delete_old(step)
         return step, None
 
-    def _delete_old(self) -> None:
-        """All but the newest and those to be kept for good."""
-        for step in self.steps()[: -self._keep]:
+    def _delete_old(self, newest: int) -> None:
+        """All up to `newest`, which is sound, but the last of them and those to be kept for good. Later ones, damaged
+        and not to be moved, do not count."""
+        for step in [step for step in self.steps() if step <= newest][: -self._keep]:
             if not self._keep_every or step % self._keep_every:
                 self._delete(step)
 
