@@ -1,6 +1,11 @@
 """Every kind of damage is found before a checkpoint is used, and nothing is lost on the way."""
 
-from faults.damages import DAMAGES, half_write
+import itertools
+import logging
+from pathlib import Path
+
+from deployed import make_workdir
+from faults.damages import DAMAGES, MANIFEST, half_write
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +13,8 @@ import pytest
 
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
+from terdit_jax.interop.published import params_leaves
+from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.manifest import find_damage
@@ -209,3 +216,69 @@ def test_without_a_sound_step_there_are_no_leaves(saved):
         flip(saved / "checkpoints" / str(step))
     with pytest.raises(UserError, match=r"holds no sound checkpoint: there are steps \[1, 2, 3\]$"):
         Checkpoints(saved).read_leaves("params")
+
+
+def restore_ema(workdir):
+    """Step and some averaged weights, as `sample` and `export` read them: all would take as long as all the rest."""
+    weights = open_weights(workdir)
+    return weights.description.step, dict(itertools.islice(weights.leaves(), 3))
+
+
+def restore_whole(workdir, wanted):
+    """Step and the whole state, as a run reads it."""
+    restored, run = Checkpoints(workdir).restore(wanted)
+    assert int(restored["step"]) == run["step"]
+    return run["step"], {name: dict(params_leaves(restored[name])) for name in ("params", "ema_params")}
+
+
+def flip_middle(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A workdir with checkpoints 1 and 2 of a model, and the leaves of their raw and averaged weights."""
+    workdir = tmp_path_factory.mktemp("two_steps")
+    saved = make_workdir(workdir)
+    names = ("params", "ema_params")
+    leaves = {
+        step: {name: dict(params_leaves(params)) for name, params in zip(names, both, strict=True)}
+        for step, both in saved.items()
+    }
+    raw, averaged = saved[2]
+    empty = {"opt_state": {}, "skipped": {"total": jnp.int32(0)}, "spikes": {}, "window": {"sums": {}}}
+    whole = {"step": jnp.int32(2), "params": raw, "ema_params": averaged, **empty}
+    return workdir, leaves, target(jax.tree.map(jnp.asarray, whole))
+
+
+@pytest.mark.parametrize("damage", [flip_middle, Path.unlink], ids=["flipped", "removed"])
+def test_damage_to_any_file_gives_the_exact_weights_of_a_step_and_moves_nothing(two_steps, caplog, damage):
+    workdir, leaves, whole = two_steps
+    newest = workdir / "checkpoints" / "2"
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert {path.relative_to(newest).parts[0] for path in files} >= {"params", "ema_params", "rest", "run", MANIFEST}
+    for path in files:
+        name, content = path.relative_to(newest), path.read_bytes()
+        if not content and damage is flip_middle:
+            continue
+        damage(path)
+        before = sorted(workdir.rglob("*"))
+        for read, items in (
+            (lambda: restore_ema(workdir), ("ema_params", "run")),
+            (lambda: restore_whole(workdir, whole), ("params", "ema_params", "rest", "run")),
+        ):
+            caplog.clear()
+            step, found = read()
+            expected = leaves[step]["ema_params"] if items[0] == "ema_params" else leaves[step]
+            for name_of_leaf, leaf in found.items():
+                jax.tree.map(np.testing.assert_array_equal, leaf, expected[name_of_leaf])
+            loud = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+            if step == 1:
+                assert len(loud) == 1 and loud[0].startswith("CHECKPOINT 2 IS DAMAGED ("), (name, loud)
+            else:
+                assert name.parts[0] not in items and not loud, (name, loud)
+        assert sorted(workdir.rglob("*")) == before, name
+        path.write_bytes(content)
+    assert restore_ema(workdir)[0] == restore_whole(workdir, whole)[0] == 2
