@@ -4,11 +4,13 @@
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
 from pathlib import Path
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,13 +32,14 @@ def main() -> int:
     parser.add_argument("--case", required=True, choices=[*CASES, "damages"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=None, help="of the moments of kills; another each time if left out")
+    parser.add_argument("--jobs", type=int, default=1, help="harnesses side by side that share the rounds")
     parser.add_argument("--output", type=Path, help="a JSON file for the report")
     options = parser.parse_args()
     names = [*DAMAGES, *HALF_WRITTEN] if options.case == "damages" else [options.case]
     report = {
         "command": "python -m tests.faults " + " ".join(sys.argv[1:]),
         **describe_machine(),
-        "cases": [_run(name, options.rounds, options.seed) for name in names],
+        "cases": [_run_side_by_side(name, options.rounds, options.seed, options.jobs) for name in names],
     }
     text = json.dumps(report, indent=1)
     print(text)
@@ -56,6 +59,30 @@ def describe_machine() -> dict:
             "orbax": ocp.__version__,
         },
     }
+
+
+def _run_side_by_side(name: str, rounds: int, seed: int | None, jobs: int) -> dict:
+    """As `_run`, its rounds shared among `jobs` processes, each with data and an undisturbed run of its own."""
+    if jobs == 1:
+        return _run(name, rounds, seed)
+    shares = [rounds // jobs + (job < rounds % jobs) for job in range(jobs)]
+
+    def run(job: int) -> dict:
+        command = [sys.executable, "-m", "tests.faults", f"--case={name}", f"--rounds={shares[job]}"]
+        command += [] if seed is None else [f"--seed={seed + job}"]
+        with tempfile.NamedTemporaryFile() as report:
+            subprocess.run([*command, f"--output={report.name}"], stdout=subprocess.DEVNULL, check=False)
+            return json.loads(Path(report.name).read_text())["cases"][0]
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        parts = list(pool.map(run, range(jobs)))
+    merged = {"case": name, "rounds": rounds, "jobs": jobs, "wrong": None}
+    for part in parts:
+        merged["wrong"] = merged["wrong"] or part["wrong"]
+        for key, value in part.items():
+            if key in ("right", "details") or key.startswith("runs_"):
+                merged[key] = merged[key] + value if key in merged else value
+    return merged | {"seconds": max(part["seconds"] for part in parts)}
 
 
 def _run(name: str, rounds: int, seed: int | None) -> dict:
