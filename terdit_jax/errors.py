@@ -31,10 +31,13 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     root_logger.handlers.clear()  # Orbax's import leaves one, by which every warning would be printed a second time
     interrupts = CommandInterrupts()
 
+    from terdit_jax.reproducible import pin_settings  # here, for it imports JAX
+
     def guarded(argv: Sequence[str]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: every option is written --name=value")
+            pin_settings()
             main(argv)
         except UserError as error:
             exit_with(str(error))

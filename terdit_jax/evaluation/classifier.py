@@ -7,11 +7,13 @@ from functools import partial
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from terdit_jax.errors import UserError
 from terdit_jax.labels import check_labels
+from terdit_jax.reproducible import make_key, pinned
 
 FEATURES = 64
 BATCH_SIZE = 128
@@ -39,7 +41,7 @@ class Network(nnx.Module):
             x = jax.nn.relu(conv(x))
         x = x.reshape(len(x), -1)
         if dropout_key is not None:
-            x = x * jax.random.bernoulli(dropout_key, 1 - DROPOUT, x.shape) / (1 - DROPOUT)
+            x = x * jax.random.bernoulli(dropout_key, jnp.float32(1 - DROPOUT), x.shape) / (1 - DROPOUT)
         features = jax.nn.relu(self.hidden(x))
         return features, self.head(features)
 
@@ -75,6 +77,7 @@ def make_classifier(shape: tuple[int, int, int], num_classes: int, params: Param
     return Classifier(nnx.split(Network(*shape, num_classes, nnx.Rngs(0)))[0], params)
 
 
+@pinned()
 def train_classifier(
     images: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0, num_steps: int = 400
 ) -> Classifier:
@@ -94,7 +97,7 @@ def train_classifier(
     graph, state = nnx.split(Network(*images.shape[1:], num_classes, nnx.Rngs(seed)))
     params = nnx.to_pure_dict(state)
     opt_state = _make_optimizer(num_steps).init(params)
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    rng, key = np.random.default_rng(seed), make_key(seed)
     for step in range(num_steps):
         batch, dropout_key = rng.integers(len(images), size=BATCH_SIZE), jax.random.fold_in(key, step)
         params, opt_state = _train_step(graph, num_steps, params, opt_state, images[batch], labels[batch], dropout_key)

@@ -16,6 +16,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.shards import Shards
 from terdit_jax.labels import check_labels
+from terdit_jax.reproducible import make_key
 from terdit_jax.training.metrics import format_duration
 
 LABEL_ORDERS = ("balanced", "random")
@@ -45,9 +46,9 @@ def make_labels(classes: Sequence[int], num_samples: int, order: str, seed: int)
         raise UserError(f"{order!r} is no order of labels: give one of {', '.join(LABEL_ORDERS)}")
     if order == "balanced":
         return np.resize(classes, num_samples)
-    key = jax.random.fold_in(jax.random.key(seed), _LABELS)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
-    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes)))(keys)
+    key = jax.random.fold_in(make_key(seed), _LABELS)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples, dtype=jnp.int32))
+    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes), jnp.int32))(keys)
     return classes[np.asarray(chosen)]
 
 

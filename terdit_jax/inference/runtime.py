@@ -30,6 +30,7 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.parallel.sharding import check_heads, place, tree_shardings
+from terdit_jax.reproducible import pinned
 
 DTYPES = ("bfloat16", "float32")
 
@@ -55,6 +56,7 @@ class Denoiser:
     numerics: Numerics | None
     operands: dict
 
+    @pinned()
     def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
         """Predicts the noise and the variance interpolation.
 
@@ -70,9 +72,11 @@ class Denoiser:
           UserError: labels that are not whole numbers, not B, or of no class; inside a jit their values are not seen.
         """
         y = self._check_call(x_t, y)
-        denoise = _compiled(self.numerics)
+        denoise, x_t = _compiled(self.numerics), jnp.asarray(x_t, jnp.float32)
+        t, y = (jnp.asarray(values, jnp.int32) for values in (t, y))
         return denoise(self.config, self.numerics, self.mesh, self.operands, x_t, t, y)
 
+    @pinned()
     def draw(
         self,
         labels: np.ndarray,
@@ -150,6 +154,7 @@ def _denoise(
         return forward(config, operands, x_t, t, y)
 
 
+@pinned()
 def load_model(
     path: epath.PathLike,
     *,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
@@ -22,6 +23,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
+from terdit_jax.reproducible import make_key
 
 NUM_TIMESTEPS = 1000  # of the process that every model is trained on
 
@@ -63,8 +65,8 @@ def make_draw(
 
     @partial(jax.jit, compiler_options=compiler_options)
     def draw(operands: dict, labels: Array, indices: Array) -> Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-        normal = jax.vmap(lambda key: jax.random.normal(key, model.sample_shape))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(make_key(seed), indices)
+        normal = jax.vmap(lambda key: jax.random.normal(key, model.sample_shape, jnp.float32))
 
         def noise(i: Array | int) -> Array:
             return constrain(normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i)), "batch", None, None, None)

@@ -28,7 +28,7 @@ class LabelEmbedder(nnx.Module):
     """A row a class, and a last one for the null class that guidance subtracts."""
 
     def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding_table = nnx.Param(normal_002(rngs.params(), (num_classes + 1, width)))
+        self.embedding_table = nnx.Param(normal_002(rngs.params(), (num_classes + 1, width), jnp.float32))
 
 
 class FinalLayer(nnx.Module):

@@ -28,9 +28,9 @@ class Linear(nnx.Module):
     def __init__(
         self, in_features: int, out_features: int, init: nnx.Initializer, *, rngs: nnx.Rngs, bias: bool = True
     ):
-        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features)))
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), jnp.float32))
         if bias:
-            self.bias = nnx.Param(jnp.zeros(out_features))
+            self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
 
     def operands(self) -> dict[str, Array]:
         return {name: value[...] for name, value in (("weight", self.weight), ("bias", self.bias))}
@@ -49,13 +49,15 @@ class BlockLinear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
     ):
-        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features)))
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), jnp.float32))
         if config.ternary:
-            published = config.alpha_init == "normal"
-            alpha = jax.random.normal(rngs.params(), ()) if published else least_squares_alpha(self.weight[...])
+            if config.alpha_init == "normal":  # as published
+                alpha = jax.random.normal(rngs.params(), (), jnp.float32)
+            else:
+                alpha = least_squares_alpha(self.weight[...])
             self.alpha = nnx.Param(alpha)
         if bias:
-            self.bias = nnx.Param(jnp.zeros(out_features))
+            self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
 
 
 def group_operand(
@@ -118,15 +120,15 @@ class RMSNorm(nnx.Module):
     """scale (D,) of a root-mean-square norm."""
 
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
 
 class LayerNorm(nnx.Module):
     """scale and bias (D,) of a layer norm."""
 
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
 
 def rms_norm(x: Array, scale: Array, eps: float = 1e-5) -> Array:

@@ -33,7 +33,7 @@ class FullLinear:
 
     def product(self, x: Rows) -> tuple[Rows, Array]:
         """As `TernaryLinear.product`."""
-        return Rows(self(x.values)), jnp.ones(self.weight.shape[0])
+        return Rows(self(x.values)), jnp.ones(self.weight.shape[0], jnp.float32)
 
 
 @struct.dataclass

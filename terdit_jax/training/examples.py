@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from terdit_jax.diffusion.loss import q_sample
 from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.reproducible import make_key
 
 Examples = dict[str, Array]  # x_0, noise, x_t (B, H, W, C) float32; t, y (B,) int32
 
 
 def example_keys(seed: int, step: Array | int, indices: Array) -> Array:
     """(B,) keys, one for each global example index (B,) of a step."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    step_key = jax.random.fold_in(make_key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
 
 
@@ -41,13 +42,14 @@ def make_examples(
     purposes = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
     noise_key, t_key, drop_key, posterior_key = (purposes[:, i] for i in range(4))
     shape = batch["mean"].shape[1:]
-    normal = jax.vmap(lambda key: jax.random.normal(key, shape))
+    normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
 
     mean, std = batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32)  # float16 only saves space
     x_0 = (mean + std * normal(posterior_key)) * latent_scale
 
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps))(t_key)
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, class_dropout_prob))(drop_key)
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps, jnp.int32))(t_key)
+    chance = jnp.float32(class_dropout_prob)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, chance))(drop_key)
     y = jnp.where(dropped, num_classes, batch["label"])
     noise = normal(noise_key)
     return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(schedule, x_0, t, noise)}

@@ -27,7 +27,7 @@ def make_heldout_loss(
     def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
         # Keyed by the place among all held-out examples: how they are cut into batches changes nothing.
         size = len(batch["label"])
-        keys = example_keys(config.seed + _SEED_OFFSET, 0, number * size + jnp.arange(size))
+        keys = example_keys(config.seed + _SEED_OFFSET, 0, number * size + jnp.arange(size, dtype=jnp.int32))
         examples = make_examples(
             batch,
             constrain(keys, "batch"),

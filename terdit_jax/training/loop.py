@@ -22,6 +22,7 @@ from terdit_jax.files import write_json
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_shards, local_block
+from terdit_jax.reproducible import pinned
 from terdit_jax.training import disk
 from terdit_jax.training.batches import device_batches, to_devices
 from terdit_jax.training.best import FOLDER, Judge, open_best
@@ -45,6 +46,7 @@ from terdit_jax.training.window import code_statistics, empty_sums, means
 DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
 
 
+@pinned()
 def train(
     setup: Setup,
     draw_grid: DrawGrid,
@@ -332,7 +334,7 @@ def _summarize(setup: Setup, state: State, batch: dict[str, Array]) -> tuple[dic
     few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
     examples = make_examples(
         jax.tree.map(lambda leaf: leaf[:few], batch),
-        example_keys(config.seed, state["step"], jnp.arange(few)),
+        example_keys(config.seed, state["step"], jnp.arange(few, dtype=jnp.int32)),
         setup.schedule,
         latent_scale=setup.dataset.metadata.latent_scale,
         num_classes=model.num_classes,

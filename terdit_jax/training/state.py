@@ -12,6 +12,7 @@ import optax
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, make_operands
 from terdit_jax.parallel.sharding import abstract_sharded, place
+from terdit_jax.reproducible import make_key
 from terdit_jax.ternary.linear import PackedLinear
 from terdit_jax.training.spikes import empty_spikes
 from terdit_jax.training.window import empty_sums
@@ -32,7 +33,7 @@ def init_state(
       spikes: losses skipped as spikes, and the statistics they are judged by (see `spikes`).
       window: what has been seen since the last log (see `window`), so that a resumed run logs the same lines.
     """
-    params = init_params(model, jax.random.key(seed)) if params is None else params
+    params = init_params(model, make_key(seed)) if params is None else params
     return {
         "step": jnp.int32(0),
         "params": params,

@@ -23,6 +23,7 @@ from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.compiler_options import compiler_options
 from terdit_jax.parallel.mesh import fsdp_rings
 from terdit_jax.parallel.sharding import constrain, constrain_tree
+from terdit_jax.reproducible import pinned
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay
 from terdit_jax.training.spikes import judge_loss
@@ -186,7 +187,7 @@ def make_train_step(
     model = dataclasses.replace(model, fsdp_rings=fsdp_rings(mesh))
 
     def train_step(state: State, batch: dict[str, Array]) -> State:
-        indices = jnp.arange(config.train.batch_size)
+        indices = jnp.arange(config.train.batch_size, dtype=jnp.int32)
         examples = make_examples(
             batch,
             constrain(example_keys(config.seed, state["step"], indices), "batch"),
@@ -202,14 +203,14 @@ def make_train_step(
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """The function called with the mesh in context, which sharding constraints need while it is traced.
+    """The function called with the mesh in context, which sharding constraints need while it is traced, and pinned.
 
     `__wrapped__` is the function itself, for those who lower it.
     """
 
     @functools.wraps(function)
     def call(*args):
-        with jax.set_mesh(mesh):
+        with pinned(), jax.set_mesh(mesh):
             return function(*args)
 
     return call

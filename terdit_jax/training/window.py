@@ -14,7 +14,7 @@ NUM_QUARTILES = 4
 def empty_sums() -> dict[str, Array]:
     """Sums over steps, all float32: scalars, and (4,) by quartile of the timestep."""
     scalars = {name: jnp.float32(0) for name in ("steps", "loss", "mse", "vb", "grad_norm")}
-    return scalars | {name: jnp.zeros(NUM_QUARTILES) for name in ("quartile_loss", "quartile_count")}
+    return scalars | {name: jnp.zeros(NUM_QUARTILES, jnp.float32) for name in ("quartile_loss", "quartile_count")}
 
 
 def quartile_sums(losses: Array, t: Array, num_timesteps: int) -> dict[str, Array]:
