@@ -4,7 +4,8 @@ Commands catch it, print its single line and exit with status 2; every other exc
 and keeps its traceback.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 from logging import root as root_logger
 import os
 import sys
@@ -66,6 +67,15 @@ def exit_with(message: str, status: int = 2) -> None:
 def in_a_line(error: Exception) -> str:
     """Kind and beginning of an exception, for a UserError that tells the reason."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
+@contextlib.contextmanager
+def going_on(lost: str) -> Iterator[None]:
+    """Logs a UserError in its body as one loud line, after `lost`: for what is no reason to stop training."""
+    try:
+        yield
+    except UserError as error:
+        logging.error("%s (%s)", lost, error)
 
 
 def end_if_one_of_several() -> None:

@@ -38,7 +38,7 @@ from terdit_jax.files import check_output, refusing, write_json
 from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.inference.pictures import to_uint8
 from terdit_jax.inference.runtime import load_model
-from terdit_jax.inference.sampling import NUM_TIMESTEPS
+from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.memory import check_host
 from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, refuse_unused
@@ -64,10 +64,8 @@ _INCEPTION = define_path("inception", None, "Weights of Inception, .pth or .pb; 
 _HALF_DISTANCES = flags.DEFINE_bool("half_distances", False, "Precision and recall in float16, as the ADM evaluator.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", 1, MAX_BATCH)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", 2, MAX_IMAGES)
-_CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0)
-_NUM_STEPS = flags.DEFINE_integer(
-    "num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS
-)
+_CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS)
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")

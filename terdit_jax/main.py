@@ -6,13 +6,13 @@ Any field is overridden with --config.section.field=value; the same command resu
 from collections.abc import Sequence
 from functools import partial
 
-from absl import flags, logging
+from absl import flags
 from etils import epath
 import jax
 import numpy as np
 
 from terdit_jax.config_file import define_config, read_config
-from terdit_jax.errors import UserError, run_command
+from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
@@ -80,10 +80,8 @@ def _grid_drawer(setup: Setup, draw: DrawPictures) -> DrawGrid:
         grid = make_grid(to_uint8(draw(params, labels)))
         path = setup.workdir / "samples" / f"step_{step:08d}.png"
         if jax.process_index() == 0:
-            try:
+            with going_on("no grid"):  # a disk without room is no reason to stop training
                 save_png(path, grid)
-            except UserError as error:  # a disk without room is no reason to stop training
-                logging.error("%s", error)
         return path, grid
 
     return draw_grid

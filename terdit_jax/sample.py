@@ -25,7 +25,7 @@ from terdit_jax.inference.modes import MODES
 from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.runtime import DTYPES, Denoiser, load_model
-from terdit_jax.inference.sampling import NUM_TIMESTEPS, check_settings
+from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS, check_settings
 from terdit_jax.inference.shards import Shards, check_set
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.labels import check_labels
@@ -45,7 +45,9 @@ _NUM_STEPS = flags.DEFINE_integer(
 )
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's config.sample if left out.")
 _SPACING = flags.DEFINE_enum("spacing", None, ("auto", *SPACINGS), "Of the steps; as config.sample if left out.")
-_CFG_SCALE = define_float("cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.", low=0)
+_CFG_SCALE = define_float(
+    "cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.", low=0, high=MAX_CFG_SCALE
+)
 _CFG_T_MIN = flags.DEFINE_integer(
     "cfg_t_min", None, "First timestep guided; the run's config.sample if left out.", 0, NUM_TIMESTEPS - 1
 )

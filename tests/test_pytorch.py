@@ -346,6 +346,8 @@ def test_pictures_are_bytes_channels_last():
     assert pictures.dtype == torch.uint8 and pictures.tolist() == [[[[0], [0]], [[128], [255]]]]
     with pytest.raises(ValueError, match="decode latents"):
         to_pictures(torch.zeros(1, 4, 2, 2), 1.0)
+    with pytest.raises(ValueError, match="1 of 2 images hold values that are not finite"):
+        to_pictures(torch.stack([x[0], x[0] / 0]), 1.0)
 
 
 def refused(path, match=None):
@@ -395,6 +397,7 @@ def test_streams_that_expand_too_far_or_not_as_described_are_refused(tmp_path, t
         ({NORM: np.ones(64, np.uint8)}, f"'{NORM}' has dtype torch.uint8, this model needs torch.float32"),
         ({WQ: np.full((16, 64), 0b00110000, np.uint8)}, f"'{WQ}' holds the 2-bit code 11"),
         ({NORM: np.full(64, np.nan, np.float32)}, f"'{NORM}' holds values that are not finite"),
+        ({NORM: np.full(64, 1e30, np.float32)}, f"'{NORM}' holds values that are not finite, or beyond 2"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, tiny, changed, match):
@@ -482,6 +485,8 @@ def test_pickles_are_never_run(torch_export):
         ({"method": "euler"}, "'euler'"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
+        ({"cfg_scale": 1e38}, "cfg_scale is 1e.38: give a number from 0 to 1000"),
+        ({"cfg_scale": -3}, "cfg_scale is -3"),
         ({"cfg_channels": -1}, "cfg_channels is -1"),
     ],
 )

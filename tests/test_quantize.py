@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.ternary.linear import TernaryLinear
-from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, ternarize
+from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, sound_alpha, ternarize
 
 
 def test_codes_round_half_to_even_and_clip():
@@ -61,3 +61,12 @@ def test_least_squares_alpha_of_a_zero_matrix_is_that_of_a_xavier_draw():
     assert zero == pytest.approx(0.625 * (6 / 256) ** 0.5)
     drawn = least_squares_alpha(jax.nn.initializers.xavier_uniform()(jax.random.key(0), (192, 64)))
     assert float(zero) == pytest.approx(float(drawn), rel=0.05)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_matrix_whose_codes_mean_nothing_has_no_scale(value):
+    weight, alpha = jax.random.normal(jax.random.key(0), (3, 8, 16)), jnp.array([0.5, -2.0, 1.0])
+    np.testing.assert_array_equal(sound_alpha(weight, alpha), alpha)
+    assert np.isnan(sound_alpha(weight.at[1, 2, 3].set(value), alpha)).tolist() == [False, True, False]
+    assert np.isnan(sound_alpha(weight, alpha.at[2].set(value))).tolist() == [False, False, True]
+    assert np.isnan(ternarize(weight.at[1, 2, 3].set(value), alpha)[1]).tolist() == [False, True, False]

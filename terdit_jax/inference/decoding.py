@@ -42,7 +42,9 @@ def to_pictures(
     if latents.shape[-1] in (1, 3):
         return latents / latent_scale
     shown = latents[..., : 3 if latents.shape[-1] > 2 else 1]
-    low, high = shown.min(axis=(0, 1, 2)), shown.max(axis=(0, 1, 2))
+    known = np.isfinite(shown)  # what is not stays so, in its own image
+    low = shown.min(axis=(0, 1, 2), where=known, initial=np.inf)
+    high = shown.max(axis=(0, 1, 2), where=known, initial=-np.inf)
     return 2 * (shown - low) / np.maximum(high - low, 1e-6) - 1
 
 

@@ -10,6 +10,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
+from terdit_jax.errors import UserError
 from terdit_jax.files import refusing, write_bytes
 
 GAP = 2  # pixels between the pictures of a grid
@@ -17,7 +18,17 @@ MIN_SIDE = 64  # small pictures are enlarged by a whole factor to at least this
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """(..., H, W, C) float in [-1, 1] to uint8; what lies outside is clipped, values are rounded."""
+    """(..., H, W, C) float in [-1, 1] to uint8; what lies outside is clipped, values are rounded.
+
+    Raises:
+      UserError: values that are not finite, for which there is no byte.
+    """
+    bad = ~np.isfinite(images).reshape(-1, math.prod(images.shape[-3:])).all(axis=1)
+    if bad.any():
+        raise UserError(
+            f"{bad.sum()} of {len(bad)} images hold values that are not finite: weights, guidance or the autoencoder "
+            "overflow; try a smaller cfg_scale, dtype float32 or another checkpoint"
+        )
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 

@@ -26,6 +26,7 @@ from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain
 from terdit_jax.reproducible import make_key
 
 NUM_TIMESTEPS = 1000  # of the process that every model is trained on
+MAX_CFG_SCALE = 1000  # a hundred times what improves images; float32 has no digits left for much more
 
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 
@@ -90,6 +91,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise UserError(f"guidance from timestep {low} to {high}: give 0 <= cfg_t_min < cfg_t_max <= {NUM_TIMESTEPS}")
     if not 1 <= settings["num_steps"] <= NUM_TIMESTEPS:
         raise UserError(f"{settings['num_steps']} timesteps: give 1 to {NUM_TIMESTEPS}")
+    if not 0 <= settings["cfg_scale"] <= MAX_CFG_SCALE:
+        raise UserError(f"cfg_scale={settings['cfg_scale']}: give a number from 0 to {MAX_CFG_SCALE}")
 
 
 def draw_all(

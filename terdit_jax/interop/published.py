@@ -18,6 +18,7 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.packing import CODES_PER_BYTE, holds_unused_code, packed_to_planes, planes_to_packed
+from terdit_jax.ternary.quantize import LARGEST
 
 Leaves = Iterable[tuple[str, np.ndarray]]  # (path, whole leaf) of a parameter tree; ternary weights may be packed
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # published name -> (dtype, shape)
@@ -154,9 +155,14 @@ def _read(state_dict: StateDict, name: str, shape: tuple[int, ...]) -> np.ndarra
         return planes_to_packed(tensor)
     with np.errstate(over="ignore"):  # float64 beyond float32 is not finite here
         tensor = tensor.astype(np.float32, copy=False).reshape(shape)
-    if not np.isfinite(tensor).all():
-        raise UserError(f"checkpoint tensor {name!r} holds values that are not finite")
+    check_values(tensor, f"checkpoint tensor {name!r}")
     return tensor
+
+
+def check_values(array: np.ndarray, what: str) -> None:
+    """Raises UserError if a parameter holds a number that no model can compute with."""
+    if not max(array.max(), -array.min()) <= LARGEST:  # NaN is the maximum of what holds it
+        raise UserError(f"{what} holds values that are not finite, or beyond 2**40")
 
 
 def published_tensors(config: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.ndarray]]:

@@ -313,6 +313,7 @@ def load(
 
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST = 2.0**40  # of parameters: squares of what larger ones make overflow float32 in the norms
 _DTYPES = _FLOATS | {"U8": torch.uint8}
 
 
@@ -334,8 +335,8 @@ def _fitting(tensors: Mapping[str, Tensor], published: Mapping[str, Tensor], dev
             raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, this model needs {target.dtype}")
         if planes and (tensor & tensor >> 1 & 0b01010101).any():
             raise ValueError(f"tensor {name!r} holds the 2-bit code 11, which stands for no ternary value")
-        if not planes and not tensor.isfinite().all():
-            raise ValueError(f"tensor {name!r} holds values that are not finite")
+        if not planes and not tensor.abs().max() <= _LARGEST:
+            raise ValueError(f"tensor {name!r} holds values that are not finite, or beyond 2**40")
         tensor = _ternary_planes(tensor) if ternary and not planes else tensor.detach()
         fitting[name] = tensor.to(device, target.dtype, copy=True)  # never a view of the mapped file
     return fitting
@@ -475,6 +476,7 @@ def _class_of(label: object) -> int:
     raise ValueError(f"labels must be whole numbers, got {label!r}")
 
 
+_MAX_CFG_SCALE = 1000
 _SAMPLE = {"method": "ddpm", "num_steps": 250, "cfg_scale": 4.0, "cfg_channels": 3}  # the published demo's
 
 
@@ -522,8 +524,8 @@ def sample(
         raise ValueError(f"method is {method!r}: give 'ddpm' or 'ddim'")
     if type(num_steps) is not int or not 1 <= num_steps <= 1000:
         raise ValueError(f"num_steps is {num_steps!r}: give an integer from 1 to 1000")
-    if type(scale) not in (int, float) or not math.isfinite(scale):
-        raise ValueError(f"cfg_scale is {scale!r}: give a finite number")
+    if type(scale) not in (int, float) or not 0 <= scale <= _MAX_CFG_SCALE:
+        raise ValueError(f"cfg_scale is {scale!r}: give a number from 0 to {_MAX_CFG_SCALE}")
     if type(mixed) is not int or mixed < 0:
         raise ValueError(f"cfg_channels is {mixed!r}: give the number of guided channels, or 0 for all")
     device, null = next(model.parameters()).device, model.fields["num_classes"]
@@ -545,10 +547,13 @@ def sample(
 def to_pictures(x: Tensor, latent_scale: float) -> Tensor:
     """Pixels of a pixel-space model, (N, 1 or 3, H, W) float in [-latent_scale, latent_scale], as (N, H, W, C) uint8.
 
-    What lies outside is clipped. Raises ValueError for another number of channels: latents need their decoder.
+    What lies outside is clipped. Raises ValueError for another number of channels, since latents need their decoder,
+    and for values that are not finite.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"shape {tuple(x.shape)} is not that of pictures: decode latents with their autoencoder")
+    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+        raise ValueError(f"{bad} of {len(x)} images hold values that are not finite: is cfg_scale too large?")
     return ((x.float() / latent_scale + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -17,7 +17,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.interop import torch_pickle
 from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
 from terdit_jax.interop.description import Description, check_architecture, describe_published, describe_run
-from terdit_jax.interop.published import Leaves, StateDict, model_leaves, params_tree, read_leaves
+from terdit_jax.interop.published import Leaves, StateDict, check_values, model_leaves, params_tree, read_leaves
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.paths import as_path, local_path
@@ -142,7 +142,12 @@ def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:
     run, read = Checkpoints(place).read_leaves(_ITEMS[ema], step)
     description = describe_run(run, ema, str(place))
     paths = [leaf.path for leaf in model_leaves(description.model)]
-    return Weights(str(place), description, lambda: read(paths), masters=True)
+
+    def checked(leaf: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
+        check_values(leaf[1], f"{place}, step {run['step']}: {leaf[0]}")
+        return leaf
+
+    return Weights(str(place), description, lambda: map(checked, read(paths)), masters=True)
 
 
 def _open_container(path: Path) -> Weights:

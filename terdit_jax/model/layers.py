@@ -15,7 +15,7 @@ from terdit_jax.model.implementations import scans_layers
 from terdit_jax.ternary.linear import FullLinear, PackedLinear, TernaryLinear
 from terdit_jax.ternary.linear import Linear as Operand
 from terdit_jax.ternary.packing import pack
-from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, ternarize
+from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, sound_alpha, ternarize
 
 xavier_uniform = nnx.initializers.xavier_uniform(in_axis=-1, out_axis=-2)
 zeros = nnx.initializers.zeros_init()
@@ -94,7 +94,9 @@ def group_operand(
         return jnp.stack([alpha for alpha, n in zip(alphas, parts, strict=True) for _ in range(n)], axis=1)
 
     if packed:
+        pairs = zip(weights, alphas, strict=True)
         codes = [w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]
+        alphas = [alpha if w.dtype == jnp.uint8 else sound_alpha(w, alpha) for w, alpha in pairs]
         return PackedLinear(stack(codes), spread(alphas))
     unrolled = not scans_layers(config)
     made = [ternarize(w, alpha, config.grad_dtype, unrolled) for w, alpha in zip(weights, alphas, strict=True)]

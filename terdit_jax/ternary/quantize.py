@@ -16,6 +16,9 @@ ABSMEAN_EPS = 1e-6
 # A scale of zero would leave its matrix and itself without a gradient for ever; a power of two divides exactly.
 _LEAST_ALPHA = 2.0**-60
 
+# Larger parameters are refused: squares of what they make overflow float32 in the norms. Trained ones stay far below.
+LARGEST = 2.0**40
+
 
 def absmean_codes(weight: Array) -> Array:
     """The codes T = clip(round(W / (mean|W| + 1e-6)), -1, 1), rounding half to even.
@@ -26,8 +29,25 @@ def absmean_codes(weight: Array) -> Array:
     Returns:
       (..., out, in) int8 in {-1, 0, 1}. Source: TerDiT (arXiv 2405.14854) section 3.2, after BitNet b1.58.
     """
-    gamma = jnp.mean(jnp.abs(weight), axis=(-2, -1), keepdims=True)
-    return jnp.clip(jnp.round(weight / (gamma + ABSMEAN_EPS)), -1, 1).astype(jnp.int8)
+    return jnp.clip(jnp.round(weight / (_absmean(weight) + ABSMEAN_EPS)), -1, 1).astype(jnp.int8)
+
+
+def sound_alpha(weight: Array, alpha: Array) -> Array:
+    """The scale, or NaN where the weight or the scale holds a number that is not finite or beyond `LARGEST`.
+
+    One such number makes gamma infinite or NaN and all codes of its matrix 0. Codes cannot say so: their scale does,
+    and with it the loss and the images. It costs a comparison a matrix, since gamma is computed for the codes anyway.
+
+    Args:
+      weight: (..., out, in) float32.
+      alpha: (...,) float32.
+    """
+    sound = (_absmean(weight)[..., 0, 0] <= LARGEST) & (jnp.abs(alpha) <= LARGEST)
+    return jnp.where(sound, alpha, jnp.nan)
+
+
+def _absmean(weight: Array) -> Array:
+    return jnp.mean(jnp.abs(weight), axis=(-2, -1), keepdims=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -48,9 +68,10 @@ def ternarize(
       unrolled: whether gradients come layer by layer, stacked only on paper: each is then summed where it lies.
 
     Returns:
-      codes (..., out, in) int8, alpha (...,), kept off zero so that it can be divided by, and sink (..., out, in) of
-      `grad_dtype`.
+      codes (..., out, in) int8, alpha (...,) of `sound_alpha`, kept off zero so that it can be divided by, and sink
+      (..., out, in) of `grad_dtype`.
     """
+    alpha = sound_alpha(weight, alpha)
     alpha = jnp.where(jnp.abs(alpha) < _LEAST_ALPHA, _LEAST_ALPHA, alpha)
     return absmean_codes(weight), alpha, jnp.zeros(weight.shape, grad_dtype)
 

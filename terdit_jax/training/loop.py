@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from terdit_jax.data.reader import heldout_batches
-from terdit_jax.errors import UserError, end_if_one_of_several
+from terdit_jax.errors import UserError, end_if_one_of_several, going_on
 from terdit_jax.files import write_json
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
@@ -38,9 +38,11 @@ from terdit_jax.training.profile import Steps
 from terdit_jax.training.resume import check_resumable, describe_run
 from terdit_jax.training.saving import CheckpointWriter
 from terdit_jax.training.setup import Setup
-from terdit_jax.training.state import State, abstract_state, make_state, packed_codes
+from terdit_jax.training.state import State, abstract_state, check_finite, make_state, packed_codes
 from terdit_jax.training.step import make_train_step, on_mesh
 from terdit_jax.training.window import code_statistics, empty_sums, means
+
+_LOWER_RATE = "go on from the last checkpoint with a lower config.optimizer.learning_rate or clip_norm"
 
 # Called with (step, EMA parameters); returns the path of the grid it wrote and the grid, (H, W, 3) uint8.
 DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
@@ -92,6 +94,8 @@ def _train(
         jax.block_until_ready(restored)
     if restored:
         state = restored[0]
+        name = f"checkpoint {int(state['step'])} of {setup.workdir}"
+        check_finite(state, name, "move it out of checkpoints/ to go on from the one before it")
     else:
         params = load_start() if load_start else None
         if load_start:
@@ -240,7 +244,7 @@ class _Run:
         if consecutive >= self.setup.config.train.max_nonfinite_steps:
             raise UserError(
                 f"loss or gradient has been non-finite at every step from {step - consecutive + 1} to {step}: "
-                "go on from the last checkpoint with a lower config.optimizer.learning_rate or clip_norm"
+                f"{_LOWER_RATE}"
             )
 
     def _timing(self, step: int) -> dict[str, float]:
@@ -288,6 +292,8 @@ class _Run:
             for name, weights in (("heldout_loss", "params"), ("heldout_loss_ema", "ema_params")):
                 totals[name] += float(self.heldout_loss(state[weights], batch, jnp.int32(number)))
         figures = {name: total / num_batches for name, total in totals.items()}
+        if not np.isfinite(list(figures.values())).all():
+            logging.error("step %d: THE HELD-OUT LOSS IS NOT FINITE", step)
         if self.writer:
             self.writer.write(step, figures)
             _say(f"step {step:,}  held-out loss {figures['heldout_loss']:.4f}, EMA {figures['heldout_loss_ema']:.4f}")
@@ -296,28 +302,35 @@ class _Run:
     def sample(self, state: State, step: int) -> None:
         """Draws and writes a grid from the EMA weights."""
         self.flush()
-        path, grid = self.draw_grid(step, state["ema_params"])
-        if self.writer:
-            self.writer.write_picture(step, "samples", grid)
-            _say(f"step {step:,}  samples in {path}")
+        with going_on(f"step {step}: NO SAMPLES"):
+            path, grid = self.draw_grid(step, state["ema_params"])
+            if self.writer:
+                self.writer.write_picture(step, "samples", grid)
+                _say(f"step {step:,}  samples in {path}")
         self.stopwatch.restart(step)
 
     def score(self, state: State, step: int) -> None:
         """Writes what samples of the EMA weights are worth, and keeps the weights if none were worth more."""
         self.flush()
-        judgement = self.judge(step, state["ema_params"])
-        if self.writer:
-            self.writer.write(step, judgement.figures)
-            written = ", ".join(f"{name} {value:.4g}" for name, value in judgement.figures.items())
-            _say(f"step {step:,}  {written}")
-        run = describe_run(self.setup.config, step, self.setup.dataset.metadata)
-        if self.best and self.best.offer(state["ema_params"], run, judgement.loss):
-            _say(f"step {step:,}  the best so far: kept in {self.setup.workdir / FOLDER}")
+        with going_on(f"step {step}: NO SCORES"):
+            judgement = self.judge(step, state["ema_params"])
+            if self.writer:
+                self.writer.write(step, judgement.figures)
+                written = ", ".join(f"{name} {value:.4g}" for name, value in judgement.figures.items())
+                _say(f"step {step:,}  {written}")
+            run = describe_run(self.setup.config, step, self.setup.dataset.metadata)
+            if self.best and self.best.offer(state["ema_params"], run, judgement.loss):
+                _say(f"step {step:,}  the best so far: kept in {self.setup.workdir / FOLDER}")
         self.stopwatch.restart(step)
 
     def save(self, state: State, step: int) -> None:
-        """Saves, behind everything that has been logged: a resumed run goes on where the metrics file ends."""
+        """Saves, behind everything that has been logged: a resumed run goes on where the metrics file ends.
+
+        Raises:
+          UserError: a state that no run could go on from; it must not take the place of one that is sound.
+        """
         self.flush()
+        check_finite(state, f"the state after step {step}", f"it is not saved; {_LOWER_RATE}")
         with self.goodput.spent("save"):
             self.checkpoints.save(state, describe_run(self.setup.config, step, self.setup.dataset.metadata))
         self.goodput.saved(step)

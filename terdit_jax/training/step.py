@@ -135,7 +135,8 @@ def apply_gradients(
     optax.apply_if_finite branches with lax.cond, which keeps both branches' states in memory; selecting leaf by leaf
     costs nothing beside the update.
     """
-    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+    # A loss whose square overflows would leave the running variance of `spikes` without a value.
+    finite = jnp.isfinite(jnp.square(sums["loss"])) & jnp.isfinite(grad_norm)
     spike, spikes = judge_loss(config, state["spikes"], jnp.where(finite, sums["loss"], jnp.nan))
     learn = finite & ~spike
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"], grad_norm=grad_norm)
