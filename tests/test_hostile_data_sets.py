@@ -5,14 +5,14 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
-from absl import flags
+from commands import no_flags
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from test_tfds_source import make_examples, refusal, write_data_set
 
-from terdit_jax import prepare
 from terdit_jax.data import builder, reader, schema, sources
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.inspection import inspect
@@ -124,9 +124,10 @@ def test_a_prepared_data_set_is_looked_at_without_what_its_files_say_to_tfds(dat
 
 def test_the_command_runs_no_code_either(dataset, ran, monkeypatch, tmp_path, capsys):
     (dataset / "features.json").write_text(json.dumps(evil_leaf()))
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["prepare"])
-    monkeypatch.setattr(flags.FLAGS, "output", str(tmp_path / "sheet.png"))
+    with no_flags():
+        from terdit_jax import prepare
+    for name, value in {"_OUTPUT": str(tmp_path / "sheet.png"), "_VAE": None, "_NUM_SAMPLES": 48}.items():
+        monkeypatch.setattr(prepare, name, SimpleNamespace(value=value))
     prepare._inspect(str(dataset))
     assert not ran() and (tmp_path / "sheet.png").exists()
     assert "20 training" in capsys.readouterr().out

@@ -147,7 +147,6 @@ def test_the_published_configuration_is_understood():
         ("norm_num_groups", 48),
         ("sample_size", 256.0),
         ("scaling_factor", 0),
-        ("scaling_factor", float("nan")),
         ("scaling_factor", "0.18215"),
         ("time_compression\nratio", 4),
         ("out_channels", 10**400),
@@ -157,6 +156,12 @@ def test_another_architecture_is_named(folder, name, value):
     (folder / CONFIG).write_text(json.dumps(PUBLISHED | {name: value}))
     known = "norm_num_groups" if value == [128, 256, 512, 500] else re.escape(repr(name)[1:-1])
     assert_refused(folder, f"config.json: .*{known}")
+
+
+def test_nan_in_the_configuration_is_named(folder):
+    (folder / CONFIG).write_text(json.dumps(PUBLISHED | {"scaling_factor": float("nan")}))
+    with pytest.raises(UserError, match="config.json.*NaN"):
+        load_vae(folder)
 
 
 @pytest.mark.parametrize(
