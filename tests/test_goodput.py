@@ -93,12 +93,49 @@ def test_a_completed_run_was_not_down(tmp_path, clock):
     assert seconds(again) == {"train": 30}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"seconds": {}}'])
-def test_a_damaged_account_begins_anew(tmp_path, clock, content):
-    (tmp_path / GOODPUT_FILE).write_text(content)
+ACCOUNT = {"restarts": 3, "seconds": {"train": 9.0}, "saved": {"5": 7.0}, "updated": 1e9, "complete": False}
+WRONG = [
+    *({"seconds": value} for value in (None, 5, "train", {"train": "9"}, {"train": None}, {"train": [9]})),
+    *({"seconds": {"train": value}} for value in (True, float("nan"), float("inf"), 10**400)),
+    *({"saved": value} for value in (None, [5], {"five": 7.0}, {"5": "7"}, {"5": {}}, {"5": float("nan")})),
+    *({"restarts": value} for value in (None, "3", 3.0, True, [])),
+    *({"updated": value} for value in (None, "now", True, float("-inf"))),
+    *({"complete": value} for value in (None, 0, "no")),
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"7", b"null", b'{"seconds": {}}', b"\xff\xfe{}", b"\0" * 99, b"[" * 100_000]
+    + [json.dumps(ACCOUNT | wrong).encode() for wrong in WRONG],
+    ids=lambda content: repr(content[:60]),
+)
+def test_a_damaged_account_begins_anew_and_is_kept_beside(tmp_path, clock, caplog, content):
+    path = tmp_path / GOODPUT_FILE
+    path.write_bytes(content)
     goodput = Goodput(tmp_path, clock)
+    goodput.resumed(5)
+    assert f"{path} cannot be read (damaged): the account begins anew" in caplog.text
+    clock.spend(3)
+    assert seconds(goodput) == {"start": 3} and goodput.summary()
     goodput.write()
+    assert json.loads(path.read_text())["restarts"] == 0
+    assert path.with_name(f"{GOODPUT_FILE}.damaged").read_bytes() == content
+
+
+def test_the_account_that_the_damages_are_of_is_sound(tmp_path, clock, caplog):
+    (tmp_path / GOODPUT_FILE).write_text(json.dumps(ACCOUNT))
+    goodput = Goodput(tmp_path, clock)
+    goodput.resumed(5)
+    assert goodput.figures()["restarts"] == 4 and not caplog.records
+    assert seconds(goodput) == {"train": 7, "lost": 2}
+
+
+def test_a_folder_in_its_place_is_set_aside(tmp_path, clock, caplog):
+    (tmp_path / GOODPUT_FILE).mkdir()
+    Goodput(tmp_path, clock).write()
     assert json.loads((tmp_path / GOODPUT_FILE).read_text())["restarts"] == 0
+    assert "Is a directory" in caplog.text and (tmp_path / f"{GOODPUT_FILE}.damaged").is_dir()
 
 
 def test_an_unknown_kind_is_a_bug(tmp_path):

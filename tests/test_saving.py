@@ -5,14 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from faults.damages import flip
 import pytest
 from runs import ROOT
 from test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401
 
+from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
-from terdit_jax.training import disk
+from terdit_jax.training import disk, loop
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.manifest import find_damage
 
@@ -182,6 +184,21 @@ def test_a_damaged_checkpoint_that_cannot_be_moved_costs_no_other(saved, caplog,
     with pytest.raises(UserError, match="checkpoint 9 of "):
         checkpoints.close()
     assert restored_step(saved) == 6
+
+
+def put_a_folder(path):
+    path.mkdir()
+
+
+def put_garbage(path):
+    path.write_bytes(b"\xff")
+
+
+@pytest.mark.parametrize(("spoil", "lines"), [(put_a_folder, 1), (put_garbage, 0)])
+def test_a_config_file_that_cannot_be_written_costs_a_line(tmp_path, caplog, spoil, lines):
+    spoil(tmp_path / "config.json")
+    loop._write_config(SimpleNamespace(workdir=tmp_path, config=base_config()))
+    assert len(loud_lines(caplog)) == lines == caplog.text.count("config.json cannot be written: Is a directory")
 
 
 FAIL = """
