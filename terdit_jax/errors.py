@@ -20,7 +20,18 @@ _HELP = {"help", "?", "helpshort", "helpfull", "helpxml"}  # absl's, which end w
 
 
 class UserError(Exception):
-    """Input that cannot be used. The message is one line: the offending value, then what to do."""
+    """Input that cannot be used. The message is one line: the offending value, then what to do.
+
+    It may hold names and values from files: what a terminal would not show, or would obey, is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """The text with every character escaped that a terminal would not show or would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:

@@ -14,7 +14,7 @@ import zipfile
 
 import numpy as np
 
-from terdit_jax.errors import UserError, in_a_line
+from terdit_jax.errors import UserError, in_a_line, printable
 
 _MAX_DEFLATION = 1032  # times that zlib can shrink anything
 
@@ -31,7 +31,7 @@ def reading(refusal: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{refusal} ({printable(in_a_line(error))})") from error
+        raise UserError(f"{refusal} ({in_a_line(error)})") from error
 
 
 def parse_json(text: bytes | str, what: str, kind: type) -> Any:
@@ -49,7 +49,7 @@ def parse_json(text: bytes | str, what: str, kind: type) -> Any:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not sound JSON: {printable(str(error)[:100])}") from error
+        raise UserError(f"{what} is not sound JSON: {str(error)[:100]}") from error
     if not isinstance(value, kind):
         raise UserError(f"{what} is not a JSON {kind.__name__}")
     return value
@@ -78,6 +78,8 @@ def find_array(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bo
       KeyError, ValueError: there is no such array; of another reader's errors there are many.
     """
     info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others decompress without a limit
+        raise ValueError(f"{name} is compressed as numpy never does")
     with archive.open(info) as member:
         shape, column_major, dtype = read_array_header(member)
     size, there = math.prod(shape) * dtype.itemsize, min(info.file_size, _MAX_DEFLATION * info.compress_size)
@@ -115,9 +117,9 @@ def difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     return f"{printable(key[:60])} is {short_json(found.get(key))} and not {short_json(wanted.get(key))}"
 
 
-def printable(text: str) -> str:
-    """The text with every character escaped that a terminal would not show or would obey."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def brief(name: str) -> str:
+    """A name from a file for a message: its beginning and, of a long one, its end."""
+    return name if len(name) <= 80 else f"{name[:50]}...{name[-25:]}"
 
 
 def is_number(value: object, low: float, high: float) -> bool:

@@ -6,13 +6,17 @@ Cropping belongs to `crop`; which files are read belongs to the sources.
 import ctypes
 import io
 import logging
+import os
 import warnings
 
+from etils import epath
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 # The formats that Pillow decodes by itself; others (EPS) would start outside programs on untrusted files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+MAX_FILE_BYTES = 2**30  # no image of as many pixels as are decoded has more
 
 # Pillow loads these two only when a file asks for them, together with every format that is not wanted here.
 _LOADED_WITH_PILLOW = (TiffImagePlugin, WebPImagePlugin)
@@ -23,6 +27,18 @@ _STEPS = {"LAB": "RGB", "La": "LA"}  # modes that Pillow converts to grey, or at
 
 class PictureError(Exception):
     """An image that cannot be used; the message says why, in one line."""
+
+
+def read_file(path: epath.PathLike) -> bytes:
+    """The content of an image file. Raises PictureError if it cannot be read or is too large for one."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            if (size := file.seek(0, os.SEEK_END)) > MAX_FILE_BYTES:
+                raise PictureError(f"has {size:,} bytes, too many for an image")
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        raise PictureError(f"cannot be read: {error.strerror or error}") from error
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:

@@ -8,8 +8,9 @@ import os
 
 from etils import epath
 
+from terdit_jax.errors import printable
 from terdit_jax.paths import is_remote
-from terdit_jax.untrusted import printable
+from terdit_jax.untrusted import brief
 
 # By these a folder of samples is told from its side files; a data set's images are told by their content instead.
 IMAGE_SUFFIXES = (
@@ -41,7 +42,7 @@ def is_dangling(path: epath.PathLike) -> bool:
 
 def describe_ignored(place: epath.PathLike, ignored: Mapping[str, str]) -> str:
     """A line that counts and names what was left out: `ignored` holds names and reasons."""
-    named = [f"{printable(name)} ({reason})" for name, reason in list(ignored.items())[:_NAMED]]
+    named = [f"{printable(brief(name))} ({reason})" for name, reason in list(ignored.items())[:_NAMED]]
     if more := len(ignored) - len(named):
         named.append(f"{more:,} more")
     what = "1 entry is" if len(ignored) == 1 else f"{len(ignored):,} entries are"

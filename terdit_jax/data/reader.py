@@ -18,7 +18,6 @@ from terdit_jax.data.draws import ShuffledStream, draw_mirrored
 from terdit_jax.data.wire import RecordParser, View
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.paths import as_path
-from terdit_jax.untrusted import printable
 
 Batch = dict[str, np.ndarray]
 READ_CHUNK = 256  # records at a time when a whole split is read
@@ -143,7 +142,7 @@ class StoredRecords:
     def _damage(self, shard: int, place: int, error: Exception) -> UserError:
         return UserError(
             f"{self._path / self._shards[shard].file}: record {place} cannot be read, copy the file again or "
-            f"prepare the data set again: {printable(in_a_line(error))}"
+            f"prepare the data set again: {in_a_line(error)}"
         )
 
     def _open(self, shard: int) -> ArrayRecordReader:

@@ -15,7 +15,7 @@ from etils import epath
 import numpy as np
 
 from terdit_jax.data.crop import check_crop, decode_picture
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import read_file
 from terdit_jax.data.listing import is_dangling, is_hidden, is_litter
 from terdit_jax.errors import UserError
 from terdit_jax.paths import as_path, is_remote
@@ -155,11 +155,7 @@ def hash_text(text: str) -> str:
 
 
 def _load_picture(path: AnyPath, size: int, channels: int) -> np.ndarray:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror or error}") from error
-    return decode_picture(data, size, channels)
+    return decode_picture(read_file(path), size, channels)
 
 
 class _FolderListing:

@@ -14,10 +14,11 @@ from etils import epath
 import numpy as np
 
 from terdit_jax.data.crop import check_crop, decode_picture
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import MAX_FILE_BYTES, PictureError
 from terdit_jax.data.listing import is_hidden, is_image_name, is_litter
 from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
+from terdit_jax.untrusted import brief
 
 SUFFIX = ".tar"  # in any case
 HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class
@@ -29,6 +30,7 @@ LINKS, FOLDERS = b"12", b"5D"
 LONG_NAME, PAX = b"L", b"x"  # headers that say more about the member after them
 BETWEEN = b"Kg"  # a long name of a link and global fields, which may stand there too
 MAX_NAME_BYTES = 2**20  # of a long name or a pax header; longer ones are damage
+MAX_NAME = 4096  # characters, as many as paths have
 READERS = 16  # archives indexed at once: their headers lie far apart, so a disk or a network answers one by one
 
 
@@ -120,7 +122,10 @@ def list_members(archive: Stretch, others: dict[str, str] | None = None) -> Iter
                         raise ValueError(f"a name of {length} bytes")
                     payload = os.pread(file.fileno(), length, content)
                     fields = {"path": _text(payload)} if kind in LONG_NAME else _pax_fields(payload)
-                    name, size = fields.get("path", name), int(fields["size"]) if "size" in fields else size
+                    name = fields.get("path", name)
+                    if name and len(name) > MAX_NAME:
+                        raise ValueError(f"a name of {len(name)} characters")
+                    size = int(fields["size"]) if "size" in fields else size
                 elif kind not in BETWEEN:
                     name = _short_name(header) if name is None else name
                     if kind in REGULAR and not name.endswith("/"):
@@ -153,7 +158,7 @@ def _find_archives(root: pathlib.Path) -> tuple[dict[str, Stretch], dict[str, st
         elif suffix.lower() != SUFFIX:
             ignored[name] = "no .tar"
         elif class_name in archives:
-            raise UserError(f"--input={root}: holds two archives {base}, a class has one")
+            raise UserError(f"--input={root}: holds two archives {brief(base)}, a class has one")
         else:
             archives[class_name] = stretch
     if not archives:
@@ -181,11 +186,11 @@ def _refuse_class(root: pathlib.Path, name: str) -> None:
         return
     if is_image_name(name) or lower.endswith("/"):
         raise UserError(
-            f"--input={root}: {name} lies beside class archives: pack each class into a .tar or move it away"
+            f"--input={root}: {brief(name)} lies beside class archives: pack each class into a .tar or move it away"
         )
     if lower.endswith((SUFFIX, *COMPRESSED_SUFFIXES)):
         raise UserError(
-            f"--input={root}: {name} is no plain .tar as the other classes are: replace it, or move it away"
+            f"--input={root}: {brief(name)} is no plain .tar as the other classes are: replace it, or move it away"
         )
 
 
@@ -200,12 +205,14 @@ def _list_pictures(class_name: str, archive: Stretch) -> tuple[dict[str, Stretch
         else:
             pictures[f"{class_name}/{name.removeprefix('./').removeprefix(f'{class_name}/')}"] = place
     if not pictures:
-        raise UserError(f"--input={archive.path}: the archive of class {class_name} holds no pictures")
+        raise UserError(f"--input={archive.path}: the archive of class {brief(class_name)} holds no pictures")
     return pictures, {f"{class_name}{SUFFIX}/{name}": why for name, why in others.items() if not is_litter(name)}
 
 
 def _read(place: Stretch) -> bytes:
     """The bytes of a picture. Opened anew each time, so that any number of threads and archives do."""
+    if place.end - place.start > MAX_FILE_BYTES:
+        raise PictureError(f"has {place.end - place.start:,} bytes, too many for an image")
     try:
         with open(place.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), place.end - place.start, place.start)

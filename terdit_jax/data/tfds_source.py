@@ -19,7 +19,7 @@ from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.schema import MAX_CLASSES
 from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
-from terdit_jax.untrusted import is_count, printable, reading, short
+from terdit_jax.untrusted import brief, is_count, reading, short
 
 HELDOUT_SPLITS = ("validation", "test")  # the first that the data set has is held out
 HELDOUT_SHARE = 0.1  # where it has neither
@@ -207,13 +207,13 @@ def _list_files(name: str, folder: epath.Path, split: tfds.core.SplitInfo) -> st
     lines = []
     for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
         if not epath.Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
-            raise UserError(f"--input={name}: names the file {printable(str(path))}, which is not in {folder}")
+            raise UserError(f"--input={name}: names the file {brief(str(path))}, which is not in {folder}")
         try:
             size = path.stat().length
         except OSError as error:
-            raise UserError(f"--input={name}: {path} cannot be read ({error.strerror or error})") from error
+            raise UserError(f"--input={name}: {brief(str(path))} cannot be read ({error.strerror or error})") from error
         if not 0 <= records <= size:  # each takes a byte and more
-            raise UserError(f"--input={name}: {path} has {size} bytes, which cannot be {records} records")
+            raise UserError(f"--input={name}: {brief(str(path))} has {size} bytes, which cannot be {records} records")
         lines.append(f"{path.name}\t{records}\t{size}\n")
     return "".join(lines)
 
@@ -221,4 +221,4 @@ def _list_files(name: str, folder: epath.Path, split: tfds.core.SplitInfo) -> st
 def _line(error: Exception) -> str:
     """The first line of an error that may go on for pages."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from terdit_jax.data.image_file import PictureError, decode_image
+from terdit_jax.data.image_file import PictureError, decode_image, read_file
 from terdit_jax.data.listing import IMAGE_SUFFIXES, describe_ignored, is_hidden, is_image_name, is_litter
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
@@ -188,10 +188,9 @@ def _refuse_unreadable(error: OSError) -> None:
 
 def _read_picture(file: Path) -> np.ndarray:
     try:
-        return np.asarray(decode_image(file.read_bytes(), channels=3))
-    except (PictureError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{file} is no picture that can be read ({reason})") from error
+        return np.asarray(decode_image(read_file(file), channels=3))
+    except PictureError as error:
+        raise UserError(f"{file} is no picture that can be read ({error})") from error
 
 
 def _open_dataset(path: Path) -> PictureSource:

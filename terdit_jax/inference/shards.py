@@ -21,7 +21,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.files import check_output, new_file, refusing
 from terdit_jax.inference.pictures import encode_png
 from terdit_jax.paths import as_path, is_remote
-from terdit_jax.untrusted import load_arrays, parse_json, printable, reading, short_json
+from terdit_jax.untrusted import load_arrays, parse_json, reading, short_json
 
 PLAN_FILE = "plan.json"
 _WRITERS = 16  # threads that compress PNGs
@@ -174,7 +174,7 @@ class Shards:
             raise UserError(f"--output={self.output}: exists and no {path.name} tells its settings; {what}") from None
         for key in _differences(found, self.plan):
             old, new = (short_json(_entry(plan, key)) for plan in (found, self.plan))
-            raise UserError(f"--output={self.output}: its {printable(key[:60])} is {old}, not {new}, and it {what}")
+            raise UserError(f"--output={self.output}: its {key[:60]} is {old}, not {new}, and it {what}")
 
     def _write_json(self, path: epath.Path) -> None:
         with self._new_file(path) as file:

@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.interop.safetensors import is_possible
 
 # Field numbers of tensorflow/core/framework: GraphDef, NodeDef, AttrValue and its map's entry, TensorProto.
 _NODE = 1
@@ -52,9 +53,9 @@ def _read_node(node: memoryview) -> dict[str, np.ndarray]:
         elif number == _OP:
             op = bytes(_expect_bytes(value))
         elif number == _ATTR:
-            entry = dict(_fields(_expect_bytes(value)))
+            entry = dict(_fields(value))
             if bytes(_expect_bytes(entry.get(_KEY, b""))) == b"value":
-                tensor = dict(_fields(_expect_bytes(entry.get(_VALUE, b"")))).get(_TENSOR)
+                tensor = dict(_fields(entry.get(_VALUE, b""))).get(_TENSOR)
     if op != b"Const" or tensor is None:
         return {}
     array = _read_tensor(_expect_bytes(tensor), name)
@@ -68,13 +69,15 @@ def _read_tensor(tensor: memoryview, name: bytes) -> np.ndarray | None:
         if number == _DTYPE:
             dtype = value
         elif number == _SHAPE:
-            shape = [dict(_fields(_expect_bytes(dim))).get(_SIZE, 0) for n, dim in _fields(value) if n == _DIM]
+            shape = [dict(_fields(dim)).get(_SIZE, 0) for n, dim in _fields(value) if n == _DIM]
         elif number == _CONTENT:
             content = _expect_bytes(value)
         elif number == _FLOATS:
             floats.append(_expect_bytes(value))  # packed, or one at a time
     if dtype != _FLOAT32:
         return None
+    if not all(isinstance(n, int) for n in shape) or not is_possible(shape):
+        raise ValueError(f"constant {name[:60].decode(errors='replace')!r} has an impossible shape")
     content = b"".join(floats) if content is None else content
     count, size = math.prod(shape), len(content)
     if size == 4 and not shape:
@@ -84,13 +87,13 @@ def _read_tensor(tensor: memoryview, name: bytes) -> np.ndarray | None:
     return np.frombuffer(content, "<f4").reshape(shape)
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(data: int | bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """(field number, value) of a message: an int, or the bytes of anything longer.
 
     Raises:
       ValueError: bytes that are no message.
     """
-    data, position = memoryview(data), 0
+    data, position = _expect_bytes(data), 0
     while position < len(data):
         tag, position = _varint(data, position)
         wire_type = tag & 7

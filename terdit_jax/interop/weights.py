@@ -17,9 +17,18 @@ from terdit_jax.errors import UserError
 from terdit_jax.interop import torch_pickle
 from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
 from terdit_jax.interop.description import Description, check_architecture, describe_published, describe_run
-from terdit_jax.interop.published import Leaves, StateDict, check_values, model_leaves, params_tree, read_leaves
+from terdit_jax.interop.published import (
+    Leaves,
+    StateDict,
+    check_values,
+    model_leaves,
+    params_leaves,
+    params_tree,
+    read_leaves,
+)
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.transformer import abstract_params
 from terdit_jax.paths import as_path, local_path
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
@@ -142,9 +151,15 @@ def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:
     run, read = Checkpoints(place).read_leaves(_ITEMS[ema], step)
     description = describe_run(run, ema, str(place))
     paths = [leaf.path for leaf in model_leaves(description.model)]
+    shapes = {path: target.shape for path, target in params_leaves(abstract_params(description.model))}
 
     def checked(leaf: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
-        check_values(leaf[1], f"{place}, step {run['step']}: {leaf[0]}")
+        path, array = leaf
+        if array.shape != shapes[path] or array.dtype != np.float32:
+            raise UserError(
+                f"{place}: {path} is {array.dtype} {array.shape}, but its configuration makes it float32 {shapes[path]}"
+            )
+        check_values(array, f"{place}, step {run['step']}: {path}")
         return leaf
 
     return Weights(str(place), description, lambda: map(checked, read(paths)), masters=True)

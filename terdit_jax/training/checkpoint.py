@@ -151,7 +151,8 @@ class Checkpoints:
             arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
             try:
                 state |= handler.restore(folder, args=arguments)
-            except (ValueError, KeyError, OSError) as error:
+            except Exception as error:  # Orbax raises that of any class, of what TensorStore finds in a file too
+                error = error.__cause__ or error
                 if disk.is_refusal(error):
                     raise UserError(f"{self.path(step)} cannot be read: {disk.reason(error)}") from error
                 # A tree or a shape that is not the target's.
