@@ -1,14 +1,15 @@
-"""Damages and forges model files and loads them: none may crash, hang, run code or take memory that it does not have.
+"""Damages and forges files of every kind and loads them: none may crash, hang, run code or take memory without end.
 
 python tests/fuzz_files.py --runs=20000 --seed=0
 
-Every case follows from the seed and its number; a process of its own loads it, under a limit on its memory, and what
-fails is kept with the command that repeats it.
+Every case follows from the seed and its number. One process loads models and another all other files, under limits on
+their memory, and what fails is kept with the command that repeats it.
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
 import json
@@ -22,15 +23,16 @@ import tempfile
 import time
 import traceback
 import tracemalloc
-import warnings
 
+from absl import logging
 from deployed import random_weights, small_config
 import forged_containers
 import forged_torch
+from fuzz_data import DataFuzzer
+from fuzz_judge import BLIND, Outcome, damage, judge, start_measuring
 import numpy as np
 from torch_files import namespace, state_dict, torch_file
 
-from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.safetensors import as_bytes, open_container
 from terdit_jax.interop.weights import open_weights, packed_leaves
@@ -40,12 +42,9 @@ from terdit_jax.interop.weights import open_weights, packed_leaves
 # importing, tracing and caching take once, whatever the file.
 OBJECTS_PER_BYTE = 80
 FIXED_BYTES = 4 << 20
-SECONDS = 5  # of computing, which tracing the memory makes ten times as long
 PATIENCE = 60  # seconds by the clock, after which the process hangs
 ADDRESS_SPACE = 256 << 20  # of the loading process, above what it has after it loaded every sound file
-LINE = 700  # characters; names from a file are cut, but each may be escaped
 CONSOLIDATED, MODEL_ARGS = "consolidated_ema{}.00-of-01.pth", "model_args.pth"
-BLIND = ("one bit", "bits", "bytes", "zeros", "cut off", "longer", "piece gone", "piece twice", "pieces swapped")
 # Most of the time would go to these: so many of the runs use a large file, and so many others keep a slow mutation.
 _LARGE_SHARE, _SLOW_SHARE = 0.03, 0.1
 _SLOW = ("many objects", "quadratic", "shared storage")
@@ -77,16 +76,6 @@ class Sample:
     def mutations(self) -> tuple[str, ...]:
         forged = forged_torch.names(self.arrays) if self.victim.endswith(".pth") else forged_containers.NAMES
         return BLIND + forged
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What came of a case: `result` is refused, loaded or FAILED."""
-
-    kind: str
-    mutation: str
-    result: str
-    message: str
 
 
 def make_samples(large: bool = True) -> list[Sample]:
@@ -127,38 +116,10 @@ def _torch(name: str, sample: Sample, ternary: str) -> Sample:
     return Sample(name, {file: content, MODEL_ARGS: arguments}, file, "same", arrays, fields, index_bytes)
 
 
-def damage(kind: str, content: bytes, random: np.random.Generator) -> bytes:
-    """Content that is changed without regard to its meaning, and differs."""
-    changed = content
-    while changed == content:
-        data = np.frombuffer(content, np.uint8).copy()
-        i, j, k = sorted(int(n) for n in random.integers(0, data.size + 1, 3))
-        some = random.integers(0, data.size, int(random.integers(2, 9)))
-        match kind:
-            case "one bit":
-                data[some[0]] ^= 1 << random.integers(8)
-            case "bits":
-                np.bitwise_xor.at(data, some, np.uint8(1) << random.integers(0, 8, some.size, np.uint8))
-            case "bytes":
-                data[i : i + some.size] = random.integers(0, 256, data[i : i + some.size].size)
-            case "zeros":
-                data[i:j] = 0
-            case "cut off":
-                data = data[:i]
-            case "longer":
-                data = np.append(data, random.integers(0, 256, int(random.integers(1, 100)), np.uint8))
-            case "piece gone":
-                data = np.delete(data, slice(i, j))
-            case "piece twice":
-                data = np.concatenate([data[:j], data[i:]])
-            case "pieces swapped":
-                data = np.concatenate([data[:i], data[j:k], data[i:j], data[k:]])
-        changed = data.tobytes()
-    return changed
-
-
 class Fuzzer:
-    """Makes cases and loads them, in this process."""
+    """Makes cases of models and loads them, in this process."""
+
+    address_space = ADDRESS_SPACE
 
     def __init__(self, seed: int, folder: Path, large: bool = True):
         """Loads every sound file once, so that everything is compiled and cached that ever will be."""
@@ -170,7 +131,7 @@ class Fuzzer:
         for sample in self._samples:
             for _ in range(2):
                 path = self._write(sample, sample.files[sample.victim])
-                before = self._start_measuring()
+                before = start_measuring()
                 self.digests[sample.kind] = load(path)
                 self.peaks[sample.kind] = tracemalloc.get_traced_memory()[1] - before
 
@@ -206,27 +167,7 @@ class Fuzzer:
         size = sum(file.stat().st_size for file in self._folder.iterdir())
         index_bytes = sample.index_bytes + max(0, len(content) - len(sample.files[sample.victim]))
         limit = 2 * size + OBJECTS_PER_BYTE * min(index_bytes, 2 << 20) + FIXED_BYTES
-        before, began = self._start_measuring(), time.process_time()
-        result, message = "loaded", ""
-        try:
-            digest = load(path)
-            if allowed == "refused" or (allowed == "same" and digest != self.digests[sample.kind]):
-                result, message = "FAILED", f"it loaded, where only {allowed!r} is sound"
-        except UserError as error:
-            result, message = "refused", str(error)
-            if not message.isprintable() or len(message.replace(str(path), "")) > LINE:
-                result = "FAILED"
-        except BaseException:
-            result, message = "FAILED", traceback.format_exc()
-        peak, seconds = tracemalloc.get_traced_memory()[1] - before, time.process_time() - began
-        if peak > limit:
-            result, message = "FAILED", f"took {peak} bytes of memory for a file of {size}, {limit} allowed: {message}"
-        if seconds > SECONDS:
-            result, message = "FAILED", f"took {seconds:.1f} s: {message}"
-        if os.path.exists(forged_torch.SENTINEL):
-            os.unlink(forged_torch.SENTINEL)
-            result, message = "FAILED", f"ran code: {message}"
-        return result, message
+        return judge(load, path, allowed, self.digests[sample.kind], size, limit)
 
     def _write(self, sample: Sample, content: bytes) -> Path:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -235,29 +176,26 @@ class Fuzzer:
             (self._folder / name).write_bytes(content if name == sample.victim else sound)
         return self._folder / next(iter(sample.files))
 
-    def _start_measuring(self) -> int:
-        tracemalloc.reset_peak()
-        return tracemalloc.get_traced_memory()[0]
+
+KINDS = {"models": Fuzzer, "data": DataFuzzer}
 
 
 def load(path: Path) -> str:
-    """Loads a model as far as host memory, leaf by leaf, and digests all of it. A warning counts as an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", DeprecationWarning)  # users do not see those
-        weights = open_weights(path)
-        digest = hashlib.sha256(json.dumps(weights.description.to_dict(), sort_keys=True).encode())
-        for name, leaf in packed_leaves(weights.model, weights.leaves()):
-            digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(as_bytes(leaf))
-        return digest.hexdigest()
+    """Loads a model as far as host memory, leaf by leaf, and digests all of it."""
+    weights = open_weights(path)
+    digest = hashlib.sha256(json.dumps(weights.description.to_dict(), sort_keys=True).encode())
+    for name, leaf in packed_leaves(weights.model, weights.leaves()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(as_bytes(leaf))
+    return digest.hexdigest()
 
 
-def _serve(connection, seed: int, folder: Path) -> None:
+def _serve(connection, kinds: str, seed: int, folder: Path) -> None:
     """The loading process: answers numbers with outcomes."""
-    fuzzer = Fuzzer(seed, folder)
+    logging.set_verbosity(logging.FATAL)  # what is said of damage loudly would be said thousands of times
+    fuzzer = KINDS[kinds](seed, folder)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, used + ADDRESS_SPACE))
+    resource.setrlimit(resource.RLIMIT_AS, (used + fuzzer.address_space, used + fuzzer.address_space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send(fuzzer.peaks)
     while (number := connection.recv()) is not None:
@@ -267,10 +205,10 @@ def _serve(connection, seed: int, folder: Path) -> None:
 class Loader:
     """A process that loads cases; a case that ends it, or that does not end, becomes an outcome as others are."""
 
-    def __init__(self, seed: int, folder: Path):
+    def __init__(self, kinds: str, seed: int, folder: Path):
         context = multiprocessing.get_context("spawn")
         self._connection, far = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far, seed, folder), daemon=True)
+        self._process = context.Process(target=_serve, args=(far, kinds, seed, folder), daemon=True)
         self._process.start()
         far.close()
         self.peaks = self._connection.recv()
@@ -301,27 +239,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to repeat one")
     parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"), help="where files that fail are put")
+    parser.add_argument("--kinds", choices=["all", *KINDS], default="all", help="all: half of the runs of each")
     options = parser.parse_args(argv)
-    began, outcomes, failures = time.monotonic(), [], 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "case"
-        loader = Loader(options.seed, folder)
-        for number in range(options.first, options.first + options.runs):
-            outcome = loader.run(number)
-            if outcome is None:
-                outcome = Outcome("?", "?", "FAILED", "the process crashed or hung")
-                loader = Loader(options.seed, Path(temporary) / f"case {number}")
-            outcomes.append(outcome)
-            if outcome.result == "FAILED":
-                failures += 1
-                shutil.copytree(folder, options.keep / str(number), dirs_exist_ok=True)
-                print(f"FAILED {outcome.kind}, {outcome.mutation}: {outcome.message}")
-                print(f"  python tests/fuzz_files.py --seed={options.seed} --first={number} --runs=1", flush=True)
-        loader.close()
+    began, kinds = time.monotonic(), list(KINDS) if options.kinds == "all" else [options.kinds]
+    runs = -(-options.runs // len(kinds))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
+        every = list(pool.map(lambda kind: _run(kind, runs, options, Path(temporary) / kind), kinds))
+    outcomes, peaks = [outcome for found, _ in every for outcome in found], [peaks for _, peaks in every]
+    failures = sum(outcome.result == "FAILED" for outcome in outcomes)
     print(table(outcomes))
-    print("memory of sound files, MB: " + ", ".join(f"{kind} {peak / 1e6:.2f}" for kind, peak in loader.peaks.items()))
+    for of_kind in peaks:
+        print("memory of sound files, MB: " + ", ".join(f"{kind} {peak / 1e6:.2f}" for kind, peak in of_kind.items()))
     print(f"{len(outcomes)} cases in {time.monotonic() - began:.0f} s, {failures} failed")
     return 1 if failures else 0
+
+
+def _run(kinds: str, runs: int, options: argparse.Namespace, folder: Path) -> tuple[list[Outcome], dict[str, int]]:
+    """The outcomes of so many cases, loaded by a process of their own, and the memory that sound files take."""
+    loader, outcomes = Loader(kinds, options.seed, folder / "case"), []
+    case = folder / "case"
+    for number in range(options.first, options.first + runs):
+        outcome = loader.run(number)
+        died = outcome is None
+        if died:
+            outcome = Outcome("?", "?", "FAILED", "the process crashed or hung")
+        outcomes.append(outcome)
+        if outcome.result == "FAILED":
+            shutil.copytree(case, options.keep / kinds / str(number), dirs_exist_ok=True)
+            repeat = f"--kinds={kinds} --seed={options.seed} --first={number} --runs=1"
+            print(f"FAILED {outcome.kind}, {outcome.mutation}: {outcome.message}")
+            print(f"  python tests/fuzz_files.py {repeat}", flush=True)
+        if died:
+            case = folder / f"case {number}"
+            loader = Loader(kinds, options.seed, case)
+    loader.close()
+    return outcomes, loader.peaks
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -1,5 +1,6 @@
 """A few hundred damaged and forged files do no harm, and the fuzzer that says so notices when they do."""
 
+import contextlib
 import os
 from pathlib import Path
 import re
@@ -8,8 +9,10 @@ import sys
 import warnings
 
 import forged_torch
+from fuzz_data import DataFuzzer
 import fuzz_files
 from fuzz_files import Fuzzer, Loader, Outcome, damage
+import fuzz_judge
 import numpy as np
 import pytest
 
@@ -31,8 +34,23 @@ def test_damaged_and_forged_files_do_no_harm(fuzzer):
     assert len({outcome.mutation for outcome in outcomes}) > 25
 
 
-def test_a_case_follows_from_its_number(fuzzer):
-    assert fuzzer.run(3) == fuzzer.run(3)
+@pytest.fixture(scope="module")
+def data_fuzzer(tmp_path_factory):
+    fuzzer = DataFuzzer(seed=7, folder=tmp_path_factory.mktemp("fuzz") / "case")
+    yield fuzzer
+    fuzzer.close()
+
+
+def test_damaged_and_forged_data_does_no_harm(data_fuzzer):
+    outcomes = [data_fuzzer.run(number) for number in range(400)]
+    assert [outcome for outcome in outcomes if outcome.result == "FAILED"] == []
+    assert {outcome.result for outcome in outcomes} == {"refused", "loaded"}
+    assert {outcome.kind for outcome in outcomes} == set(data_fuzzer.digests)
+    assert len({outcome.mutation for outcome in outcomes}) > 25
+
+
+def test_a_case_follows_from_its_number(fuzzer, data_fuzzer):
+    assert fuzzer.run(3) == fuzzer.run(3) and data_fuzzer.run(3) == data_fuzzer.run(3)
     assert len({fuzzer.run(number) for number in range(5)}) > 1
 
 
@@ -63,6 +81,16 @@ def test_codes_that_stand_for_nothing_are_noticed(fuzzer, monkeypatch):
     assert any("it loaded" in message for message in failures(fuzzer, 400))
 
 
+def test_a_class_that_is_imported_is_noticed(data_fuzzer, monkeypatch):
+    monkeypatch.setattr("terdit_jax.data.tfds_source._own_features_only", contextlib.nullcontext)
+    assert any("ran code" in message for message in failures(data_fuzzer, 400))
+
+
+def test_a_manifest_that_is_not_looked_at_is_noticed(data_fuzzer, monkeypatch):
+    monkeypatch.setattr("terdit_jax.training.checkpoint.find_damage", lambda step, items: None)
+    assert any("it loaded, where only 'same' is sound" in message for message in failures(data_fuzzer, 1000))
+
+
 def _raise(error):
     def load(path):
         raise error
@@ -86,7 +114,6 @@ def _allocate(path):
         (_raise(KeyError("x")), "KeyError"),
         (_raise(MemoryError()), "MemoryError"),
         (_raise(RecursionError()), "RecursionError"),
-        (_raise(UserError("two\nlines")), "two\nlines"),
         (_raise(UserError("long " * 200)), "long"),
         (lambda path: warnings.warn("careful", stacklevel=1), "careful"),
         (_run_code, "ran code"),
@@ -101,7 +128,7 @@ def test_what_a_loader_must_not_do_is_noticed(fuzzer, monkeypatch, load, message
 
 
 def test_a_slow_loader_is_noticed(fuzzer, monkeypatch):
-    monkeypatch.setattr(fuzz_files, "SECONDS", 0)
+    monkeypatch.setattr(fuzz_judge, "SECONDS", 0)
     messages = list(failures(fuzzer, 5))
     assert len(messages) == 5
     assert all(re.search(r"took \d+\.\d s", message) for message in messages)
@@ -115,7 +142,7 @@ def test_the_command_fails_with_the_case_that_did(monkeypatch, tmp_path, capsys,
     class FakeLoader:
         peaks = {"artifact": 1}
 
-        def __init__(self, seed, folder):
+        def __init__(self, kinds, seed, folder):
             self.folder = folder
 
         def run(self, number):
@@ -130,18 +157,18 @@ def test_the_command_fails_with_the_case_that_did(monkeypatch, tmp_path, capsys,
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     keep = tmp_path / "keep"
-    assert fuzz_files.main(["--runs=3", "--first=5", "--seed=9", f"--keep={keep}"]) == status
+    assert fuzz_files.main(["--runs=3", "--first=5", "--seed=9", "--kinds=models", f"--keep={keep}"]) == status
     printed = capsys.readouterr().out
     assert re.search(r"^all +3 ", printed, re.MULTILINE)
-    assert ("--seed=9 --first=6 --runs=1" in printed) == bool(status)
+    assert ("--kinds=models --seed=9 --first=6 --runs=1" in printed) == bool(status)
     assert keep.exists() == bool(status)
     if status:
-        assert (keep / "6" / "file").read_text() == "6"
+        assert (keep / "models" / "6" / "file").read_text() == "6"
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_an_outcome(tmp_path):
-    loader = Loader(0, tmp_path / "case")
+    loader = Loader("models", 0, tmp_path / "case")
     assert loader.run(0).result in ("refused", "loaded")
     loader._process.kill()
     loader._process.join()
