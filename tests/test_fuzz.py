@@ -42,11 +42,11 @@ def data_fuzzer(tmp_path_factory):
 
 
 def test_damaged_and_forged_data_does_no_harm(data_fuzzer):
-    outcomes = [data_fuzzer.run(number) for number in range(400)]
+    outcomes = [data_fuzzer.run(number) for number in range(300)]
     assert [outcome for outcome in outcomes if outcome.result == "FAILED"] == []
     assert {outcome.result for outcome in outcomes} == {"refused", "loaded"}
     assert {outcome.kind for outcome in outcomes} == set(data_fuzzer.digests)
-    assert len({outcome.mutation for outcome in outcomes}) > 25
+    assert len({outcome.mutation for outcome in outcomes}) > 20
 
 
 def test_a_case_follows_from_its_number(fuzzer, data_fuzzer):

@@ -208,12 +208,13 @@ def _list_files(name: str, folder: epath.Path, split: tfds.core.SplitInfo) -> st
     for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
         if not epath.Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
             raise UserError(f"--input={name}: names the file {brief(str(path))}, which is not in {folder}")
+        shown = f"--input={name}: {folder / brief(path.name)}"
         try:
             size = path.stat().length
         except OSError as error:
-            raise UserError(f"--input={name}: {brief(str(path))} cannot be read ({error.strerror or error})") from error
+            raise UserError(f"{shown} cannot be read ({error.strerror or error})") from error
         if not 0 <= records <= size:  # each takes a byte and more
-            raise UserError(f"--input={name}: {brief(str(path))} has {size} bytes, which cannot be {records} records")
+            raise UserError(f"{shown} has {size} bytes, which cannot be {records} records")
         lines.append(f"{path.name}\t{records}\t{size}\n")
     return "".join(lines)
 
