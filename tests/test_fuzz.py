@@ -1,6 +1,7 @@
 """A few hundred damaged and forged files do no harm, and the fuzzer that says so notices when they do."""
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 import re
@@ -87,8 +88,12 @@ def test_a_class_that_is_imported_is_noticed(data_fuzzer, monkeypatch):
 
 
 def test_a_manifest_that_is_not_looked_at_is_noticed(data_fuzzer, monkeypatch):
+    workdir = next(fmt for fmt in data_fuzzer._formats if fmt.kind == "workdir")
+    described = dataclasses.replace(workdir, victims=("checkpoints/1/run/metadata",))
+    monkeypatch.setattr(data_fuzzer, "_formats", [described])
+    monkeypatch.setattr(data_fuzzer, "_shares", np.ones(1))
     monkeypatch.setattr("terdit_jax.training.checkpoint.find_damage", lambda step, items: None)
-    assert any("it loaded, where only 'same' is sound" in message for message in failures(data_fuzzer, 1000))
+    assert any("it loaded, where only 'same' is sound" in message for message in failures(data_fuzzer, 100))
 
 
 def _raise(error):
