@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from typing import Any
+import warnings
 
 from absl import logging as absl_logging
 
@@ -51,6 +52,7 @@ def silence_tracebacks() -> None:
     well, once, and our one line says it."""
     absl_logging.get_absl_logger().addFilter(_is_not_orbax_traceback)
     logging.getLogger("asyncio").addFilter(_is_not_refusal)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # those after the refused one
     if not isinstance(sys.unraisablehook, _LateAnswers):
         sys.unraisablehook = _LateAnswers(sys.unraisablehook)
 

@@ -191,7 +191,11 @@ class CheckpointWriter(Checkpoints):
 
 
 def _open_orbax() -> ocp.AsyncCheckpointer:
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    # A folder that is refused in the background would leave threads, each with its arrays, waiting for five minutes.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    composite = ocp.CompositeOptions(async_options=options)
+    handler = ocp.CompositeCheckpointHandler(composite_options=composite)
+    return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
 def save_arguments(tree: dict) -> ocp.args.PyTreeSave:
