@@ -95,7 +95,7 @@ def test_a_completed_run_was_not_down(tmp_path, clock):
 
 ACCOUNT = {"restarts": 3, "seconds": {"train": 9.0}, "saved": {"5": 7.0}, "updated": 1e9, "complete": False}
 WRONG = [
-    *({"seconds": value} for value in (None, 5, "train", {"train": "9"}, {"train": None}, {"train": [9]})),
+    *({"seconds": value} for value in (None, 5, [], "train", {"train": "9"}, {"train": None}, {"train": [9]})),
     *({"seconds": {"train": value}} for value in (True, float("nan"), float("inf"), 10**400)),
     *({"saved": value} for value in (None, [5], {"five": 7.0}, {"5": "7"}, {"5": {}}, {"5": float("nan")})),
     *({"restarts": value} for value in (None, "3", 3.0, True, [])),

@@ -117,7 +117,7 @@ class Goodput:
 
 def _checked(account: dict) -> dict:
     """The entries that are ours; raises ValueError, KeyError or TypeError if one is missing or of another type."""
-    seconds = {kind: account["seconds"][kind] for kind in KINDS if kind in account["seconds"]}
+    seconds = {kind: value for kind, value in account["seconds"].items() if kind in KINDS}
     saved = {int(step): value for step, value in account["saved"].items()}
     numbers = [*seconds.values(), *saved.values(), account["updated"]]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
