@@ -1,0 +1,108 @@
+"""Events, traces, grids and best weights that cannot be written stop no run; nor do all side files in ruins."""
+
+import errno
+import json
+import os
+from types import SimpleNamespace
+
+from commands import no_flags
+from etils import epath
+import jax
+import numpy as np
+import pytest
+from runs import finish, prepare_digits, start, train_arguments
+
+from terdit_jax.errors import UserError
+from terdit_jax.training import events, metrics
+from terdit_jax.training.best import open_best
+from terdit_jax.training.goodput import GOODPUT_FILE
+from terdit_jax.training.heartbeat import HEARTBEAT_FILE, Heartbeat
+from terdit_jax.training.lock import LOCK_FILE
+from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
+from terdit_jax.training.profile import Profiler, Steps
+
+
+def errors(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def written_steps(workdir):
+    return [json.loads(line)["step"] for line in (workdir / METRICS_FILE).read_text().splitlines()]
+
+
+def refuse(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_events_that_cannot_be_opened_or_written_are_a_line(tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(metrics, "Events", refuse)
+        MetricsWriter(tmp_path, 0, tensorboard=True).write(1, {"loss": 0.5})
+    writer = MetricsWriter(tmp_path, 1, tensorboard=True)
+    monkeypatch.setattr(events.Events, "write", refuse)
+    for step in range(2, 40):  # the library's own writer would block from the eleventh on
+        writer.write(step, {"loss": 0.5})
+        writer.write_picture(step, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    said = "TensorBoard events cannot be written (No space left on device): none until the next start"
+    assert errors(caplog) == [said] * 2 and written_steps(tmp_path) == [*range(1, 40)]
+
+
+def test_every_flipped_bit_of_metrics_lets_a_run_go_on(tmp_path):
+    good = b'{"step": 10, "loss": 0.5}\n{"step": 20, "loss": 0.5}\n'
+    for position in range(len(good)):
+        content = bytearray(good)
+        content[position] ^= 1 << position % 8
+        (tmp_path / METRICS_FILE).write_bytes(content)
+        MetricsWriter(tmp_path, 20, tensorboard=False).write(30, {})
+        assert written_steps(tmp_path)[-1] == 30
+
+
+def test_a_heartbeat_that_cannot_be_written_stops_nothing(tmp_path):
+    (tmp_path / HEARTBEAT_FILE / "inside").mkdir(parents=True)
+    Heartbeat(tmp_path / HEARTBEAT_FILE).beat(1, now=True)
+    assert [path.name for path in tmp_path.iterdir()] == [HEARTBEAT_FILE]
+
+
+def test_a_trace_that_cannot_be_written_is_a_line(tmp_path, caplog, monkeypatch):
+    def stop():
+        raise RuntimeError("Permission denied")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop)
+    profiler = Profiler(tmp_path, Steps(1, 1))
+    profiler.before(1)
+    assert not profiler.after(1, {}) and not profiler.close() and len(errors(caplog)) == 1
+
+
+def test_a_place_for_the_best_weights_is_needed_to_begin_but_not_to_go_on(tmp_path, caplog):
+    (tmp_path / "best").write_text("")
+    with pytest.raises(UserError, match="cannot use"):
+        open_best(tmp_path, 0)
+    assert open_best(tmp_path, 10) is None and "THE BEST WEIGHTS ARE NOT KEPT" in errors(caplog)[0]
+
+
+def test_a_place_for_grids_that_takes_none_is_a_line(tmp_path, caplog):
+    with no_flags():
+        from terdit_jax.main import _grid_drawer
+    (tmp_path / "samples").write_text("")
+    config = SimpleNamespace(sample=SimpleNamespace(num_images=4))
+    setup = SimpleNamespace(config=config, model=SimpleNamespace(num_classes=2), workdir=epath.Path(tmp_path))
+    _, grid = _grid_drawer(setup, lambda params, labels: np.zeros((4, 8, 8, 3)))(7, {})
+    assert grid.shape[-1] == 3 and len(errors(caplog)) == 1 and "samples" in errors(caplog)[0]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_every_side_file_in_ruins(tmp_path):
+    data, run, cache = prepare_digits(tmp_path / "digits"), tmp_path / "run", tmp_path / "cache"
+    fields = {"log__tensorboard": True, "log__heldout_every": 0}
+    finish(start("main", *train_arguments(data, run, train__num_steps=6, **fields), cache=cache))
+    (run / METRICS_FILE).write_bytes((run / METRICS_FILE).read_bytes()[:-20] + b"\xff\n")
+    (run / GOODPUT_FILE).write_text('{"restarts": "x"}')
+    for name in ("config.json", HEARTBEAT_FILE, LOCK_FILE):
+        (run / name).unlink()
+        (run / name / "inside").mkdir(parents=True)
+    out, err = finish(start("main", *train_arguments(data, run, train__num_steps=12, **fields), cache=cache))
+    assert "resuming at step 6" in out and "Traceback" not in err
+    assert (run / "checkpoints" / "12").is_dir() and written_steps(run)[-1] == 12
+    assert all(named in err for named in (METRICS_FILE, GOODPUT_FILE, "config.json"))
