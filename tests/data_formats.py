@@ -16,6 +16,7 @@ import struct
 import tarfile
 import tempfile
 
+from commands import no_flags
 from deployed import make_workdir
 from forged_data import (
     MODULE,
@@ -50,7 +51,6 @@ from terdit_jax.data.tar_source import make_tar_source
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.data.unfinished import PLAN_FILE, FinishedShard, Unfinished
 from terdit_jax.errors import UserError
-from terdit_jax.evaluate import _load_samples
 from terdit_jax.evaluation import reference
 from terdit_jax.evaluation.picture_source import open_pictures
 from terdit_jax.inference.shards import Shards
@@ -60,6 +60,9 @@ from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import check_resumable
+
+with no_flags():
+    from terdit_jax.evaluate import _load_samples
 
 Forger = Callable[[Files, str, Random], None]
 ROOT = Path(__file__).parent

@@ -102,3 +102,20 @@ def test_who_runs_a_model_in_pytorch_needs_no_jax(module):
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "'terdit_jax'" in done.stdout and "'flax'" not in done.stdout and "'jaxlib'" not in done.stdout
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "run_command(main)" in path.read_text()}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_a_module_of_tests_imports_commands_without_their_flags(path):
+    """Two commands define a flag of the same name, and one process collects all tests; test_export reads its flags."""
+    imported = set()
+    for node in ast.parse(path.read_text()).body:  # not within `with no_flags()` or a function
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    found = imported & {f"terdit_jax.{command}" for command in COMMANDS}
+    assert found <= ({"terdit_jax.export"} if path.name == "test_export.py" else set())
