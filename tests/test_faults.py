@@ -41,7 +41,7 @@ def test_documented_figures_are_those_of_the_reports(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["kill", "sigterm", "half_written"])
+@pytest.mark.parametrize("case", ["kill", "sigterm_repeated", "half_written"])
 def test_a_round_by_the_command(case, tmp_path):
     output = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.faults", f"--case={case}", "--rounds=2", f"--output={output}"]

@@ -169,7 +169,17 @@ def sigterm_2_processes(root: Path, rounds: int, seed: int | None = None) -> Ite
     yield from _sigterm(Bench(root, steps=200, processes=2, seed=seed), rounds)
 
 
-def _sigterm(bench: Bench, rounds: int) -> Iterator[dict]:
+def sigterm_repeated(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
+    """As `sigterm`, with two more within a second, as schedulers send them: what the first began is completed."""
+    yield from _sigterm(Bench(root, steps=400, seed=seed), rounds, more=2)
+
+
+def sigterm_repeated_2_processes(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
+    """As `sigterm_repeated`, each sent to one of two processes at random."""
+    yield from _sigterm(Bench(root, steps=200, processes=2, seed=seed), rounds, more=2)
+
+
+def _sigterm(bench: Bench, rounds: int, more: int = 0) -> Iterator[dict]:
     workdir, done = bench.root / "run", 0
     while done < rounds:
         expected, before = max(signed_steps(workdir), default=0), _written(workdir)
@@ -182,6 +192,9 @@ def _sigterm(bench: Bench, rounds: int) -> Iterator[dict]:
         time.sleep(bench.random.uniform(0, 1))
         asked = time.monotonic()
         bench.random.choice(processes).send_signal(signal.SIGTERM)
+        for _ in range(more):
+            time.sleep(bench.random.uniform(0, 0.5))
+            bench.random.choice(processes).send_signal(signal.SIGTERM)
         out = finish_together(processes)[0][0]
         stopped = re.search(r"stopped by SIGTERM at step ([\d,]+)", out)
         if stopped:
@@ -220,11 +233,38 @@ def _damage(name: str) -> Callable[..., Iterator[dict]]:
     return case
 
 
+def undeletable(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
+    """The oldest checkpoint cannot be deleted: one line says so, every later save counts, the end is the same."""
+    bench = Bench(root, steps=60, seed=seed)
+    base = root / "base"
+    finish_together(bench.start(base, steps=30))
+    for number in range(1, rounds + 1):
+        workdir = root / f"run_{number}"
+        shutil.copytree(base, workdir)
+        oldest, *_ = signed_steps(workdir)
+        file = workdir / "checkpoints" / str(oldest) / MANIFEST
+        made = subprocess.run(["chattr", "+i", file], capture_output=True, text=True, check=False)
+        assert not made.returncode, f"needs root and a file system with immutable files: {made.stderr}"
+        try:
+            ((_, err),) = finish_together(bench.start(workdir))
+            assert err.count(f"CHECKPOINT {oldest} COULD NOT BE DELETED") == 1 and "NOT BE SAVED" not in err, err
+            assert signed_steps(workdir) == [oldest, 40, 50, 60]
+            bench.check_whole(workdir)
+        finally:
+            subprocess.run(["chattr", "-i", file], check=True)
+        shutil.rmtree(workdir)
+        yield {"round": number, "undeletable": oldest}
+    yield {"runs_compared_bit_for_bit": rounds}
+
+
 CASES: dict[str, Callable[..., Iterator[dict]]] = {
     "kill": kill,
     "kill_2_processes": kill_2_processes,
     "sigterm": sigterm,
     "sigterm_2_processes": sigterm_2_processes,
+    "sigterm_repeated": sigterm_repeated,
+    "sigterm_repeated_2_processes": sigterm_repeated_2_processes,
+    "undeletable": undeletable,
     **{name: _damage(name) for name in (*DAMAGES, *HALF_WRITTEN)},
 }
 
