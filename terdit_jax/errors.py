@@ -17,16 +17,24 @@ from terdit_jax.interrupts import CommandInterrupts
 from terdit_jax.streams import steady_streams
 
 _HELP = {"help", "?", "helpshort", "helpfull", "helpxml"}  # absl's, which end with status 1
+_LONGEST_LINE, _HEAD = 800, 500  # characters of a message, and of its beginning if it is longer
 
 
 class UserError(Exception):
     """Input that cannot be used. The message is one line: the offending value, then what to do.
 
-    It may hold names and values from files: what a terminal would not show, or would obey, is escaped.
+    It may hold names and values from files: what a terminal would not show, or would obey, is escaped, and what is too
+    long to be read is left out.
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """The message on one line that a terminal can show, without the middle of what exceeds a few lines of a screen."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_HEAD]} ... {line[-(_LONGEST_LINE - _HEAD - 5) :]}"
 
 
 def printable(text: str) -> str:
@@ -69,7 +77,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 
 def exit_with(message: str, status: int = 2) -> None:
     """Prints `error: message` on one line of standard error and ends the process at once with this status."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + one_line(message), file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Background threads (asynchronous saves, prefetch) must not turn a clear answer into a hang.
     os._exit(status)
