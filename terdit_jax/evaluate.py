@@ -25,13 +25,14 @@ from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.picture_source import PictureSource, open_pictures
 from terdit_jax.evaluation.proxy import Pictures, check_samples, proxy_metrics, sample_labels
 from terdit_jax.evaluation.reference import save_reference, stored_indices
+from terdit_jax.evaluation.statistics import Statistics
 from terdit_jax.evaluation.suite import (
     INCEPTION,
     PUBLISHED_COUNT,
-    Reference,
     check_count,
+    find_reference,
     inception_network,
-    open_reference,
+    look_at,
     suite_metrics,
 )
 from terdit_jax.files import check_output, refusing, write_json
@@ -112,14 +113,17 @@ def _judge_by_suite() -> None:
         refuse_unused([_HALF_DISTANCES], "without --samples")
     initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
+    stored = find_reference(_REFERENCE.value, _FEATURES.value)
+    if _SAVE_REFERENCE.value and stored.pictures is None:
+        raise UserError(f"--save_reference needs pictures, and {stored.name} holds statistics alone")
     samples = check_count(_open_samples(samples_path)) if samples_path else None
     if _FEATURES.value == INCEPTION:
         network = inception_network(_INCEPTION.value)
     else:
         network = efficientnet.efficientnet_network()
-    reference = open_reference(_REFERENCE.value, network, mesh, _BATCH_SIZE.value, _say)
+    reference = look_at(stored, network, mesh, _BATCH_SIZE.value, _say)
     if _SAVE_REFERENCE.value and jax.process_index() == 0:
-        _write_reference(reference)
+        _write_reference(reference.statistics, stored.pictures)
     if samples is None:
         return
     features = collect_features(network, samples, mesh, _BATCH_SIZE.value, _say)
@@ -169,11 +173,8 @@ def _open_samples(path: str) -> PictureSource:
     return PictureSource(path, len(labels), (side, side, 3), stream)
 
 
-def _write_reference(reference: Reference) -> None:
-    if reference.pool is None:
-        raise UserError(f"--save_reference needs pictures, and {reference.name} holds statistics alone")
-    source = open_pictures(_REFERENCE.value)
-    save_reference(_SAVE_REFERENCE.value, reference.statistics, source.take(stored_indices(source.count)))
+def _write_reference(statistics: dict[str, Statistics], source: PictureSource) -> None:
+    save_reference(_SAVE_REFERENCE.value, statistics, source.take(stored_indices(source.count)))
     print(f"reference of {source.count:,} pictures written to {_SAVE_REFERENCE.value}")
 
 

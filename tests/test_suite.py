@@ -13,7 +13,7 @@ from terdit_jax.evaluation.manifold import precision_recall
 from terdit_jax.evaluation.picture_source import open_pictures
 from terdit_jax.evaluation.reference import save_reference
 from terdit_jax.evaluation.statistics import statistics
-from terdit_jax.evaluation.suite import feature_statistics, open_reference, suite_metrics
+from terdit_jax.evaluation.suite import feature_statistics, find_reference, look_at, suite_metrics
 from terdit_jax.parallel.mesh import single_device_mesh
 
 RNG = np.random.default_rng(0)
@@ -28,6 +28,10 @@ def extract(params, pictures):
 
 def make_network(name="inception"):
     return FeatureNetwork(name, {"fc": {"weight": WEIGHT}}, extract, "nowhere", "0")
+
+
+def open_reference(path, network):
+    return look_at(find_reference(path, network.name), network, MESH)
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def rows(path):
 
 
 def test_figures_are_those_of_the_parts(places):
-    reference = open_reference(places / "reference.npz", make_network(), MESH)
+    reference = open_reference(places / "reference.npz", make_network())
     metrics = suite_metrics(make_network(), features(places / "samples.npz"), reference)
     (pool, spatial), (real, real_spatial) = rows(places / "samples.npz"), rows(places / "reference.npz")
     logits = np.exp(pool.astype(np.float64) @ WEIGHT.T)
@@ -67,10 +71,10 @@ def test_figures_are_those_of_the_parts(places):
 
 def test_a_saved_reference_gives_the_same_figures(places):
     samples = features(places / "samples.npz")
-    reference = open_reference(places / "reference.npz", make_network(), MESH)
+    reference = open_reference(places / "reference.npz", make_network())
     with np.load(places / "reference.npz") as arrays:
         save_reference(places / "saved.npz", reference.statistics, arrays["arr_0"])
-    saved = open_reference(places / "saved.npz", make_network(), MESH)
+    saved = open_reference(places / "saved.npz", make_network())
     assert suite_metrics(make_network(), samples, saved) == suite_metrics(make_network(), samples, reference)
 
 
@@ -79,7 +83,7 @@ def test_stored_statistics_are_taken_as_they_are(places):
     samples = features(places / "samples.npz")
     with np.load(places / "reference.npz") as arrays:
         save_reference(places / "saved.npz", feature_statistics(samples), arrays["arr_0"])
-    metrics = suite_metrics(make_network(), samples, open_reference(places / "saved.npz", make_network(), MESH))
+    metrics = suite_metrics(make_network(), samples, open_reference(places / "saved.npz", make_network()))
     assert metrics["fid"] < 1e-6 and metrics["sfid"] < 1e-6 and metrics["precision"] < 1
 
 
@@ -87,28 +91,28 @@ def test_a_reference_without_pictures_gives_no_precision(places):
     samples = features(places / "samples.npz")
     mean, covariance, _ = statistics(RNG.normal(size=(20, 6)))
     np.savez(places / "bare.npz", mu=mean, sigma=covariance)
-    metrics = suite_metrics(make_network(), samples, open_reference(places / "bare.npz", make_network(), MESH))
+    metrics = suite_metrics(make_network(), samples, open_reference(places / "bare.npz", make_network()))
     assert list(metrics) == ["fid", "inception_score"]
 
 
 def test_another_networks_figures_have_its_name(places):
     other = make_network("other")
-    reference = open_reference(places / "reference.npz", other, MESH)
+    reference = open_reference(places / "reference.npz", other)
     metrics = suite_metrics(other, features(places / "samples.npz"), reference)
     assert list(metrics) == ["other_frechet", "other_precision", "other_recall"]
     mean, covariance, _ = statistics(RNG.normal(size=(20, 6)))
     np.savez(places / "bare.npz", mu=mean, sigma=covariance)
     with pytest.raises(UserError, match="neither pictures in arr_0 nor statistics of other"):
-        open_reference(places / "bare.npz", other, MESH)
+        open_reference(places / "bare.npz", other)
 
 
 def test_too_few_pictures_are_refused(places):
     np.savez(places / "few.npz", arr_0=np.zeros((3, 2, 2, 3), np.uint8))
     with pytest.raises(UserError, match="few.npz: 3 pictures are too few"):
-        open_reference(places / "few.npz", make_network(), MESH)
+        open_reference(places / "few.npz", make_network())
 
 
 def test_a_file_of_something_else_is_refused(places):
     np.savez(places / "labels.npz", labels=np.zeros(3))
     with pytest.raises(UserError, match="neither pictures in arr_0 nor statistics of inception, only .*labels"):
-        open_reference(places / "labels.npz", make_network(), MESH)
+        open_reference(places / "labels.npz", make_network())

@@ -30,6 +30,14 @@ MIN_PICTURES = NEIGHBOURS + 1
 PUBLISHED_COUNT = 50_000  # samples that published figures are of
 
 
+class StoredReference(NamedTuple):
+    """A reference as it is found, before a network looks at its pictures."""
+
+    name: str
+    statistics: dict[str, Statistics]  # by feature
+    pictures: PictureSource | None
+
+
 class Reference(NamedTuple):
     """What samples are compared with."""
 
@@ -50,34 +58,39 @@ def inception_extract(params: dict, pictures: Array) -> dict[str, Array]:
     return {"pool": features.pool, "spatial": features.spatial}
 
 
-def open_reference(
-    path: str | os.PathLike,
-    network: FeatureNetwork,
-    mesh: Mesh,
-    batch_size: int = BATCH_SIZE,
-    say: Callable[[str], None] = lambda line: None,
-) -> Reference:
+def find_reference(path: str | os.PathLike, network: str = INCEPTION) -> StoredReference:
     """The reference at a path: an npz of statistics, pictures or both, a folder of pictures, or a prepared data set.
 
-    Statistics in a file are Inception's, and are taken as they are; those of pictures are computed.
+    Statistics in a file are Inception's, and are taken as they are, if that is the network's name.
 
     Raises:
       UserError: as `open_pictures` and `read_statistics`; too few pictures; statistics alone for another network.
     """
     statistics: dict[str, Statistics] = {}
-    has_pictures = True
     if Path(path).is_file():
         keys = stored_keys(path)
-        has_pictures = ARRAY in keys
-        if network.name == INCEPTION:
+        if network == INCEPTION:
             statistics = read_statistics(path)
-        if not has_pictures and not statistics:
-            there = sorted(key[:20] for key in keys)[:8]
-            raise UserError(f"{path} holds neither pictures in {ARRAY} nor statistics of {network.name}, only {there}")
-    if not has_pictures:
-        return Reference(str(path), statistics, None)
-    features = collect_features(network, check_count(open_pictures(path)), mesh, batch_size, say)
-    return Reference(str(path), feature_statistics(features) | statistics, features.pool)
+        if ARRAY not in keys:
+            if not statistics:
+                there = sorted(key[:20] for key in keys)[:8]
+                raise UserError(f"{path} holds neither pictures in {ARRAY} nor statistics of {network}, only {there}")
+            return StoredReference(str(path), statistics, None)
+    return StoredReference(str(path), statistics, check_count(open_pictures(path)))
+
+
+def look_at(
+    stored: StoredReference,
+    network: FeatureNetwork,
+    mesh: Mesh,
+    batch_size: int = BATCH_SIZE,
+    say: Callable[[str], None] = lambda line: None,
+) -> Reference:
+    """The reference with the statistics that it lacks, those of its pictures, and with their features."""
+    if stored.pictures is None:
+        return Reference(stored.name, stored.statistics, None)
+    features = collect_features(network, stored.pictures, mesh, batch_size, say)
+    return Reference(stored.name, feature_statistics(features) | stored.statistics, features.pool)
 
 
 def feature_statistics(features: PictureFeatures) -> dict[str, Statistics]:
