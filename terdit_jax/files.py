@@ -139,7 +139,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         try:
             os.rename(temporary, path)
         except OSError as error:  # another writer was faster by a moment
-            raise _exists(path) if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR) else error from error
+            raise _exists(path) if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) else error from error
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -227,7 +227,23 @@ def check_output(path: epath.PathLike, flag: str = "--output", *, replace: bool 
         return
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UserError(f"{flag}={os.fspath(path)}: is no file, name another place")
-    folder = Path(os.path.abspath(path)).parent
+    _check_takes_files(Path(os.path.abspath(path)).parent, path, flag)
+
+
+def check_folder(path: epath.PathLike, flag: str) -> None:
+    """Finds out before the work whether files can be written into a folder, new or there; nothing is made.
+
+    Raises:
+      UserError: something else is there, or no file can be made in it, or in the nearest folder above it.
+    """
+    if not is_remote(path):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise UserError(f"{flag}={os.fspath(path)}: is no folder, name another place")
+        _check_takes_files(Path(os.path.abspath(path)), path, flag)
+
+
+def _check_takes_files(folder: Path, path: epath.PathLike, flag: str) -> None:
+    """Raises UserError, naming `path`, if no file can be made in the folder, or in the nearest one above it."""
     try:
         while not folder.exists():
             folder = folder.parent

@@ -14,13 +14,15 @@ import numpy as np
 from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
+from terdit_jax.files import check_folder
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
-from terdit_jax.interop.weights import start_params
+from terdit_jax.interop.weights import check_start, start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
+from terdit_jax.training.heartbeat import check_heartbeat
 from terdit_jax.training.loop import DrawGrid, train
 from terdit_jax.training.profile import parse_steps
 from terdit_jax.training.setup import Setup, set_up
@@ -44,12 +46,17 @@ def main(argv: Sequence[str]) -> None:
     # On CPUs, steps dispatched asynchronously fight over the cores: five times slower on two of them.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     profile = parse_steps(_PROFILE.value)
+    if _HEARTBEAT.value:
+        check_heartbeat(_HEARTBEAT.value)
     if config.train.compilation_cache:
+        check_folder(config.train.compilation_cache, "config.train.compilation_cache")
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
     check_settings(config.sample)
     setup = set_up(config, _WORKDIR.value)
     start, draw = config.train.init_from, _drawer(setup)
+    if start and not (setup.workdir / "checkpoints").exists():  # a run that goes on has no use for them
+        check_start(start, setup.model)
     judge = None
     if config.log.score_every:
         judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)

@@ -62,6 +62,35 @@ def test_a_folder_never_takes_the_place_of_another(tmp_path):
     assert names(tmp_path) == ["x"] and names(path) == ["old"]
 
 
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTEMPTY])
+def test_a_folder_that_came_meanwhile_is_named_whatever_the_file_system_calls_it(tmp_path, monkeypatch, number):
+    def rename(source, target):
+        raise OSError(number, os.strerror(number), source, None, target)
+
+    monkeypatch.setattr(files.os, "rename", rename)
+    with pytest.raises(FileExistsError) as caught, files.new_folder(tmp_path / "out"):
+        pass
+    assert caught.value.filename == str(tmp_path / "out") and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["", "new", "new/deep"])
+def test_a_folder_that_can_be_made_is_taken_and_not_made(tmp_path, path):
+    files.check_folder(tmp_path / path, "--workdir")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("file", "is no folder"), ("file/below", "takes no files"), ("dangling", "is no folder"), ("/proc/x", "takes no")],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, path, reason):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"--workdir={tmp_path / path}: .*{reason}"):
+        files.check_folder(tmp_path / path, "--workdir")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_where_the_file_system_has_no_links_an_existing_file_still_stays(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "no links here")

@@ -19,6 +19,7 @@ from terdit_jax.data.image_file import PictureError
 from terdit_jax.data.schema import MAX_CLASSES
 from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
+from terdit_jax.files import check_folder
 from terdit_jax.untrusted import brief, is_count, reading, short
 
 HELDOUT_SPLITS = ("validation", "test")  # the first that the data set has is held out
@@ -48,6 +49,8 @@ def make_tfds_source(
         picture or a single class label, or an option that cannot be used.
     """
     check_crop(image_size, channels)
+    if data_dir is not None:
+        check_folder(data_dir, "--data_dir")
     with _own_features_only():
         builder = _open_builder(name, data_dir)
     with reading(f"--input={name}: {builder.data_path} holds no data set that TFDS can read"):

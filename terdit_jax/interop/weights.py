@@ -109,6 +109,15 @@ def start_params(path: epath.PathLike, model: DiTConfig) -> dict:
     """The parameters at a path for a training of `model` to start from, float32: averaged ones, if there are both.
 
     Raises:
+      UserError: as `check_start`; weights that cannot be read.
+    """
+    return master_params(model, check_start(path, model).leaves())
+
+
+def check_start(path: epath.PathLike, model: DiTConfig) -> Weights:
+    """The weights at a path for a training of `model` to start from, opened and found to fit it.
+
+    Raises:
       UserError: as `open_weights`; the weights of another architecture.
     """
     weights = open_weights(path, masters=True)
@@ -116,7 +125,7 @@ def start_params(path: epath.PathLike, model: DiTConfig) -> dict:
         given, wanted = getattr(weights.model, field), getattr(model, field)
         if given != wanted:
             raise UserError(f"config.train.init_from={path} has {field}={given}, config.model has {wanted}")
-    return master_params(model, weights.leaves())
+    return weights
 
 
 def master_params(model: DiTConfig, leaves: Leaves) -> dict:

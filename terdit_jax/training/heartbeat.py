@@ -4,16 +4,31 @@ Who watches it (launch/supervise.sh, a scheduler) decides what its silence means
 """
 
 import contextlib
+import json
 import os
 import socket
 import time
 
 from etils import epath
 
-from terdit_jax.files import write_json
+from terdit_jax.errors import UserError
+from terdit_jax.files import check_output, write_json
 
 HEARTBEAT_FILE = "heartbeat.json"
 _SECONDS = 5.0
+
+
+def check_heartbeat(path: epath.PathLike, flag: str = "--heartbeat") -> None:
+    """Raises UserError if no file can be written at a path, or if one is there that is no heartbeat and not empty."""
+    check_output(path, flag, replace=True)
+    if not (path := epath.Path(path)).exists() or not path.stat().length:
+        return
+    try:
+        is_heartbeat = {"step", "time", "pid", "host"} == set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        is_heartbeat = False
+    if not is_heartbeat:
+        raise UserError(f"{flag}={os.fspath(path)}: is there and is no heartbeat of a run, name another place")
 
 
 class Heartbeat:

@@ -18,7 +18,7 @@ import numpy as np
 
 from terdit_jax.data.reader import heldout_batches
 from terdit_jax.errors import UserError, end_if_one_of_several, going_on
-from terdit_jax.files import write_json
+from terdit_jax.files import refusing, write_json
 from terdit_jax.model.transformer import abstract_params, activation_rms, count_params, make_operands, packed_bytes
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_shards, local_block
@@ -71,6 +71,8 @@ def train(
       UserError: a workdir of another run or in use by one, too many non-finite steps in a row, or a last state that
         could not be saved.
     """
+    with refusing(setup.workdir, "--workdir"):
+        setup.workdir.mkdir(parents=True, exist_ok=True)
     with WorkdirLock(setup.workdir):
         _train(setup, draw_grid, load_start, judge, Observers(setup.workdir, heartbeat, profile))
 

@@ -15,6 +15,7 @@ from terdit_jax.data.reader import AnyDataset, open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
+from terdit_jax.files import check_folder
 from terdit_jax.memory import check_host, host_memory
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.implementations import attention_implementation
@@ -42,10 +43,10 @@ class Setup:
 
 
 def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
-    """Checks configuration, devices and data against each other and makes the workdir.
+    """Checks configuration, devices, data and workdir against each other; writes nothing.
 
     Raises:
-      UserError: with the first thing that does not fit; nothing has been written then.
+      UserError: with the first thing that does not fit.
     """
     validate(config)
     model = DiTConfig.from_config(config)
@@ -58,10 +59,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     dataset = _open_data(config, model)
     workdir = as_path(workdir, "--workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (OSError, ImportError) as error:
-        raise UserError(f"cannot write --workdir={workdir}: {getattr(error, 'strerror', None) or error}") from error
+    check_folder(workdir, "--workdir")
     return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
 
 
