@@ -25,7 +25,7 @@ from terdit_jax.diffusion.guidance import guided
 from terdit_jax.model import block
 from terdit_jax.model.implementations import scans_layers
 from terdit_jax.model.transformer import (
-    abstract_model,
+    DiT,
     abstract_params,
     activation_rms,
     count_params,
@@ -84,10 +84,10 @@ def test_golden_forward_and_guidance(name, packed):
 
 def test_calling_the_module_is_the_forward_pass():
     config = tiny_config(depth=2)
-    graphdef, state = nnx.split(abstract_model(config))
-    params = random_params(config)
+    model, params = DiT(config, rngs=nnx.Rngs(params=0)), random_params(config)
+    state = nnx.state(model)
     nnx.replace_by_pure_dict(state, params)
-    model = nnx.merge(graphdef, state)
+    nnx.update(model, state)
     expected = output(config, params, *inputs(config))
     assert_close(model(*inputs(config)), np.asarray(expected))
 

@@ -5,6 +5,7 @@ copies). Going from one to the other is a pure function whose pullback carries t
 """
 
 from collections.abc import Callable
+import functools
 
 from flax import nnx
 import jax
@@ -66,14 +67,15 @@ class DiT(nnx.Module):
         return forward(self.config, self.operands(), x_t, t, y)
 
 
-def abstract_model(config: DiTConfig) -> DiT:
-    """The model with shapes in place of arrays; nothing is allocated."""
-    return nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(params=0)))
+@functools.lru_cache(maxsize=64)
+def abstract_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph, and its state with shapes in place of arrays; a run asks for it a dozen times."""
+    return nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(params=0))))
 
 
 def abstract_params(config: DiTConfig) -> dict:
-    """The parameter tree with shapes in place of arrays."""
-    return nnx.to_pure_dict(nnx.state(abstract_model(config)))
+    """The parameter tree with shapes in place of arrays; nothing is allocated."""
+    return nnx.to_pure_dict(abstract_model(config)[1])
 
 
 def init_params(config: DiTConfig, key: Array) -> dict:
@@ -97,7 +99,8 @@ def make_operands(config: DiTConfig, params: dict, *, packed: bool = False) -> d
       A nested dict whose leaves are arrays and `terdit_jax.ternary.linear` operands, constrained to their sharding
       rules if a mesh is in context; where it cuts ternary maps over `fsdp`, `terdit_jax.parallel.gather`'s.
     """
-    graphdef, state = nnx.split(abstract_model(config))
+    graphdef, shapes = abstract_model(config)
+    state = jax.tree.map(lambda leaf: leaf, shapes)  # a copy
     nnx.replace_by_pure_dict(state, params)
     operands = constrain_tree(nnx.merge(graphdef, state).operands(packed))
     return operands if packed else constrain_tree(gather_operands(operands, config.gather, config.fsdp_rings))
