@@ -48,7 +48,8 @@ def test_the_whole_network_is_pytorchs(networks):
         assert ours.shape == expected.shape and ours.dtype == np.float32
         assert_close(ours, expected.numpy())
     probabilities = jax.nn.softmax(found.logits)
-    np.testing.assert_allclose(probabilities, torch.softmax(logits, 1).numpy(), rtol=1e-5)
+    # A probability's relative error is its logit's absolute one.
+    np.testing.assert_allclose(probabilities, torch.softmax(logits, 1).numpy(), rtol=1e-4)
 
 
 def test_pictures_are_resized_and_centred_first(monkeypatch):
