@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -19,15 +20,24 @@ import time
 import traceback
 
 OURS = ("terdit_jax.", "benchmarks.")
+# Of JAX's variables those that commands are given otherwise than the server: it has read its own while it was imported.
+VARIABLES = {
+    "JAX_PLATFORMS": str,
+    "JAX_COMPILATION_CACHE_DIR": str,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": float,
+}
 COMMANDS = ("main", "prepare", "sample", "export", "evaluate", "compile")  # not imported: each defines flags
 SECONDS = 600  # that a command may take, on a machine with other work too
 
 
 @contextlib.contextmanager
 def python_on_path(folder, environment):
-    """A folder for the PATH whose `python` is a server's, started with this environment; it ends with the context."""
+    """A folder for the PATH whose `python` is a server's, started with this environment.
+
+    The server ends with the context, or with the process that has started it, however that ends.
+    """
     address = str(folder / "server")
-    server = subprocess.Popen([sys.executable, __file__, "serve", address], env=environment)
+    server = subprocess.Popen([sys.executable, __file__, "serve", address], env=environment, stdin=subprocess.PIPE)
     script = folder / "python"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {__file__} run {address} "$@"\n')
     script.chmod(0o755)
@@ -38,6 +48,7 @@ def python_on_path(folder, environment):
         yield folder
     finally:
         server.kill()
+        server.stdin.close()
         server.wait()
 
 
@@ -65,6 +76,9 @@ def _serve(address: str) -> dict:
     listener.listen(16)
     os.rename(address + ".new", address)
     while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:  # its other end is closed
+            os._exit(0)
         connection, _ = listener.accept()
         if os.fork():
             connection.close()
@@ -104,6 +118,10 @@ def _be(request: dict) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    import jax
+
+    for name, read in VARIABLES.items():
+        jax.config.update(name.lower(), read(os.environ[name]) if name in os.environ else None)
     if request["arguments"][0] == "-m":
         _, module, *rest = request["arguments"]
         sys.path[0] = request["folder"]

@@ -1,14 +1,21 @@
 """Small training runs for tests that need one: a shrunken digits configuration, and commands as a user starts them."""
 
+import atexit
 from collections.abc import Mapping
 import concurrent.futures
+import contextlib
+import functools
 import json
 import os
 from pathlib import Path
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from typing import IO
 
+from forked import python_on_path
 import jax
 import numpy as np
 
@@ -51,25 +58,67 @@ def prepare_digits(path: Path) -> Path:
     return path
 
 
-def start(module: str, *arguments: str, cache: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """A command in a process of its own, on one CPU device, with compiled programs kept in `cache`."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+def start(
+    module: str,
+    *arguments: str,
+    cache: Path,
+    environment: Mapping[str, str] | None = None,
+    output: IO | int = subprocess.PIPE,
+) -> subprocess.Popen:
+    """A command in a process of its own, on one CPU device, with compiled programs kept in `cache`.
+
+    Who does not read its `output` meanwhile gives a file: a pipe takes 64 KiB, and then the command waits.
+    """
+    streams = {"stdout": output, "stderr": output, "text": True}
+    command = [sys.executable, "-m", f"terdit_jax.{module}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=command_environment(cache) | (environment or {}), **streams)
+
+
+def execute(
+    module: str, *arguments: str, status: int = 0, environment: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """Runs a command as `completed` does, checks its exit status, and returns what it printed on stdout and stderr."""
+    done = completed(module, *arguments, environment=environment)
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def completed(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end: a fork of a process that has imported JAX, with the programs of those before it."""
+    folder = quick_python()
+    return subprocess.run(
+        [folder / "python", "-m", f"terdit_jax.{module}", *arguments],
+        cwd=ROOT, env=command_environment(programs()) | (environment or {}), capture_output=True, text=True,
+        timeout=300, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def command_environment(cache: Path) -> dict[str, str]:
+    """The environment of commands: one CPU device, programs compiled quickly and kept in `cache`."""
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return inherited | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": FAST_COMPILATION,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
-        **(environment or {}),
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", f"terdit_jax.{module}", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+
+@functools.cache
+def quick_python() -> Path:
+    """A folder for the PATH whose `python` forks commands from one process, for as long as this one lives."""
+    folder, ending = Path(tempfile.mkdtemp(prefix="commands_")), contextlib.ExitStack()
+    atexit.register(ending.close)
+    ending.callback(shutil.rmtree, folder, ignore_errors=True)
+    return ending.enter_context(python_on_path(folder, command_environment(folder / "programs")))
+
+
+def programs() -> Path:
+    """Where the commands of this process keep what they have compiled."""
+    return quick_python() / "programs"
 
 
 def free_port() -> int:

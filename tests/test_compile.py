@@ -6,7 +6,7 @@ import json
 
 import jax
 import pytest
-from runs import ROOT, SHRUNKEN, finish, start
+from runs import ROOT, SHRUNKEN, execute
 
 from terdit_jax.aot.program import chip_bytes, lower_sample, lower_train, saved_activations
 from terdit_jax.aot.report import describe, make_report
@@ -149,7 +149,7 @@ TERDIT = "--config=configs/terdit_4b.py"
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
-    out, err = finish(start("compile", *arguments, cache=tmp_path / "cache"), status=2)
+    out, err = execute("compile", *arguments, status=2)
     (line,) = [line for line in err.splitlines() if line.strip()]
     assert line.startswith("error: ") and message in line and not out
 
@@ -158,7 +158,7 @@ def test_the_command_writes_its_report(tmp_path):
     fields = [f"--config.{name}={value}" for name, value in (SHRUNKEN | {"model.depth": 1}).items()]
     output = tmp_path / "report.json"
     arguments = ["--config=configs/digits.py", "--topology=cpu:2", f"--output={output}", "--mesh=data=1,fsdp=2"]
-    out, _ = finish(start("compile", *arguments, *fields, cache=tmp_path / "cache"))
+    out, _ = execute("compile", *arguments, *fields)
     report = json.loads(output.read_text())
     assert report["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1} and report["chips"] == 2
     assert out.splitlines()[0].startswith("digits, train, on cpu:2: 2 chips, mesh data 1, fsdp 2, tensor 1")
@@ -176,7 +176,7 @@ def test_real_targets(tmp_path, topology):
     need_compiler(topology)
     output = tmp_path / "report.json"
     fields = ["--config.model.depth=2", "--config.train.batch_size=64", "--config.compute.remat=block"]
-    finish(start("compile", TERDIT, f"--topology={topology}", f"--output={output}", *fields, cache=tmp_path / "cache"))
+    execute("compile", TERDIT, f"--topology={topology}", f"--output={output}", *fields)
     report = json.loads(output.read_text())
     again = 4 / 3  # the forward pass runs twice
     assert report["flops"]["compiled"] == pytest.approx(again * report["flops"]["model"], rel=0.06)

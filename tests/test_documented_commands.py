@@ -19,9 +19,9 @@ import time
 
 import documented_commands as tables
 from documented_inputs import make, make_class_folders
-from forked import COMMANDS, python_on_path
+from forked import COMMANDS
 import pytest
-from runs import FAST_COMPILATION, ROOT
+from runs import ROOT, command_environment, quick_python
 
 from terdit_jax.interop.exports import FORMATS
 
@@ -162,20 +162,10 @@ def _lacks_torch(text: str) -> bool:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Of commands: one CPU device, programs kept in a cache, and a `python` that need not import JAX each time."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     session = tmp_path_factory.getbasetemp()
     shared = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
     (cache := shared / "documented-programs").mkdir(exist_ok=True)
-    environment = {
-        **inherited,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": FAST_COMPILATION,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-    }
-    with python_on_path(tmp_path_factory.mktemp("bin"), environment) as folder:
-        yield {**environment, "PATH": f"{folder}:{os.environ['PATH']}"}
+    return {**command_environment(cache), "PATH": f"{quick_python()}:{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")

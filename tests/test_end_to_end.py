@@ -10,25 +10,35 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
-from runs import assert_same_run, finish, metrics_without_timing, prepare_digits, saved_run, start, train_arguments
+from runs import (
+    assert_same_run,
+    execute,
+    finish,
+    metrics_without_timing,
+    prepare_digits,
+    programs,
+    saved_run,
+    start,
+    train_arguments,
+)
 
 from terdit_jax.training.manifest import MANIFEST
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A prepared data set, an uninterrupted run on it, and a cache of compiled programs."""
+    """A prepared data set and an uninterrupted run on it."""
     root = tmp_path_factory.mktemp("runs")
-    data, cache, whole = prepare_digits(root / "digits"), root / "cache", root / "whole"
-    out, _ = finish(start("main", *train_arguments(data, whole), cache=cache))
+    data, whole = prepare_digits(root / "digits"), root / "whole"
+    out, _ = execute("main", *train_arguments(data, whole))
     assert f"next: python -m terdit_jax.sample --model={whole} " in out
-    return data, cache, whole
+    return data, whole
 
 
 def killed_run(places, workdir: Path, at_step: int, saves: int = 1) -> None:
     """Starts the run and kills it with -9 once it has logged `at_step` and so many of its saves are on disk."""
-    data, cache, _ = places
-    process = start("main", *train_arguments(data, workdir), cache=cache)
+    data, _ = places
+    process = start("main", *train_arguments(data, workdir), cache=programs())
     deadline = time.monotonic() + 240
     while len(saved_steps(workdir)) < saves or all(line["step"] < at_step for line in safe_lines(workdir)):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -51,14 +61,14 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def resume(places, workdir: Path) -> tuple[str, str]:
-    data, cache, _ = places
-    return finish(start("main", *train_arguments(data, workdir), cache=cache))
+    data, _ = places
+    return execute("main", *train_arguments(data, workdir))
 
 
 def test_the_guard_skips_some_steps_and_not_all(places):
-    (last,) = [line for line in metrics_without_timing(places[2]) if line["step"] == 40 and "loss" in line]
+    (last,) = [line for line in metrics_without_timing(places[1]) if line["step"] == 40 and "loss" in line]
     assert 0 < last["spiked_steps"] < 20 and last["skipped_steps"] == 0
-    assert int(saved_run(places[2])[0]["spikes"]["total"]) == last["spiked_steps"]
+    assert int(saved_run(places[1])[0]["spikes"]["total"]) == last["spiked_steps"]
 
 
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(places, tmp_path):
@@ -68,7 +78,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(places, tmp_pa
     out, _ = resume(places, tmp_path)
     resumed_at = int(re.search(r"resuming at step (\d+)", out).group(1))
     assert 0 < resumed_at and kept, f"killed at {step}"
-    assert_same_run(tmp_path, places[2])
+    assert_same_run(tmp_path, places[1])
 
 
 def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(places, tmp_path):
@@ -83,12 +93,12 @@ def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(place
     assert f"CHECKPOINT {steps[-1]} IS DAMAGED" in err
     assert f"resuming at step {steps[-2]}" in out
     assert (tmp_path / "damaged_checkpoints" / str(steps[-1])).exists()
-    assert_same_run(tmp_path, places[2])
+    assert_same_run(tmp_path, places[1])
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(places, tmp_path):
-    data, cache, whole = places
-    process = start("main", *train_arguments(data, tmp_path), cache=cache)
+    data, whole = places
+    process = start("main", *train_arguments(data, tmp_path), cache=programs())
     while not safe_lines(tmp_path):
         assert process.poll() is None
         time.sleep(0.002)
@@ -103,34 +113,34 @@ def test_sigterm_saves_and_the_same_command_goes_on(places, tmp_path):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(places):
-    data, cache, whole = places
+    data, whole = places
     before = (whole / "metrics.jsonl").read_bytes()
-    out, _ = finish(start("main", *train_arguments(data, whole), cache=cache))
+    out, _ = execute("main", *train_arguments(data, whole))
     assert "is done: it has trained 40 of 40 steps" in out
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_rate_and_length_continue_and_another_model_is_refused(places, tmp_path):
-    data, cache, _ = places
-    finish(start("main", *train_arguments(data, tmp_path, train__num_steps=8), cache=cache))
+    data, _ = places
+    execute("main", *train_arguments(data, tmp_path, train__num_steps=8))
     longer = train_arguments(data, tmp_path, train__num_steps=12, optimizer__learning_rate=1e-3)
-    out, _ = finish(start("main", *longer, cache=cache))
+    out, _ = execute("main", *longer)
     assert "config.optimizer.learning_rate: 0.002 -> 0.001" in out and "resuming at step 8" in out
     lines = metrics_without_timing(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
     other = train_arguments(data, tmp_path, model__hidden_size=64)
-    _, err = finish(start("main", *other, cache=cache), status=2)
+    _, err = execute("main", *other, status=2)
     assert err.strip().splitlines()[-1].startswith("error: ") and "model.hidden_size=32, not 64" in err
     assert saved_run(tmp_path)[1]["step"] == 12
 
 
 def test_sample_draws_from_the_run(places, tmp_path):
-    _, cache, whole = places
+    _, whole = places
     common = ("sample", f"--model={whole}", "--labels=0,1,2", "--num_samples=6", "--num_steps=5")
-    finish(start(*common, f"--output={tmp_path / 'grid.png'}", cache=cache))
+    execute(*common, f"--output={tmp_path / 'grid.png'}")
     assert Image.open(tmp_path / "grid.png").size[0] > 64
-    finish(start(*common, f"--output={tmp_path / 'a.npz'}", "--batch_size=6", cache=cache))
-    finish(start(*common, f"--output={tmp_path / 'b.npz'}", "--batch_size=4", cache=cache))
+    execute(*common, f"--output={tmp_path / 'a.npz'}", "--batch_size=6")
+    execute(*common, f"--output={tmp_path / 'b.npz'}", "--batch_size=4")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert a["arr_0"].shape == (6, 8, 8, 3) and a["arr_0"].dtype == np.uint8
         assert a["labels"].tolist() == [0, 1, 2, 0, 1, 2]
@@ -139,12 +149,12 @@ def test_sample_draws_from_the_run(places, tmp_path):
 
 
 def test_an_exported_run_draws_the_runs_pictures(places, tmp_path):
-    _, cache, whole = places
+    _, whole = places
     artifact = tmp_path / "digits.safetensors"
-    out, _ = finish(start("export", f"--workdir={whole}", f"--output={artifact}", cache=cache))
+    out, _ = execute("export", f"--workdir={whole}", f"--output={artifact}")
     assert "step 40, averaged weights" in out
     for model, output in ((whole, "a.npz"), (artifact, "b.npz")):
-        finish(start("sample", f"--model={model}", "--num_samples=6", f"--output={tmp_path / output}", cache=cache))
+        execute("sample", f"--model={model}", "--num_samples=6", f"--output={tmp_path / output}")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert a["arr_0"].shape == (6, 8, 8, 3) and a["arr_0"].std() > 0
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
@@ -152,15 +162,15 @@ def test_an_exported_run_draws_the_runs_pictures(places, tmp_path):
 
 
 def test_a_run_that_only_diverges_is_aborted_with_its_steps_named(places, tmp_path):
-    data, cache, _ = places
+    data, _ = places
     wild = {"optimizer__learning_rate": 1e30, "train__max_nonfinite_steps": 3, "log__heldout_every": 0}
-    _, err = finish(start("main", *train_arguments(data, tmp_path, **wild), cache=cache), status=2)
+    _, err = execute("main", *train_arguments(data, tmp_path, **wild), status=2)
     assert re.search(r"error: loss or gradient has been non-finite at every step from \d+ to \d+", err)
 
 
 def test_what_sample_writes_evaluate_reads(places, tmp_path):
-    _, cache, whole = places
+    _, whole = places
     npz, scores = tmp_path / "samples.npz", tmp_path / "scores.json"
-    finish(start("sample", f"--model={whole}", "--num_samples=20", f"--output={npz}", cache=cache))
-    out, _ = finish(start("evaluate", f"--workdir={whole}", f"--samples={npz}", f"--output={scores}", cache=cache))
+    execute("sample", f"--model={whole}", "--num_samples=20", f"--output={npz}")
+    out, _ = execute("evaluate", f"--workdir={whole}", f"--samples={npz}", f"--output={scores}")
     assert "classifier_agreement" in out and scores.exists()

@@ -11,7 +11,7 @@ from inception_files import random_state_dict
 import numpy as np
 from PIL import Image
 import pytest
-from runs import ROOT, finish, prepare_digits, start, train_arguments
+from runs import ROOT, execute, prepare_digits, train_arguments
 from torch_files import state_dict, torch_file
 
 from terdit_jax.data.reader import open_dataset
@@ -23,14 +23,14 @@ OPTIMISED = {"XLA_FLAGS": ""}  # which `runs.start` is not, and such a network's
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """(folder with 12 samples as samples.npz, 9 others as reference/, a cache of compiled programs)."""
+    """A folder with 12 samples as samples.npz, and 9 others as reference/."""
     folder, rng = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
     np.savez(folder / "samples.npz", arr_0=rng.integers(0, 200, (12, 8, 8, 3), np.uint8))
     np.savez(folder / "floats.npz", arr_0=rng.uniform(-1, 1, (12, 8, 8, 3)))
     (folder / "reference").mkdir()
     for i in range(9):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / "reference" / f"{i}.png")
-    return folder, tmp_path_factory.mktemp("cache")
+    return folder
 
 
 SUITE = ["--samples={}/samples.npz", "--reference={}/reference"]
@@ -62,7 +62,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_bad_input_is_one_line(places):
-    folder, _ = places
+    folder = places
     cases = [[flag.format(folder) for flag in flags] for flags in BAD_INPUT.values()]
     done = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(cases)],
@@ -118,27 +118,27 @@ def test_samples_are_checked_before_anything_is_trained(tmp_path):
 
 
 def test_bad_input_ends_with_status_2(places):
-    folder, cache = places
-    _, err = finish(start("evaluate", f"--samples={folder}/samples.npz", cache=cache), status=2)
+    folder = places
+    _, err = execute("evaluate", f"--samples={folder}/samples.npz", status=2)
     assert "error: --reference is missing" in err and "Traceback" not in err
 
 
-def evaluate(cache, *flags):
-    out, _ = finish(start("evaluate", *flags, cache=cache, environment=OPTIMISED))
+def evaluate(*flags):
+    out, _ = execute("evaluate", *flags, environment=OPTIMISED)
     return out
 
 
 @pytest.mark.slow
 def test_the_suite_from_files_to_figures(places):
     """With random weights; against a folder, and again against the reference file that was made of it."""
-    folder, cache = places
+    folder = places
     arrays = random_state_dict()
     (folder / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
     flags = (f"--inception={folder}/inception.pth", f"--samples={folder}/samples.npz", "--batch_size=3")
     saved = f"--save_reference={folder}/saved.npz"
-    out = evaluate(cache, *flags, f"--reference={folder}/reference", f"--output={folder}/a.json", saved)
+    out = evaluate(*flags, f"--reference={folder}/reference", f"--output={folder}/a.json", saved)
     assert "published ones are of 50,000" in out and "reference of 9 pictures written" in out
-    evaluate(cache, *flags, f"--reference={folder}/saved.npz", f"--output={folder}/b.json")
+    evaluate(*flags, f"--reference={folder}/saved.npz", f"--output={folder}/b.json")
     figures, again = (json.loads((folder / f"{name}.json").read_text()) for name in "ab")
     names = ("fid", "sfid", "inception_score", "precision", "recall")
     assert [figures[name] for name in names] == pytest.approx([again[name] for name in names], rel=1e-6)
@@ -150,11 +150,11 @@ def test_the_suite_from_files_to_figures(places):
 
 @pytest.mark.slow
 def test_a_run_draws_the_samples_that_are_judged(places, tmp_path):
-    folder, cache = places
+    folder = places
     data, workdir = prepare_digits(tmp_path / "digits"), tmp_path / "run"
-    finish(start("main", *train_arguments(data, workdir, train__num_steps=6), cache=cache))
+    execute("main", *train_arguments(data, workdir, train__num_steps=6))
     arrays = random_state_dict()
     (tmp_path / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
     flags = (f"--samples={workdir}", "--num_samples=9", f"--inception={tmp_path}/inception.pth")
-    evaluate(cache, *flags, f"--reference={folder}/reference", f"--output={tmp_path}/a.json")
+    evaluate(*flags, f"--reference={folder}/reference", f"--output={tmp_path}/a.json")
     assert json.loads((tmp_path / "a.json").read_text())["num_samples"] == 9

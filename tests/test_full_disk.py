@@ -9,7 +9,16 @@ import time
 
 import jax.numpy as jnp
 import pytest
-from runs import assert_same_run, finish, metrics_without_timing, prepare_digits, start, train_arguments
+from runs import (
+    assert_same_run,
+    execute,
+    finish,
+    metrics_without_timing,
+    prepare_digits,
+    programs,
+    start,
+    train_arguments,
+)
 from test_checkpoint import open_checkpoints, restored_step, state
 
 from terdit_jax.errors import UserError
@@ -92,15 +101,10 @@ def test_lines_wait_for_room(tmp_path, caplog, monkeypatch):
 
 
 def test_a_run_whose_disk_fills_trains_to_its_end_and_ends_there_once_there_is_room(tmp_path):
-    data, cache, whole, run = (
-        prepare_digits(tmp_path / "digits"),
-        tmp_path / "cache",
-        tmp_path / "whole",
-        tmp_path / "run",
-    )
+    data, whole, run = prepare_digits(tmp_path / "digits"), tmp_path / "whole", tmp_path / "run"
     short = {"train__num_steps": 18, "log__heldout_every": 0}
-    finish(start("main", *train_arguments(data, whole, **short), cache=cache))
-    process = start("main", *train_arguments(data, run, **short), cache=cache)
+    execute("main", *train_arguments(data, whole, **short))
+    process = start("main", *train_arguments(data, run, **short), cache=programs())
     while not (run / METRICS_FILE).exists():
         assert process.poll() is None
         time.sleep(0.002)
@@ -108,6 +112,6 @@ def test_a_run_whose_disk_fills_trains_to_its_end_and_ends_there_once_there_is_r
     _, err = finish(process, status=2)
     assert "CHECKPOINT 18 COULD NOT BE SAVED" in err and "its lines wait" in err
     assert "error: checkpoint 18 of" in err.strip().splitlines()[-1]
-    finish(start("main", *train_arguments(data, run, **short), cache=cache))
+    execute("main", *train_arguments(data, run, **short))
     assert_same_run(run, whole)
     assert metrics_without_timing(run)[-1]["step"] == 18

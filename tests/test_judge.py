@@ -3,7 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_run, finish, metrics_without_timing, prepare_digits, saved_run, start, train_arguments
+from runs import (
+    assert_same_run,
+    execute,
+    metrics_without_timing,
+    prepare_digits,
+    programs,
+    saved_run,
+    start,
+    train_arguments,
+)
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.synthetic import make_synthetic
@@ -46,10 +55,10 @@ def test_latents_are_refused():
 @pytest.mark.slow
 def test_training_is_the_same_bit_for_bit_with_scores_and_without(digits, tmp_path):
     """And with a kill in between, with a best checkpoint that is the same as well."""
-    cache, plain, scored, killed = (tmp_path / name for name in ("cache", "plain", "scored", "killed"))
+    plain, scored, killed = (tmp_path / name for name in ("plain", "scored", "killed"))
     scores = {"log__score_every": 10, "log__score_samples": 20}
-    finish(start("main", *train_arguments(digits, plain), cache=cache))
-    out, _ = finish(start("main", *train_arguments(digits, scored, **scores), cache=cache))
+    execute("main", *train_arguments(digits, plain))
+    out, _ = execute("main", *train_arguments(digits, scored, **scores))
     assert "the best so far: kept in" in out
     lines = metrics_without_timing(scored)
     scores_of = {line["step"]: line for line in lines if "classifier_frechet_distance" in line}
@@ -61,13 +70,13 @@ def test_training_is_the_same_bit_for_bit_with_scores_and_without(digits, tmp_pa
     weights = open_weights(scored / FOLDER)
     assert (weights.description.step, weights.description.ema) == (best, True)
 
-    process = start("main", *train_arguments(digits, killed, **scores), cache=cache)
+    process = start("main", *train_arguments(digits, killed, **scores), cache=programs())
     for line in process.stdout:
         if line.startswith("step 20  the best") or line.startswith("step 24/"):
             break
     process.kill()
     process.communicate()
-    finish(start("main", *train_arguments(digits, killed, **scores), cache=cache))
+    execute("main", *train_arguments(digits, killed, **scores))
     assert_same_run(killed, scored)
     again = open_weights(killed / FOLDER)
     assert again.description == weights.description

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, finish, prepare_digits, start, train_arguments
+from runs import ROOT, execute, prepare_digits, train_arguments
 
 from terdit_jax.errors import UserError
 from terdit_jax.training.lock import LOCK_FILE, WorkdirLock
@@ -51,7 +51,7 @@ def test_a_second_run_of_a_workdir_is_refused_before_it_touches_anything(tmp_pat
     data = prepare_digits(tmp_path / "digits")
     half_written = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     half_written.mkdir(parents=True)
-    _, err = finish(start("main", *train_arguments(data, tmp_path), cache=tmp_path / "cache"), status=2)
+    _, err = execute("main", *train_arguments(data, tmp_path), status=2)
     (line,) = [line for line in err.splitlines() if line.strip()]
     assert line.startswith("error: ") and f"in use by process {holder.pid}" in line
     assert half_written.exists(), "it is the other run's save"

@@ -7,7 +7,7 @@ import pytest
 from runs import finish, prepare_digits, start, train_arguments
 
 from terdit_jax.errors import UserError
-from terdit_jax.training.heartbeat import Heartbeat
+from terdit_jax.training.heartbeat import Heartbeat, check_heartbeat
 from terdit_jax.training.profile import Steps, parse_steps
 
 
@@ -26,6 +26,24 @@ def test_heartbeat_is_renewed_when_due_and_never_half_written(tmp_path, monkeypa
 
 def test_heartbeat_to_nowhere_stops_nothing(tmp_path):
     Heartbeat(tmp_path / "missing" / "beat.json").beat(1)
+
+
+@pytest.mark.parametrize("there", ["notes", "", "folder", "dangling", "heartbeat", None])
+def test_only_a_heartbeat_is_replaced_by_one(tmp_path, there):
+    path = tmp_path / "beat.json"
+    if there == "folder":
+        path.mkdir()
+    elif there == "dangling":
+        path.symlink_to("nowhere")
+    elif there == "heartbeat":
+        Heartbeat(path).beat(3)
+    elif there is not None:
+        path.write_text(there)
+    if there in ("notes", "folder", "dangling"):
+        with pytest.raises(UserError, match=f"--heartbeat={path}: is "):
+            check_heartbeat(path)
+    else:
+        check_heartbeat(path)
 
 
 def test_steps_of_a_trace():

@@ -1,12 +1,11 @@
 import json
 import os
 from pathlib import Path
-import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
 import pytest
+from runs import completed
 import tensorflow_datasets as tfds
 
 from terdit_jax.data import builder, schema, sources
@@ -20,8 +19,7 @@ TINY_VAE = ROOT / "tests" / "golden" / "vae_tiny"
 
 
 def prepare(*args):
-    command = [sys.executable, "-m", "terdit_jax.prepare", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return completed("prepare", *args)
 
 
 def fails(*args):

@@ -1,9 +1,10 @@
 """Bad input is one line and leaves nothing behind, whatever part of a run finds it."""
 
+import os
 from pathlib import Path
 
 import pytest
-from runs import SHRUNKEN, finish, prepare_digits, start, train_arguments
+from runs import SHRUNKEN, execute, prepare_digits, train_arguments
 
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
@@ -25,9 +26,9 @@ def digits_config(digits, **overrides):
     return config
 
 
-def test_a_sound_configuration_makes_the_workdir(digits, tmp_path):
+def test_a_sound_configuration_is_taken_and_nothing_written(digits, tmp_path):
     setup = set_up(digits_config(digits), tmp_path / "new" / "run")
-    assert setup.workdir.exists() and setup.model.sample_shape == (8, 8, 1)
+    assert setup.model.sample_shape == (8, 8, 1) and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_what_does_not_fit_is_named(digits, tmp_path, overrides, message):
 
 def test_unwritable_workdir(digits, tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(UserError, match="cannot write --workdir"):
+    with pytest.raises(UserError, match="--workdir=.*takes no files"):
         set_up(digits_config(digits), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -105,20 +106,20 @@ def test_unwritable_workdir(digits, tmp_path):
 )
 def test_commands_answer_in_one_line_with_status_2(tmp_path, module, arguments, message):
     arguments = [argument.replace("=W", f"={tmp_path / 'run'}") for argument in arguments]
-    out, err = finish(start(module, *arguments, cache=tmp_path / "cache"), status=2)
+    out, err = execute(module, *arguments, status=2)
     (line,) = [line for line in err.splitlines() if line.strip()]
     assert line.startswith("error: ") and message in line and not out
     assert not (tmp_path / "run").exists()
 
 
 def test_a_data_set_changed_under_a_workdir_is_refused(digits, tmp_path):
-    cache, workdir, other = tmp_path / "cache", tmp_path / "run", tmp_path / "other"
+    workdir, other = tmp_path / "run", tmp_path / "other"
     arguments = train_arguments(digits, workdir, train__num_steps=2, log__heldout_every=0)
-    finish(start("main", *arguments, cache=cache))
-    finish(start("prepare", "--source=digits", "--heldout_share=0.5", f"--output={other}", cache=cache))
+    execute("main", *arguments)
+    execute("prepare", "--source=digits", "--heldout_share=0.5", f"--output={other}")
     arguments = train_arguments(other, workdir, train__num_steps=4, log__heldout_every=0)
-    _, err = finish(start("main", *arguments, cache=cache), status=2)
+    _, err = execute("main", *arguments, status=2)
     assert "was trained on data set" in err and sorted(p.name for p in Path(workdir, "checkpoints").iterdir()) == ["2"]
     label = ["--labels=0,10", f"--model={workdir}", f"--output={tmp_path / 'grid.png'}"]
-    _, err = finish(start("sample", *label, cache=cache), status=2)
+    _, err = execute("sample", *label, status=2)
     assert "label 10 is out of range" in err and not (tmp_path / "grid.png").exists()

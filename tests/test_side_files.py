@@ -10,7 +10,7 @@ from etils import epath
 import jax
 import numpy as np
 import pytest
-from runs import finish, prepare_digits, start, train_arguments
+from runs import execute, prepare_digits, train_arguments
 
 from terdit_jax.errors import UserError
 from terdit_jax.training import events, metrics
@@ -94,15 +94,15 @@ def test_a_place_for_grids_that_takes_none_is_a_line(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_every_side_file_in_ruins(tmp_path):
-    data, run, cache = prepare_digits(tmp_path / "digits"), tmp_path / "run", tmp_path / "cache"
+    data, run = prepare_digits(tmp_path / "digits"), tmp_path / "run"
     fields = {"log__tensorboard": True, "log__heldout_every": 0}
-    finish(start("main", *train_arguments(data, run, train__num_steps=6, **fields), cache=cache))
+    execute("main", *train_arguments(data, run, train__num_steps=6, **fields))
     (run / METRICS_FILE).write_bytes((run / METRICS_FILE).read_bytes()[:-20] + b"\xff\n")
     (run / GOODPUT_FILE).write_text('{"restarts": "x"}')
     for name in ("config.json", HEARTBEAT_FILE, LOCK_FILE):
         (run / name).unlink()
         (run / name / "inside").mkdir(parents=True)
-    out, err = finish(start("main", *train_arguments(data, run, train__num_steps=12, **fields), cache=cache))
+    out, err = execute("main", *train_arguments(data, run, train__num_steps=12, **fields))
     assert "resuming at step 6" in out and "Traceback" not in err
     assert (run / "checkpoints" / "12").is_dir() and written_steps(run)[-1] == 12
     assert all(named in err for named in (METRICS_FILE, GOODPUT_FILE, "config.json"))
