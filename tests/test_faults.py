@@ -63,11 +63,20 @@ def test_a_round_that_goes_wrong_is_said_and_ends_with_status_1(tmp_path):
     assert done.returncode == 1 and "WRONG in round 1" in done.stderr, done.stderr
 
 
+STEADY = [
+    {"seconds": 5.0 * i, "step": 40 * i, "rss_mib": 500 + i % 3, "descriptors": 40 + i % 2, "threads": 30}
+    for i in range(1, 200)
+]
+
+
+@pytest.mark.parametrize("last", [0, 50, 150, 190])
+def test_the_soak_notices_a_run_that_stands_still(last):
+    assert not judge(STEADY)["stood_still"]
+    assert judge([entry | {"step": min(entry["step"], 40 * last)} for entry in STEADY])["stood_still"]
+
+
 def test_the_soak_notices_what_grows():
-    steady = [
-        {"seconds": 5.0 * i, "step": 40 * i, "rss_mib": 500 + i % 3, "descriptors": 40 + i % 2, "threads": 30}
-        for i in range(1, 200)
-    ]
+    steady = STEADY
     assert judge(steady)["grew"] == []
     for name in LIMITS:
         growing = [entry | {name: entry[name] + 0.2 * i} for i, entry in enumerate(steady)]

@@ -2,7 +2,8 @@
 
 python -m tests.faults.soak --minutes=30 --output=docs/benchmarks/soak.json
 
-The first fifth of the samples is left out: allocators and caches fill up there. Slopes are least squares.
+The first fifth of the samples is left out: allocators and caches fill up there. Slopes are least squares. The run has
+to make steps all the time: one that stands still would hold its memory well.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from .__main__ import describe_machine  # noqa: E402
 
 SECONDS_BETWEEN_SAMPLES = 5
 WARM_UP = 0.2  # share of the samples
+LEAST_PACE = 0.5  # steps a second in any twelfth of the time after that, as a share of those in all of it
 # What an hour may add, noise of half an hour included: a leak of one object a save adds thousands.
 LIMITS = {"rss_mib": 40.0, "descriptors": 2.0, "threads": 2.0}
 
 
 def main() -> int:
-    """Runs for the minutes asked for, ends the run by SIGTERM and reports; 1 if something grew or the run failed."""
+    """Runs for the minutes asked for, ends the run by SIGTERM and reports; 1 if anything grew or it stood still."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--output", type=Path, help="a JSON file for the report")
@@ -49,18 +51,19 @@ def main() -> int:
     print(json.dumps({name: value for name, value in report.items() if name != "samples"}, indent=1))
     if options.output:
         options.output.write_text(text + "\n")
-    return int(bool(report["grew"]))
+    return int(bool(report["grew"]) or report["stood_still"])
 
 
 def run(root: Path, seconds: float) -> tuple[list[dict], int]:
     """Samples of the run's process, taken every few seconds, and how many checkpoints it has saved."""
     data, workdir = prepare_digits(root / "digits"), root / "run"
     fields = {"train__num_steps": 10**9, "checkpoint__every": 4, "log__heldout_every": 40}
-    process = start("main", *train_arguments(data, workdir, **fields), cache=root / "cache")
+    with open(root / "output", "w") as output:
+        process = start("main", *train_arguments(data, workdir, **fields), cache=root / "cache", output=output)
     samples, begun = [], time.monotonic()
     while time.monotonic() - begun < seconds:
         time.sleep(SECONDS_BETWEEN_SAMPLES)
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, (root / "output").read_text()[-4000:]
         if steps := [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]:
             samples.append({"seconds": time.monotonic() - begun, "step": max(steps), **sample(process.pid)})
     process.send_signal(signal.SIGTERM)
@@ -81,7 +84,7 @@ def sample(pid: int) -> dict:
 
 
 def judge(samples: list[dict]) -> dict:
-    """Slopes an hour and a save, ranges, and the names of what grew."""
+    """Slopes an hour and a save, ranges, the names of what grew, and whether the run stood still."""
     settled = samples[int(WARM_UP * len(samples)) :]
     hours = np.array([entry["seconds"] for entry in settled]) / 3600
     slopes, ranges = {}, {}
@@ -95,8 +98,17 @@ def judge(samples: list[dict]) -> dict:
         "slopes_an_hour": slopes,
         "ranges": ranges,
         "kib_a_save": round(float(per_save), 3),
+        "stood_still": stood_still(settled),
         "grew": [name for name, limit in LIMITS.items() if slopes[name] > limit],
     }
+
+
+def stood_still(samples: list[dict]) -> bool:
+    """Whether a twelfth of the samples saw less than `LEAST_PACE` of the steps that it should have."""
+    steps = np.array([entry["step"] for entry in samples])
+    ends = np.linspace(0, len(steps) - 1, min(12, len(steps) - 1) + 1).astype(int)
+    pace = np.diff(steps[ends]) / np.diff(ends)
+    return bool(pace.min() < LEAST_PACE * (steps[-1] - steps[0]) / (len(steps) - 1) or steps[-1] == steps[0])
 
 
 if __name__ == "__main__":
