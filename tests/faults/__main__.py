@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     names = [*DAMAGES, *HALF_WRITTEN] if options.case == "damages" else [options.case]
     report = {
-        "command": "python -m tests.faults " + " ".join(sys.argv[1:]),
+        "command": "python -m tests.faults " + " ".join(a for a in sys.argv[1:] if not a.startswith("--output")),
         **describe_machine(),
         "cases": [_run_side_by_side(name, options.rounds, options.seed, options.jobs) for name in names],
     }
