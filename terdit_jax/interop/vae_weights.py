@@ -6,6 +6,7 @@ not needed.
 
 from collections.abc import Mapping
 import hashlib
+import logging
 import os
 from pathlib import Path
 import re
@@ -95,6 +96,7 @@ def download_vae(name: str) -> Path:
             f"there is no folder {name}, and downloading takes huggingface_hub:"
             ' pip install "terdit-jax[hub]", or give a local folder'
         ) from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry; the last one is told below
     try:
         config = Path(hf_hub_download(name, CONFIG))
         try:
