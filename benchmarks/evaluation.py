@@ -29,7 +29,7 @@ from terdit_jax.evaluation.features import FeatureNetwork, PictureFeatures, coll
 from terdit_jax.evaluation.manifold import precision_recall
 from terdit_jax.evaluation.picture_source import PictureSource
 from terdit_jax.evaluation.statistics import Moments
-from terdit_jax.evaluation.suite import INCEPTION, Reference, feature_statistics, inception_extract, suite_metrics
+from terdit_jax.evaluation.suite import Reference, feature_statistics, inception_extract, suite_metrics
 from terdit_jax.parallel.mesh import local_mesh
 from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     batch_sizes = tuple(int(size) for size in _BATCH_SIZES.value)
     size = Size(16, 32, (2,), 4) if _QUICK.value else Size(_NUM_PICTURES.value, _SIDE.value, batch_sizes, _TRIAL)
-    network = FeatureNetwork(INCEPTION, random_params(), inception_extract, "random", "")
+    network = FeatureNetwork(random_params(), inception_extract, "random", "")
     rows = measure(network, size, local_mesh())
     content = {
         "date": datetime.date.today().isoformat(),
@@ -100,10 +100,8 @@ def measure(network: FeatureNetwork, size: Size, mesh: Mesh) -> list[dict[str, A
     seconds, metrics = timed(lambda: suite_metrics(network, features, reference))
     rows.append({"what": ", ".join(metrics), "seconds": seconds} | _memory(weights, resident))
     pool = _alike(features, seed=2).pool
-    for half in (False, True):
-        seconds, found = timed(lambda half=half: precision_recall(pool, features.pool, half))
-        name = "precision, recall" + (", float16 distances" if half else "")
-        rows.append({"what": name, "seconds": seconds, **found._asdict()} | _memory(weights, resident))
+    seconds, found = timed(lambda: precision_recall(pool, features.pool))
+    rows.append({"what": "precision, recall", "seconds": seconds, **found._asdict()} | _memory(weights, resident))
     return rows
 
 

@@ -19,7 +19,6 @@ from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.evaluation import efficientnet
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
 from terdit_jax.evaluation.judge import read_pictures
 from terdit_jax.evaluation.picture_source import PictureSource, open_pictures
@@ -27,7 +26,6 @@ from terdit_jax.evaluation.proxy import Pictures, check_samples, proxy_metrics, 
 from terdit_jax.evaluation.reference import save_reference, stored_indices
 from terdit_jax.evaluation.statistics import Statistics
 from terdit_jax.evaluation.suite import (
-    INCEPTION,
     PUBLISHED_COUNT,
     check_count,
     find_reference,
@@ -60,9 +58,7 @@ _SAMPLES = define_path(
 )
 _REFERENCE = define_path("reference", None, "npz of statistics or pictures, folder of pictures, or data set.")
 _SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the reference's statistics.")
-_FEATURES = flags.DEFINE_enum("features", INCEPTION, [INCEPTION, efficientnet.NAME], "Network; the second is a proxy.")
-_INCEPTION = define_path("inception", None, "Weights of Inception, .pth or .pb; fetched if not given.")
-_HALF_DISTANCES = flags.DEFINE_bool("half_distances", False, "Precision and recall in float16, as the ADM evaluator.")
+_INCEPTION = define_path("inception", None, "Weights of Inception, a .pth; fetched if not given.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", 1, MAX_BATCH)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", 2, MAX_IMAGES)
 _CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
@@ -101,52 +97,43 @@ def _judge_by_suite() -> None:
         raise UserError(
             "--reference takes --samples and --output=metrics.json, or --save_reference=REFERENCE.npz, or all of them"
         )
-    if _SAVE_REFERENCE.value and _FEATURES.value != INCEPTION:
-        raise UserError(f"--save_reference holds Inception's statistics, not those of --features={_FEATURES.value}")
     if _SAMPLES.value:
         refuse_unused([_WORKDIR], "beside --samples, which --reference judges")
     if not samples_path or not (epath.Path(samples_path) / "checkpoints").is_dir():
         refuse_unused(_HOW_TO_DRAW, "where no run draws the samples")
-    if _FEATURES.value != INCEPTION:
-        refuse_unused([_INCEPTION], f"with --features={_FEATURES.value}")
-    if not samples_path:
-        refuse_unused([_HALF_DISTANCES], "without --samples")
     initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
-    stored = find_reference(_REFERENCE.value, _FEATURES.value)
+    stored = find_reference(_REFERENCE.value)
     if _SAVE_REFERENCE.value and stored.pictures is None:
         raise UserError(f"--save_reference needs pictures, and {stored.name} holds statistics alone")
     samples = check_count(_open_samples(samples_path)) if samples_path else None
-    if _FEATURES.value == INCEPTION:
-        network = inception_network(_INCEPTION.value)
-    else:
-        network = efficientnet.efficientnet_network()
+    network = inception_network(_INCEPTION.value)
     reference = look_at(stored, network, mesh, _BATCH_SIZE.value, _say)
     if _SAVE_REFERENCE.value and jax.process_index() == 0:
         _write_reference(reference.statistics, stored.pictures)
     if samples is None:
         return
     features = collect_features(network, samples, mesh, _BATCH_SIZE.value, _say)
-    metrics = suite_metrics(network, features, reference, _HALF_DISTANCES.value)
+    metrics = suite_metrics(network, features, reference)
     if jax.process_index():
         return
     for name, value in metrics.items():
         print(f"{name:36} {value:9.4f}")
     facts = {
         "num_samples": samples.count, "num_reference_pictures": 0 if reference.pool is None else len(reference.pool),
-        "network": {"name": network.name, "file": network.source, "sha256": network.sha256},
+        "network": {"name": "inception", "file": network.source, "sha256": network.sha256},
         "versions": versions("terdit-jax", "jax", "numpy"),
         "device": jax.devices()[0].device_kind, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
-    flag_values = (_SAMPLES, _WORKDIR, _REFERENCE, _HALF_DISTANCES)
+    flag_values = (_SAMPLES, _WORKDIR, _REFERENCE)
     _write_json(
         epath.Path(_OUTPUT.value), {**metrics, **facts, "flags": {flag.name: flag.value for flag in flag_values}}
     )
     if reference.pool is None:
         print(f"{reference.name} holds no pictures, so there is no precision and no recall")
-    if samples.count != PUBLISHED_COUNT and network.name == INCEPTION:
+    if samples.count != PUBLISHED_COUNT:
         print(f"of {samples.count:,} pictures: compare with figures of as many only, published ones are of 50,000")
-    print(f"written to {_OUTPUT.value}" + ("" if network.name == INCEPTION else "; a proxy's figures, so no FID"))
+    print(f"written to {_OUTPUT.value}")
 
 
 def _open_samples(path: str) -> PictureSource:
@@ -180,7 +167,7 @@ def _write_reference(statistics: dict[str, Statistics], source: PictureSource) -
 
 def _judge_by_classifier() -> None:
     """Draws samples or reads them, judges them, prints the scores and writes them."""
-    refuse_unused((_SAVE_REFERENCE, _FEATURES, _INCEPTION, _HALF_DISTANCES, _BATCH_SIZE, _VAE), "without --reference")
+    refuse_unused((_SAVE_REFERENCE, _INCEPTION, _BATCH_SIZE, _VAE), "without --reference")
     if _SAMPLES.value:
         refuse_unused([flag for flag in _HOW_TO_DRAW if flag is not _SEED], "beside --samples: those are judged")
     output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)

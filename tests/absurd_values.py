@@ -90,7 +90,7 @@ BASE_OF = {
     "export": {"export of a run": ("workdir", "step", "ema"), "export packs": ("compress",)},
     "evaluate": {
         "evaluate samples": ("samples",),
-        "evaluate by suite": ("reference", "features", "inception", "half_distances", "batch_size"),
+        "evaluate by suite": ("reference", "inception", "batch_size"),
         "evaluate saves": ("save_reference",),
         "evaluate draws latents": ("vae",),
     },

@@ -48,7 +48,6 @@ ONLY_READ = {
     "JAX_COMPILATION_CACHE_DIR=/tmp/cache python -m benchmarks.*": GPU_RUN,
     "python -m terdit_jax.main * --config.train.compiler_options=*": "names options of XLA for GPUs",
     "python -m terdit_jax.main * --config.mesh.slices=2 *": "needs several slices",
-    "python -m terdit_jax.evaluate --features=efficientnet_lite0 *": "needs the weights of the extra `proxy`",
     "python -m terdit_jax.evaluate --workdir=*": "trains a classifier for half a minute, as the quickstart does",
     "python -m terdit_jax.compile * --topology=h200:8 *": "needs the compilers of the extra `aot`",
     "python -m terdit_jax.evaluate *": "needs Inception's weights, fetched from a network",

@@ -41,7 +41,6 @@ BAD_INPUT = {
     "--output=metrics.json": SUITE,
     "exists already": [*SUITE, "--output={}/samples.npz"],
     "expected uint8": ["--samples={}/floats.npz", *SUITE[1:], "--output={}/a.json"],
-    "--save_reference holds Inception's": [*SUITE[1:], "--save_reference={}/a.json", "--features=efficientnet_lite0"],
     "cannot read Inception weights": [*SUITE, "--output={}/a.json", "--inception={}/none.pth"],
 }
 ONE_AFTER_ANOTHER = """

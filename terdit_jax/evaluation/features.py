@@ -1,6 +1,6 @@
 """Features of a set of pictures by a network on all devices, portions in flight, and the moments of them on the host.
 
-Networks are `inception`'s and `efficientnet`'s; with several processes each takes a part, and all get the whole.
+With several processes each takes a part, and all get the whole. The network is `inception`'s.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ REPORT_SECONDS = 10
 class FeatureNetwork(NamedTuple):
     """A network that looks at pictures."""
 
-    name: str
     params: dict
     extract: Callable[[dict, Array], dict[str, Array]]  # pictures (B, H, W, 3) uint8 -> "pool" (B, D) and others
     source: str  # the file of its weights

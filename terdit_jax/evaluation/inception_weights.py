@@ -1,10 +1,10 @@
-"""The weights of the FID Inception network from files: the PyTorch port's `.pth`, or TensorFlow's `.pb` graph.
+"""The weights of the FID Inception network from the PyTorch port's `.pth`.
 
 Every name and shape is checked, and batch norms are folded into the convolutions before them. The network is
-`inception`'s; PyTorch and TensorFlow are not needed.
+`inception`'s.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import hashlib
 import os
 from pathlib import Path
@@ -15,11 +15,10 @@ import urllib.request
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.inception import BLOCKS, CLASSES, POOL_FEATURES, kernels
-from terdit_jax.evaluation.trained_weights import NORM, fold, read_tensor
+from terdit_jax.evaluation.inception import CLASSES, POOL_FEATURES, kernels
 from terdit_jax.files import new_file
-from terdit_jax.interop.graph_def import read_constants
-from terdit_jax.interop.torch_legacy import is_legacy, load_legacy_state_dict
+from terdit_jax.interop.published import FLOATS
+from terdit_jax.interop.torch_legacy import load_legacy_state_dict
 from terdit_jax.interop.torch_pickle import load_state_dict
 from terdit_jax.paths import local_path
 
@@ -27,15 +26,8 @@ FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"  # which ends in the first di
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 CACHE_VARIABLE = "TERDIT_JAX_CACHE"
 _TIMEOUT_SECONDS = 30
-
-# Ours and the port's -> the graph's scope. Blocks are numbered there, and branches are towers.
-_STEM_SCOPES = {
-    "Conv2d_1a_3x3": "conv", "Conv2d_2a_3x3": "conv_1", "Conv2d_2b_3x3": "conv_2", "Conv2d_3b_1x1": "conv_3",
-    "Conv2d_4a_3x3": "conv_4",
-}  # fmt: skip
-_BLOCK_SCOPES = {name: f"mixed_{i}" if i else "mixed" for i, name in enumerate(BLOCKS)}
-_SECOND_TOWER = ("branch3x3dbl", "branch7x7dbl", "branch7x7x3")
-
+_NORM = ("weight", "bias", "running_mean", "running_var")  # PyTorch's names of a batch norm's tensors
+_EPSILON = 1e-3  # of every batch norm
 
 class Inception(NamedTuple):
     """The network's parameters and the file that they came from."""
@@ -49,8 +41,8 @@ def load_inception(path: str | os.PathLike | None = None) -> Inception:
     """The network's parameters (see `inception`), float32 NumPy arrays.
 
     Args:
-      path: the PyTorch port's file, in either format of torch.save, or the graph; None takes the port's file from
-        `cache_folder()`, fetching it first where it is not there.
+      path: the port's file, in either format of torch.save; None takes it from `cache_folder()`, fetching it first
+        where it is not there.
 
     Raises:
       UserError: a file that cannot be had or read, a tensor that is missing, unknown, of another shape or not finite.
@@ -65,12 +57,8 @@ def load_inception(path: str | os.PathLike | None = None) -> Inception:
         raise UserError(
             f"cannot read Inception weights {path} ({error.strerror or error}): get them from {URL}"
         ) from error
-    if start == b"PK" or is_legacy(path):
-        arrays = load_state_dict(path) if start == b"PK" else load_legacy_state_dict(path)
-        params = params_from_torch(arrays, str(path))
-    else:
-        params = params_from_graph(read_constants(path), str(path))
-    return Inception(params, str(path), sha256)
+    arrays = load_state_dict(path) if start == b"PK" else load_legacy_state_dict(path)
+    return Inception(params_from_torch(arrays, str(path)), str(path), sha256)
 
 
 def cache_folder() -> Path:
@@ -101,7 +89,7 @@ def fetch_inception(url: str = URL) -> Path:
     except OSError as error:  # urllib's errors are among them
         raise UserError(
             f"Inception weights are neither at {path} nor to be fetched from {url} ({str(error)[:120]}): give"
-            " --inception=PATH, or ask for a proxy by --features"
+            " --inception=PATH"
         ) from error
     return path
 
@@ -109,67 +97,50 @@ def fetch_inception(url: str = URL) -> Path:
 def params_from_torch(arrays: Mapping[str, np.ndarray], source: str) -> dict:
     """Parameters of the PyTorch port's state dict; raises UserError as `load_inception` does."""
     names = {f"{conv}.conv.weight" for conv in kernels()} | {"fc.weight", "fc.bias"}
-    names |= {f"{conv}.bn.{part}" for conv in kernels() for part in NORM}
+    names |= {f"{conv}.bn.{part}" for conv in kernels() for part in _NORM}
     counters = {f"{conv}.bn.num_batches_tracked" for conv in kernels()}  # newer PyTorch's, without effect
     for name in arrays:
         if name not in names and name not in counters:
             raise UserError(f"{source}: tensor {name[:60]!r} does not belong to the FID Inception network")
-
-    def read(name: str, *shape: int) -> np.ndarray:
-        return read_tensor(arrays, name, shape, source)
-
-    def convolution(name: str, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
-        weight = read(f"{name}.conv.weight", *shape).transpose(0, 2, 3, 1)
-        return (weight, *(read(f"{name}.bn.{part}", shape[0]) for part in NORM))
-
-    read("fc.bias", CLASSES)
-    return _assemble(convolution, read("fc.weight", CLASSES, POOL_FEATURES))
-
-
-def params_from_graph(constants: Mapping[str, np.ndarray], source: str) -> dict:
-    """Parameters of the graph's constants; raises UserError as `load_inception` does."""
-    known = {f"{graph_scope(conv)}/conv2d_params" for conv in kernels()}
-    for name in constants:
-        if name.endswith("/conv2d_params") and name not in known:
-            raise UserError(f"{source}: constant {name[:60]!r} does not belong to the FID Inception network")
-
-    def read(name: str, *shape: int) -> np.ndarray:
-        return read_tensor(constants, name, shape, source)
-
-    def convolution(name: str, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
-        scope, (out, before, height, width) = graph_scope(name), shape
-        weight = read(f"{scope}/conv2d_params", height, width, before, out).transpose(3, 0, 1, 2)
-        parts = ("gamma", "beta", "moving_mean", "moving_variance")
-        return (weight, *(read(f"{scope}/batchnorm/{part}", out) for part in parts))
-
-    read("softmax/biases", CLASSES)
-    return _assemble(convolution, read("softmax/weights", POOL_FEATURES, CLASSES).T)
-
-
-def graph_scope(name: str) -> str:
-    """The graph's name of one of our convolutions: Mixed_7b.branch3x3_2b is mixed_9/tower/mixed/conv_1."""
-    block, _, branch = name.partition(".")
-    if not branch:
-        return _STEM_SCOPES[block]
-    scope = _BLOCK_SCOPES[block]
-    branch, _, place = branch.partition("_")
-    if branch == "branch1x1" or (block == "Mixed_6a" and branch == "branch3x3"):
-        return f"{scope}/conv"
-    if place == "pool":
-        return f"{scope}/tower_2/conv"
-    # Mixed_6a has one tower alone: its first branch is a plain convolution.
-    tower = "tower_1" if branch in _SECOND_TOWER and block != "Mixed_6a" else "tower"
-    if place[-1] in "ab":  # the two ends of a branch that forks
-        return f"{scope}/{tower}/mixed/conv{'' if place[-1] == 'a' else '_1'}"
-    number = int(place) - 1
-    return f"{scope}/{tower}/conv{f'_{number}' if number else ''}"
-
-
-def _assemble(convolution: Callable[[str, tuple[int, int, int, int]], tuple[np.ndarray, ...]], fc: np.ndarray) -> dict:
+    read_tensor(arrays, "fc.bias", (CLASSES,), source)
+    fc = read_tensor(arrays, "fc.weight", (CLASSES, POOL_FEATURES), source)
     params: dict = {"fc": {"weight": np.ascontiguousarray(fc, np.float32)}}
     for name, shape in kernels().items():
         branch = params
         for part in name.split("."):
             branch = branch.setdefault(part, {})
-        branch |= fold(*convolution(name, shape))
+        weight = read_tensor(arrays, f"{name}.conv.weight", shape, source).transpose(0, 2, 3, 1)
+        branch |= fold(weight, *(read_tensor(arrays, f"{name}.bn.{part}", shape[:1], source) for part in _NORM))
     return params
+
+
+def read_tensor(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
+    """The tensor itself.
+
+    Raises:
+      UserError: naming `source`, for a tensor that is missing, of another shape or dtype, not finite, or a variance
+        below 0.
+    """
+    if name not in arrays:
+        raise UserError(f"{source}: lacks tensor {name!r}, so it is another network")
+    array = arrays[name]
+    if array.shape != shape or array.dtype not in FLOATS:
+        raise UserError(f"{source}: tensor {name!r} is {array.dtype} {array.shape}, expected floats {shape}")
+    if not np.isfinite(array).all():
+        raise UserError(f"{source}: tensor {name!r} holds values that are not finite")
+    if name.endswith("running_var") and (array < 0).any():
+        raise UserError(f"{source}: tensor {name!r} holds negative variances")
+    return array
+
+
+def fold(weight: np.ndarray, gain: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> dict:
+    """Merges a batch norm into the convolution (out, height, width, in) before it, in float64 until it is made.
+
+    Returns:
+      `weight` of the same shape and `bias` (out,), float32.
+    """
+    scale = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + _EPSILON)
+    return {
+        "weight": np.ascontiguousarray(weight * scale[:, None, None, None], np.float32),
+        "bias": (bias - mean * scale).astype(np.float32),
+    }

@@ -4,7 +4,6 @@ A set's manifold is the union of balls around its features, each reaching to the
 the share of samples within the reference's manifold, recall the share of reference pictures within the samples'.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,17 +24,13 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(
-    reference: np.ndarray, samples: np.ndarray, half_distances: bool = False, block: int = BLOCK
-) -> PrecisionRecall:
+def precision_recall(reference: np.ndarray, samples: np.ndarray, block: int = BLOCK) -> PrecisionRecall:
     """Of features (N, D) and (M, D), both float32.
 
     Distances are squared Euclidean ones, as |u|^2 - 2 uv + |v|^2. Memory on the device is that of a few blocks of
     `block` by `block` float32 and of two blocks of features, whatever N and M are.
 
     Args:
-      half_distances: computes them in float16 as the ADM evaluator does, in float32 only in blocks that overflow. That
-        rounds a distance to three digits, and so moves a picture at the edge of a ball now and then.
       block: pictures on either side of a block.
 
     Raises:
@@ -51,20 +46,20 @@ def precision_recall(
             raise UserError(f"{name}: {(~np.isfinite(features)).sum()} of {features.size} features are not finite")
     if reference.shape[1] != samples.shape[1]:
         raise UserError(f"feature widths {reference.shape[1]} and {samples.shape[1]} differ: use one network for both")
-    reference_radii, sample_radii = (_radii(features, half_distances, block) for features in (reference, samples))
+    reference_radii, sample_radii = (_radii(features, block) for features in (reference, samples))
 
     reference_within, samples_within = np.zeros(len(reference), bool), np.zeros(len(samples), bool)
     for i in range(0, len(reference), block):
         rows, row_radii = _padded(reference, i, block), _padded(reference_radii, i, block, -1.0)
         for j in range(0, len(samples), block):
             columns, column_radii = _padded(samples, j, block), _padded(sample_radii, j, block, -1.0)
-            of_rows, of_columns = _within(rows, row_radii, columns, column_radii, half_distances)
+            of_rows, of_columns = _within(rows, row_radii, columns, column_radii)
             _take_any(reference_within, i, of_rows)
             _take_any(samples_within, j, of_columns)
     return PrecisionRecall(float(samples_within.mean()), float(reference_within.mean()))
 
 
-def _radii(features: np.ndarray, half: bool, block: int) -> np.ndarray:
+def _radii(features: np.ndarray, block: int) -> np.ndarray:
     """(N,) squared distances to the k-th nearest neighbour; each row's own distance to itself is its nearest."""
     radii = np.empty(len(features), np.float32)
     for i in range(0, len(features), block):
@@ -72,65 +67,32 @@ def _radii(features: np.ndarray, half: bool, block: int) -> np.ndarray:
         nearest = jnp.full((len(rows), NEIGHBOURS + 1), jnp.inf)
         for j in range(0, len(features), block):
             count = min(block, len(features) - j)
-            nearest = _nearest(nearest, rows, _padded(features, j, block), count, half)
+            nearest = _nearest(nearest, rows, _padded(features, j, block), count)
         radii[i : i + block] = np.asarray(nearest[:, -1])[: len(features) - i]
     return radii
 
 
-@partial(jax.jit, static_argnames="half")
-def _nearest(nearest: Array, rows: Array, columns: Array, count: int, half: bool) -> Array:
+@jax.jit
+def _nearest(nearest: Array, rows: Array, columns: Array, count: int) -> Array:
     """The smallest distances of each row so far (R, k + 1), ascending, with those to the first `count` columns."""
-    distances = jnp.where(jnp.arange(len(columns)) < count, _distances(rows, columns, half), jnp.inf)
+    distances = jnp.where(jnp.arange(len(columns)) < count, _distances(rows, columns), jnp.inf)
     closest, _ = jax.lax.top_k(-distances, min(NEIGHBOURS + 1, len(columns)))
     return -jax.lax.top_k(jnp.concatenate([-nearest, closest], axis=1), NEIGHBOURS + 1)[0]
 
 
-@partial(jax.jit, static_argnames="half")
-def _within(rows: Array, row_radii: Array, columns: Array, column_radii: Array, half: bool) -> tuple[Array, Array]:
+@jax.jit
+def _within(rows: Array, row_radii: Array, columns: Array, column_radii: Array) -> tuple[Array, Array]:
     """Which rows (R,) lie in a ball of the columns, and which columns (C,) in one of the rows; no ball below 0."""
-    distances = _distances(rows, columns, half)
+    distances = _distances(rows, columns)
     return (distances <= column_radii).any(axis=1), (distances <= row_radii[:, None]).any(axis=0)
 
 
-def _distances(rows: Array, columns: Array, half: bool) -> Array:
+def _distances(rows: Array, columns: Array) -> Array:
     """(R, D), (C, D) -> (R, C) float32, squared."""
-    exact = partial(_squared_distances, rows, columns)
-    if not half:
-        return exact()
-    rounded = _half_squared_distances(rows, columns)
-    return jax.lax.cond(jnp.isfinite(rounded).all(), lambda: rounded, exact)
-
-
-def _squared_distances(rows: Array, columns: Array) -> Array:
     # Float32 products of fewer bits, the accelerators' default, would be worth no more than float16.
     product = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
     row_norms, column_norms = jnp.square(rows).sum(axis=1), jnp.square(columns).sum(axis=1)
     return jnp.maximum(row_norms[:, None] - 2 * product + column_norms, 0)
-
-
-def _half_squared_distances(rows: Array, columns: Array) -> Array:
-    """As float16 arithmetic has them, which adds the terms of a matmul in float32 and those of a sum in float16, by
-    halves. In float32 with explicit rounding: XLA may leave out that of float16 arrays between two operations."""
-    rows, columns = _to_half(rows), _to_half(columns)
-    products = jnp.matmul(
-        rows.astype(jnp.float16), columns.astype(jnp.float16).T, preferred_element_type=jnp.float32
-    )  # exact terms
-    row_norms, column_norms = _half_norms(rows), _half_norms(columns)
-    doubled = _to_half(2 * _to_half(products))
-    return jnp.maximum(_to_half(_to_half(row_norms[:, None] - doubled) + column_norms), 0)
-
-
-def _half_norms(rows: Array) -> Array:
-    terms = _to_half(jnp.square(rows))
-    terms = jnp.pad(terms, [(0, 0), (0, (1 << (terms.shape[1] - 1).bit_length()) - terms.shape[1])])
-    while (middle := terms.shape[1] // 2) > 0:
-        terms = _to_half(terms[:, :middle] + terms[:, middle:])
-    return terms[:, 0]
-
-
-def _to_half(x: Array) -> Array:
-    """Rounded to float16's range and precision, float32 still."""
-    return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
 
 
 def _padded(rows: np.ndarray, start: int, block: int, value: float = 0.0) -> np.ndarray:

@@ -1,6 +1,4 @@
 """The ADM suite: FID, sFID, inception score, precision and recall of samples against a reference.
-
-Another network than Inception gives figures of other names, for they can be compared with nobody's FID.
 """
 
 from collections.abc import Callable
@@ -25,7 +23,6 @@ from terdit_jax.evaluation.picture_source import ARRAY, PictureSource, open_pict
 from terdit_jax.evaluation.reference import read_statistics, stored_keys
 from terdit_jax.evaluation.statistics import Statistics
 
-INCEPTION = "inception"
 MIN_PICTURES = NEIGHBOURS + 1
 PUBLISHED_COUNT = 50_000  # samples that published figures are of
 
@@ -49,7 +46,7 @@ class Reference(NamedTuple):
 def inception_network(path: str | os.PathLike | None = None) -> FeatureNetwork:
     """The FID network with the weights at a path, or fetched. Raises UserError as `load_inception` does."""
     loaded = load_inception(path)
-    return FeatureNetwork(INCEPTION, loaded.params, inception_extract, loaded.source, loaded.sha256)
+    return FeatureNetwork(loaded.params, inception_extract, loaded.source, loaded.sha256)
 
 
 def inception_extract(params: dict, pictures: Array) -> dict[str, Array]:
@@ -58,23 +55,22 @@ def inception_extract(params: dict, pictures: Array) -> dict[str, Array]:
     return {"pool": features.pool, "spatial": features.spatial}
 
 
-def find_reference(path: str | os.PathLike, network: str = INCEPTION) -> StoredReference:
+def find_reference(path: str | os.PathLike) -> StoredReference:
     """The reference at a path: an npz of statistics, pictures or both, a folder of pictures, or a prepared data set.
 
-    Statistics in a file are Inception's, and are taken as they are, if that is the network's name.
+    Statistics in a file are taken as they are.
 
     Raises:
-      UserError: as `open_pictures` and `read_statistics`; too few pictures; statistics alone for another network.
+      UserError: as `open_pictures` and `read_statistics`; too few pictures.
     """
     statistics: dict[str, Statistics] = {}
     if Path(path).is_file():
         keys = stored_keys(path)
-        if network == INCEPTION:
-            statistics = read_statistics(path)
+        statistics = read_statistics(path)
         if ARRAY not in keys:
             if not statistics:
                 there = sorted(key[:20] for key in keys)[:8]
-                raise UserError(f"{path} holds neither pictures in {ARRAY} nor statistics of {network}, only {there}")
+                raise UserError(f"{path} holds neither pictures in {ARRAY} nor statistics of Inception, only {there}")
             return StoredReference(str(path), statistics, None)
     return StoredReference(str(path), statistics, check_count(open_pictures(path)))
 
@@ -108,39 +104,29 @@ def check_count(source: PictureSource) -> PictureSource:
     return source
 
 
-def suite_metrics(
-    network: FeatureNetwork, samples: PictureFeatures, reference: Reference, half_distances: bool = False
-) -> dict[str, float]:
+def suite_metrics(network: FeatureNetwork, samples: PictureFeatures, reference: Reference) -> dict[str, float]:
     """The figures of samples.
 
     Args:
       network: whose features these are.
       samples: features of the samples, in order.
       reference: of the same network.
-      half_distances: see `manifold.precision_recall`.
 
     Returns:
-      `fid`, `sfid`, `inception_score`, `precision`, `recall`; of a reference without pictures not the last two. Of a
-      network other than Inception NAME_frechet, NAME_precision and NAME_recall.
+      `fid`, `sfid`, `inception_score`, `precision`, `recall`; of a reference without pictures not the last two.
 
     Raises:
       UserError: features of other widths, or too few.
     """
     statistics = feature_statistics(samples)
-    distances = {
-        name: frechet_distance(statistics[name], reference.statistics[name])
+    metrics = {
+        {"pool": "fid", "spatial": "sfid"}[name]: frechet_distance(statistics[name], reference.statistics[name])
         for name in statistics
         if name in reference.statistics
     }
-    if network.name == INCEPTION:
-        metrics = {{"pool": "fid", "spatial": "sfid"}[name]: value for name, value in distances.items()}
-        metrics["inception_score"] = _inception_score(network.params, samples.pool)
-        prefix = ""
-    else:
-        metrics, prefix = {f"{network.name}_frechet": distances["pool"]}, f"{network.name}_"
+    metrics["inception_score"] = _inception_score(network.params, samples.pool)
     if reference.pool is not None:
-        found = precision_recall(reference.pool, samples.pool, half_distances)
-        metrics |= {f"{prefix}precision": found.precision, f"{prefix}recall": found.recall}
+        metrics |= precision_recall(reference.pool, samples.pool)._asdict()
     return metrics
 
 
