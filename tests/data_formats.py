@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 from pathlib import Path
-import pickle
-import struct
 import tarfile
 import tempfile
 
@@ -31,13 +29,11 @@ from forged_data import (
     sign_checkpoint,
     sign_data_set,
 )
-from forged_torch import SENTINEL
-from inception_files import field
+from fuzz_judge import SENTINEL
 import jax
 import numpy as np
 from PIL import Image
 from test_tfds_source import make_examples, write_data_set
-from torch_files import state_dict
 
 from terdit_jax.aot.table import make_tables
 from terdit_jax.config import base_config, validate
@@ -54,8 +50,6 @@ from terdit_jax.errors import UserError
 from terdit_jax.evaluation import reference
 from terdit_jax.evaluation.picture_source import open_pictures
 from terdit_jax.inference.shards import Shards
-from terdit_jax.interop.graph_def import read_constants
-from terdit_jax.interop.torch_legacy import load_legacy_state_dict
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.checkpoint import Checkpoints
@@ -304,50 +298,19 @@ def _image_formats() -> list[Format]:
     return formats
 
 
-def _load_constants(path: Path) -> str:
-    return _digest(*(part for name, array in sorted(read_constants(path).items()) for part in (name, array)))
-
-
-def _load_legacy(path: Path) -> str:
-    arrays = load_legacy_state_dict(path)
-    return _digest(*(part for name, array in sorted(arrays.items()) for part in (name, np.ascontiguousarray(array))))
-
-
 def _load_config(path: Path) -> str:
     config = load_config(path)
     validate(config)
     return _digest(config.to_dict())
 
 
-def _graph() -> bytes:
-    def constant(name: bytes, array: np.ndarray) -> bytes:
-        shape = b"".join(field(2, field(1, n)) for n in array.shape)
-        tensor = field(1, 1) + field(2, shape) + field(4, array.astype("<f4").tobytes())
-        attribute = field(1, b"value") + field(2, field(8, tensor))
-        return field(1, field(1, name) + field(2, b"Const") + field(5, attribute))
-
-    return constant(b"a/b", np.ones((2, 3))) + constant(b"c", np.arange(4))
-
-
-def _legacy(arrays: dict[str, np.ndarray]) -> bytes:
-    """As PyTorch before 1.6 wrote them."""
-    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    keys = [str(number) for number in range(len(arrays))]
-    head = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
-    storages = [struct.pack("<q", array.size) + array.tobytes() for array in arrays.values()]
-    return b"".join([*head, state_dict(arrays), pickle.dumps(keys, 2), *storages])
-
-
 def _others() -> list[Format]:
     vae = read_folder(ROOT / "golden" / "vae_tiny")
     vae = {name: content for name, content in vae.items() if name.endswith((".json", ".safetensors"))}
-    arrays = {"a": np.ones((2, 3), np.float32), "b": np.arange(4, dtype=np.float32)}
     config = json.dumps(base_config().to_dict())
     report = (ROOT.parent / "docs" / "pods" / "train_h200_8.json").read_bytes()
     return [
         Format("VAE", vae, ".", tuple(vae), "any", lambda path: vae_identity(*load_vae(path)), share=0.3),
-        Format("graph", {"a.pb": _graph()}, "a.pb", ("a.pb",), "any", _load_constants),
-        Format("older pth", {"a.pth": _legacy(arrays)}, "a.pth", ("a.pth",), "any", _load_legacy),
         Format("config.json", {"config.json": config.encode()}, "config.json", ("config.json",), "any", _load_config),
         Format("report", {"a.json": report}, ".", ("a.json",), "any", lambda path: make_tables(reader.as_path(path))),
     ]

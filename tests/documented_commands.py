@@ -84,4 +84,4 @@ INPUTS = {
 }
 
 # What snippets and commands need beyond the package: without it they are left out.
-NEEDS_TORCH = ("terdit_jax.interop.pytorch", "--format=torch")
+NEEDS_TORCH = ("terdit_jax.interop.pytorch", "--format=torch", "3B_1180000")

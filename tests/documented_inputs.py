@@ -1,5 +1,6 @@
 """What the pages take for granted: folders of images, an archive, checkpoints, all of them tiny."""
 
+import importlib.util
 import io
 from pathlib import Path
 import shutil
@@ -10,12 +11,9 @@ from deployed import random_weights, small_config
 import numpy as np
 from PIL import Image
 from runs import ROOT, prepare_digits
-from torch_files import namespace, state_dict, torch_file
 
-from terdit_jax.interop.description import public_model_args
 from terdit_jax.interop.exports import export
-from terdit_jax.interop.published import published_tensors
-from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
+from terdit_jax.interop.weights import Weights
 
 TINY_VAE = ROOT / "tests" / "golden" / "vae_tiny"
 
@@ -73,12 +71,8 @@ def _weights() -> Weights:
 
 def _published(path: Path) -> None:
     """A published checkpoint of a tiny model: ternary weights in PyTorch's layout."""
-    weights = _weights()
-    arrays = dict(published_tensors(weights.model, packed_leaves(weights.model, weights.leaves())))
-    path.mkdir()
-    (path / consolidated_name(True, True)).write_bytes(torch_file(state_dict(arrays), arrays.values()))
-    arguments = {**public_model_args(weights.description)[0], "terdit_jax": weights.description.to_dict()}
-    (path / MODEL_ARGS).write_bytes(torch_file(namespace(arguments)))
+    if importlib.util.find_spec("torch"):  # else no command that reads it is run
+        export(_weights(), path, "torch")
 
 
 def _environment(path: Path) -> None:

@@ -27,11 +27,9 @@ import tracemalloc
 from absl import logging
 from deployed import random_weights, small_config
 import forged_containers
-import forged_torch
 from fuzz_data import DataFuzzer
 from fuzz_judge import BLIND, Outcome, damage, judge, start_measuring
 import numpy as np
-from torch_files import namespace, state_dict, torch_file
 
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.safetensors import as_bytes, open_container
@@ -44,7 +42,6 @@ OBJECTS_PER_BYTE = 80
 FIXED_BYTES = 4 << 20
 PATIENCE = 60  # seconds by the clock, after which the process hangs
 ADDRESS_SPACE = 256 << 20  # of the loading process, above what it has after it loaded every sound file
-CONSOLIDATED, MODEL_ARGS = "consolidated_ema{}.00-of-01.pth", "model_args.pth"
 # Most of the time would go to these: so many of the runs use a large file, and so many others keep a slow mutation.
 _LARGE_SHARE, _SLOW_SHARE = 0.03, 0.1
 _SLOW = ("many objects", "quadratic", "shared storage")
@@ -74,25 +71,20 @@ class Sample:
 
     @property
     def mutations(self) -> tuple[str, ...]:
-        forged = forged_torch.names(self.arrays) if self.victim.endswith(".pth") else forged_containers.NAMES
-        return BLIND + forged
+        return BLIND + forged_containers.NAMES
 
 
 def make_samples(large: bool = True) -> list[Sample]:
-    """A model of some kB in seven kinds of file; if `large`, three of 8 MB too, beside which objects are little."""
+    """A model of some kB in four kinds of file; if `large`, two of 8 MB too, beside which objects are little."""
     tiny = small_config(hidden_size=16, num_heads=2, input_size=4, num_classes=3, ffn_multiple_of=16)
     packed = _exported("safetensors, packed", tiny, kind="safetensors")
     masters = _exported("safetensors, masters", tiny, kind="safetensors", masters=True)
     # Streams are shorter than planes only where those have some hundred bytes.
     small = dataclasses.replace(tiny, hidden_size=32, depth=1)
     samples = [_exported("artifact", tiny), _exported("deflated artifact", small, compress=True), packed, masters]
-    samples += [_torch("pth, packed", packed, "_ternary"), _torch("pth, masters", masters, "")]
-    samples.append(dataclasses.replace(samples[-1], kind="model_args", victim=MODEL_ARGS, arrays={}))
     if large:
         wide = small_config(hidden_size=512, depth=5, num_heads=8, ffn_multiple_of=256)
-        narrow = small_config(hidden_size=128, depth=6)
         samples += [_exported("8 MB artifact", wide), _exported("8 MB deflated artifact", wide, compress=True)]
-        samples += [_torch("8 MB pth", _exported("", narrow, kind="safetensors", masters=True), "")]
     return samples
 
 
@@ -106,14 +98,6 @@ def _exported(name: str, model, kind: str = "packed", **options) -> Sample:
         survivors = "refused" if kind == "packed" else "any"
         fields = weights.description.to_dict()
         return Sample(name, {file: path.read_bytes()}, file, survivors, arrays, fields, len(container.header))
-
-
-def _torch(name: str, sample: Sample, ternary: str) -> Sample:
-    file, arrays, fields = CONSOLIDATED.format(ternary), sample.arrays, sample.fields
-    arguments = torch_file(namespace({"image_size": 32, "terdit_jax": fields}))
-    content = torch_file(state_dict(arrays), arrays.values())
-    index_bytes = len(content) + len(arguments) - sum(array.nbytes for array in arrays.values())
-    return Sample(name, {file: content, MODEL_ARGS: arguments}, file, "same", arrays, fields, index_bytes)
 
 
 class Fuzzer:
@@ -158,8 +142,6 @@ class Fuzzer:
         content = sample.files[sample.victim]
         if mutation in BLIND:
             return damage(mutation, content, random), sample.survivors
-        if sample.victim.endswith(".pth"):
-            return forged_torch.forge(mutation, content, sample.arrays, sample.fields, random)
         return forged_containers.forge(mutation, content, random)
 
     def _judge(self, sample: Sample, content: bytes, allowed: str) -> tuple[str, str]:

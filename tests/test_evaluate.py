@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 from runs import ROOT, execute, prepare_digits, train_arguments
-from torch_files import state_dict, torch_file
+from torch_files import save_state_dict
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError
@@ -132,7 +132,7 @@ def test_the_suite_from_files_to_figures(places):
     """With random weights; against a folder, and again against the reference file that was made of it."""
     folder = places
     arrays = random_state_dict()
-    (folder / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
+    save_state_dict(arrays, folder / "inception.pth")
     flags = (f"--inception={folder}/inception.pth", f"--samples={folder}/samples.npz", "--batch_size=3")
     saved = f"--save_reference={folder}/saved.npz"
     out = evaluate(*flags, f"--reference={folder}/reference", f"--output={folder}/a.json", saved)
@@ -153,7 +153,7 @@ def test_a_run_draws_the_samples_that_are_judged(places, tmp_path):
     data, workdir = prepare_digits(tmp_path / "digits"), tmp_path / "run"
     execute("main", *train_arguments(data, workdir, train__num_steps=6))
     arrays = random_state_dict()
-    (tmp_path / "inception.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
+    save_state_dict(arrays, tmp_path / "inception.pth")
     flags = (f"--samples={workdir}", "--num_samples=9", f"--inception={tmp_path}/inception.pth")
     evaluate(*flags, f"--reference={folder}/reference", f"--output={tmp_path}/a.json")
     assert json.loads((tmp_path / "a.json").read_text())["num_samples"] == 9

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 
-import forged_torch
 from fuzz_data import DataFuzzer
 import fuzz_files
 from fuzz_files import Fuzzer, Loader, Outcome, damage
@@ -31,7 +30,7 @@ def test_damaged_and_forged_files_do_no_harm(fuzzer):
     outcomes = [fuzzer.run(number) for number in range(200)]
     assert [outcome for outcome in outcomes if outcome.result == "FAILED"] == []
     assert {outcome.result for outcome in outcomes} == {"refused", "loaded"}
-    assert len({outcome.kind for outcome in outcomes}) == 7
+    assert len({outcome.kind for outcome in outcomes}) == 4
     assert len({outcome.mutation for outcome in outcomes}) > 25
 
 
@@ -71,12 +70,6 @@ def test_a_checksum_that_is_not_looked_at_is_noticed(fuzzer, monkeypatch):
     assert any("it loaded, where only 'refused' is sound" in message for message in failures(fuzzer, 200))
 
 
-def test_weights_that_changed_under_a_crc_are_noticed(fuzzer, monkeypatch):
-    monkeypatch.setattr("zipfile.ZipFile.testzip", lambda archive: None)
-    monkeypatch.setattr("zipfile.ZipExtFile._update_crc", lambda file, data: None)
-    assert any("it loaded, where only 'same' is sound" in message for message in failures(fuzzer, 400))
-
-
 def test_codes_that_stand_for_nothing_are_noticed(fuzzer, monkeypatch):
     monkeypatch.setattr("terdit_jax.interop.published.holds_unused_code", lambda planes: False)
     assert any("it loaded" in message for message in failures(fuzzer, 400))
@@ -104,7 +97,7 @@ def _raise(error):
 
 
 def _run_code(path):
-    Path(forged_torch.SENTINEL).touch()
+    Path(fuzz_judge.SENTINEL).touch()
     raise UserError("refused, but too late")
 
 

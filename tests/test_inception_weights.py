@@ -7,7 +7,7 @@ from inception_files import random_state_dict
 import jax
 import numpy as np
 import pytest
-from torch_files import state_dict, torch_file
+from torch_files import save_state_dict
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import inception_weights
@@ -27,7 +27,7 @@ def arrays():
 
 
 def test_a_file_gives_the_parameters(arrays, tmp_path):
-    (tmp_path / "port.pth").write_bytes(torch_file(state_dict(arrays), arrays.values()))
+    save_state_dict(arrays, tmp_path / "port.pth")
     port = load_inception(tmp_path / "port.pth")
     jax.tree.map(np.testing.assert_array_equal, port.params, params_from_torch(arrays, "x"))
     assert len(jax.tree.leaves(port.params)) == 2 * 94 + 1 and port.source.endswith("port.pth")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from torch_files import state_dict, torch_file
+from torch_files import save_state_dict
 
 from terdit_jax.errors import UserError
 from terdit_jax.interop.vae_weights import CONFIG, SAFETENSORS, TORCH, load_vae, parse_config, vae_identity
@@ -99,7 +99,7 @@ def test_todays_names_with_either_shape(folder, tensors, convolutions):
 
 def test_pytorch_files_are_read_where_there_is_nothing_else(folder, tensors):
     (folder / SAFETENSORS).unlink()
-    (folder / TORCH).write_bytes(torch_file(state_dict(tensors), tensors.values()))
+    save_state_dict(tensors, folder / TORCH)
     assert_same(load_vae(folder), load_vae(TINY))
 
 
@@ -282,7 +282,7 @@ def test_a_name_is_fetched(hub):
 
 def test_a_name_without_safetensors_is_fetched(hub, folder, tensors):
     (folder / SAFETENSORS).unlink()
-    (folder / TORCH).write_bytes(torch_file(state_dict(tensors), tensors.values()))
+    save_state_dict(tensors, folder / TORCH)
     hub.folder = folder
     assert_same(load_vae(NAME), load_vae(TINY))
     assert hub.asked == [(NAME, CONFIG), (NAME, SAFETENSORS), (NAME, TORCH)]
@@ -337,7 +337,7 @@ def test_the_identity_is_the_weights_whatever_the_file(folder, tensors):
     save_file(older(tensors, True), folder / SAFETENSORS)
     assert vae_identity(*load_vae(folder)) == identity
     (folder / SAFETENSORS).unlink()
-    (folder / TORCH).write_bytes(torch_file(state_dict(tensors), tensors.values()))
+    save_state_dict(tensors, folder / TORCH)
     assert vae_identity(*load_vae(folder)) == identity
 
 

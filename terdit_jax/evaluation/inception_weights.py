@@ -18,8 +18,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.evaluation.inception import CLASSES, POOL_FEATURES, kernels
 from terdit_jax.files import new_file
 from terdit_jax.interop.published import FLOATS
-from terdit_jax.interop.torch_legacy import load_legacy_state_dict
-from terdit_jax.interop.torch_pickle import load_state_dict
+from terdit_jax.interop.torch_file import load_state_dict
 from terdit_jax.paths import local_path
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"  # which ends in the first digits of its SHA-256
@@ -50,15 +49,12 @@ def load_inception(path: str | os.PathLike | None = None) -> Inception:
     path = local_path(path, "--inception") if path else fetch_inception()
     try:
         with open(path, "rb") as file:
-            start = file.read(2)
-            file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(
             f"cannot read Inception weights {path} ({error.strerror or error}): get them from {URL}"
         ) from error
-    arrays = load_state_dict(path) if start == b"PK" else load_legacy_state_dict(path)
-    return Inception(params_from_torch(arrays, str(path)), str(path), sha256)
+    return Inception(params_from_torch(load_state_dict(path), str(path)), str(path), sha256)
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,6 @@
 """The Stable Diffusion autoencoder as diffusers writes it, config.json and the weights beside it: a folder or a name.
 
-Every field, name, shape and value is checked. The network is `model.vae`'s, downloading huggingface_hub's; PyTorch is
-not needed.
+Every field, name, shape and value is checked. The network is `model.vae`'s, downloading huggingface_hub's.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import FLOATS, params_leaves, params_tree
 from terdit_jax.interop.safetensors import open_container
-from terdit_jax.interop.torch_pickle import load_state_dict
+from terdit_jax.interop.torch_file import load_state_dict
 from terdit_jax.model.vae import VAEConfig, abstract_params
 from terdit_jax.paths import local_path
 from terdit_jax.untrusted import parse_json

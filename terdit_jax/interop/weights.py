@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop import torch_pickle
 from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
 from terdit_jax.interop.description import Description, check_architecture, describe_published, describe_run
 from terdit_jax.interop.published import (
@@ -27,6 +26,7 @@ from terdit_jax.interop.published import (
     read_leaves,
 )
 from terdit_jax.interop.safetensors import open_container
+from terdit_jax.interop.torch_file import load_namespace, load_state_dict
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.paths import as_path, local_path
@@ -188,9 +188,9 @@ def _open_container(path: Path) -> Weights:
 
 
 def _open_torch(path: Path) -> Weights:
-    state_dict = StateDict.of(torch_pickle.load_state_dict(path))
+    state_dict = StateDict.of(load_state_dict(path))
     beside = path.with_name(MODEL_ARGS)
-    arguments = torch_pickle.load_namespace(beside) if beside.exists() else {}
+    arguments = load_namespace(beside) if beside.exists() else {}
     if "terdit_jax" in arguments:
         description = Description.from_dict(arguments["terdit_jax"], str(beside))
         check_architecture(description.model, state_dict.layout, str(path))
