@@ -1,6 +1,6 @@
 """Reads prepared data sets: training batches through Grain, held-out batches in a fixed order.
 
-What a record holds is the schema's, where its bytes lie is wire's, which are drawn is draws'.
+What a record holds belongs to `schema`, which records are drawn to `draws`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,6 @@ import numpy as np
 
 from terdit_jax.data import schema
 from terdit_jax.data.draws import ShuffledStream, draw_mirrored
-from terdit_jax.data.wire import RecordParser, View
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.paths import as_path
 
@@ -77,7 +76,6 @@ class StoredRecords:
         self._path, self._shards, self._metadata = path, split.shards, metadata
         self._starts = np.cumsum([0] + [shard.records for shard in split.shards])
         self._readers: list[ArrayRecordReader | None] = [None] * len(split.shards)
-        self._parser = RecordParser(metadata.shape, metadata.has_mirror)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -94,7 +92,7 @@ class StoredRecords:
         batch = {"mean": self._stack(view.mean for view in views), "std": self._stack(view.std for view in views)}
         if mirrored is not None and not stored:
             _mirror_rows(batch, mirrored)
-        labels = np.array([view.label for view in views], np.int32)  # the parser lets none below 0 pass
+        labels = np.array([view.label for view in views], np.int32)  # decode_view lets none below 0 pass
         if labels.max(initial=0) >= self._metadata.num_classes:  # the next one is the model's null class
             row = int(labels.argmax())
             raise UserError(
@@ -116,9 +114,10 @@ class StoredRecords:
                 loaded.label[indices] = batch["label"]
         return loaded
 
-    def _read_one(self, shard: int, place: int, mirrored: bool) -> View:
+    def _read_one(self, shard: int, place: int, mirrored: bool) -> schema.View:
         try:
-            return self._parser.parse(self._read_bytes(shard, place), mirrored)
+            metadata = self._metadata
+            return schema.decode_view(self._read_bytes(shard, place), metadata.shape, metadata.has_mirror, mirrored)
         except Exception as error:
             raise self._damage(shard, place, error) from error
 
@@ -211,7 +210,7 @@ def make_batches(
       process_index: this process, of `process_count`.
       process_count: processes that share each batch.
       horizontal_flip: half of the rows, by `draws.draw_mirrored`, show the mirrored picture; of a record that holds
-        both views only the one shown is parsed.
+        both views only the one shown is used.
       in_memory: read the training split once and keep it; the batches are the same.
       read_threads: threads that assemble batches ahead of time, of which `prefetch` at most can be busy.
       prefetch: batches kept ready.

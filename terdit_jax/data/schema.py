@@ -10,9 +10,10 @@ import math
 import os
 import re
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
+from google.protobuf.message import DecodeError
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
@@ -27,6 +28,7 @@ UNFINISHED_FOLDER = ".unfinished"
 SPLITS = ("train", "heldout")
 MAX_SIDE, MAX_NUMBERS, MAX_CLASSES = 1 << 14, 1 << 28, 1 << 20  # of an array, and of a data set
 _MAX_BYTES, _MAX_MOMENT = 1 << 53, 1e5  # of a file, and of float16 numbers
+_MAX_LABEL = np.iinfo(np.int32).max
 _SHARD_NAME = re.compile(rf"{NAME}-({'|'.join(SPLITS)})\.array_record-\d{{5,9}}-of-\d{{5,9}}", re.ASCII)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -96,6 +98,35 @@ def encode_record(features: tfds.features.FeaturesDict, record: dict[str, Any]) 
     # TFDS writes the fields in hash order, which changes from one process to the next; this writes them sorted.
     example = tf_example_pb2.Example.FromString(features.serialize_example(record))
     return example.SerializeToString(deterministic=True)
+
+
+class View(NamedTuple):
+    """One of a record's two views: the bytes of mean and std, (H, W, C) little-endian float16, and the label."""
+
+    mean: bytes
+    std: bytes
+    label: int
+
+
+def decode_view(data: bytes, shape: tuple[int, int, int], has_mirror: bool, mirrored: bool) -> View:
+    """The picture's view of a record, or its mirror's.
+
+    Raises:
+      ValueError: the bytes are no record of this shape.
+    """
+    try:
+        fields = tf_example_pb2.Example.FromString(data).features.feature
+    except DecodeError as error:
+        raise ValueError("not a tf.train.Example") from error
+    size = 2 * math.prod(shape)
+    for name in array_names(has_mirror):
+        if [len(value) for value in fields[name].bytes_list.value] != [size]:
+            raise ValueError(f"its {name} is not an array of {size} bytes")
+    labels = fields["label"].int64_list.value
+    if len(labels) != 1 or not 0 <= labels[0] <= _MAX_LABEL:
+        raise ValueError("its label is not the number of a class")
+    mean, std = array_names(has_mirror)[2:] if mirrored else array_names(has_mirror)[:2]
+    return View(fields[mean].bytes_list.value[0], fields[std].bytes_list.value[0], labels[0])
 
 
 def compute_fingerprint(metadata: Metadata) -> str:
