@@ -120,11 +120,6 @@ def test_members_are_those_of_tarfile(tmp_path, tar_format):
     assert len(expected) == sum(isinstance(content, bytes) for content in members.values())
 
 
-def test_binary_sizes_are_read():
-    assert tar_source._number(tarfile.itn(10 * 2**30, 12, tarfile.GNU_FORMAT)) == 10 * 2**30
-    assert tar_source._number(b"00000001750\0") == tar_source._number(b"     1750 \0 ") == 1000
-
-
 def test_what_is_no_picture_is_passed_over(tmp_path):
     files = {f"{index}.JPEG": picture_bytes(index) for index in range(10)}
     folder, link = tarfile.TarInfo("a"), tarfile.TarInfo("a/link.JPEG")
@@ -273,8 +268,8 @@ def test_flipped_header_bits_name_the_byte(tmp_path):
 def test_useless_archives_say_what_to_do(tmp_path):
     pictures = tar_bytes({"a.JPEG": picture_bytes(0)})
     cases = {
-        "nothing.tar": (b"", "ends without its closing block"),
-        "text.tar": (b"text" * 1000, "damaged at byte 0 (no tar header"),
+        "nothing.tar": (b"", "damaged at byte 0 (empty file)"),
+        "text.tar": (b"text" * 1000, "damaged at byte 0 (invalid header)"),
         "flat.tar": (pictures, "holds no .tar files"),
         "outer.tar": (gzip.compress(tar_bytes({"a.tar": pictures})), "is compressed with gzip, decompress it first"),
         "inner.tar": (

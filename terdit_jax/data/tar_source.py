@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent import futures
 import os
 import pathlib
+import tarfile
 from typing import NamedTuple
 
 from etils import epath
@@ -22,14 +23,8 @@ from terdit_jax.untrusted import brief
 
 SUFFIX = ".tar"  # in any case
 HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class
-BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip")
-REGULAR, NO_DATA, SPARSE = b"0\0007", b"123456", b"S"  # types of members, the rest is skipped with its data
-LINKS, FOLDERS = b"12", b"5D"
-LONG_NAME, PAX = b"L", b"x"  # headers that say more about the member after them
-BETWEEN = b"Kg"  # a long name of a link and global fields, which may stand there too
-MAX_NAME_BYTES = 2**20  # of a long name or a pax header; longer ones are damage
 MAX_NAME = 4096  # characters, as many as paths have
 READERS = 16  # archives indexed at once: their headers lie far apart, so a disk or a network answers one by one
 
@@ -96,46 +91,40 @@ def make_tar_source(
 def list_members(archive: Stretch, others: dict[str, str] | None = None) -> Iterator[tuple[str, Stretch]]:
     """The regular files of a tar in its order, from its headers alone: names and where their contents lie.
 
-    What is neither a file nor a folder is noted in `others`, by name, with what it is.
-
-    Reads the POSIX (ustar, pax) and GNU formats. Stricter than the `tarfile` module, which takes a damaged header for
-    the end: checksums must hold, and the archive must end in a block of zeros.
+    What is neither a file nor a folder is noted in `others`, by name, with what it is. `tarfile` takes a damaged header
+    for the end, so the archive must end in a block of zeros.
 
     Raises:
       UserError: a compressed, damaged or incomplete archive; names the byte.
     """
     with open(archive.path, "rb", buffering=0) as file:
-        position, name, size = archive.start, None, None
-        while header := _read_header(file.fileno(), archive, position):
-            content, kind = position + BLOCK, header[156:157]
-            try:
-                _check_sum(header)
-                length = _number(header[124:136]) if size is None or kind not in REGULAR else size
-                if kind in NO_DATA:
-                    length = 0
-                if content + length > archive.end:
-                    raise ValueError(f"{length} bytes announced, {archive.end - content} left")
-                if kind in SPARSE:
-                    raise ValueError("a sparse file, which cannot be read in place")
-                if kind in LONG_NAME + PAX:
-                    if length > MAX_NAME_BYTES:
-                        raise ValueError(f"a name of {length} bytes")
-                    payload = os.pread(file.fileno(), length, content)
-                    fields = {"path": _text(payload)} if kind in LONG_NAME else _pax_fields(payload)
-                    name = fields.get("path", name)
-                    if name and len(name) > MAX_NAME:
-                        raise ValueError(f"a name of {len(name)} characters")
-                    size = int(fields["size"]) if "size" in fields else size
-                elif kind not in BETWEEN:
-                    name = _short_name(header) if name is None else name
-                    if kind in REGULAR and not name.endswith("/"):
-                        yield name, Stretch(archive.path, content, content + length)
-                    elif kind not in REGULAR + FOLDERS and others is not None:
-                        others[name] = "a link" if kind in LINKS else "no regular file"
-                    name = size = None
-            except ValueError as error:
-                raise _damage(archive, position, str(error)) from error
-            position = content + -(-length // BLOCK) * BLOCK
+        _refuse_compressed(archive, os.pread(file.fileno(), 8, archive.start))
+        file.seek(archive.start)
+        position = archive.start
+        try:
+            with tarfile.TarFile(fileobj=file) as tar:
+                for member in tar:
+                    position, name = member.offset, member.name
+                    end = member.offset_data + (member.size if member.isreg() else 0)
+                    if end > archive.end:
+                        left = archive.end - member.offset_data
+                        raise _damage(archive, position, f"{member.size} bytes announced, {left} left")
+                    if member.issparse():
+                        raise _damage(archive, position, "a sparse file, which cannot be read in place")
+                    if len(name) > MAX_NAME:
+                        raise _damage(archive, position, f"a name of {len(name)} characters")
+                    if member.isreg():
+                        yield name, Stretch(archive.path, member.offset_data, end)
+                    elif not member.isdir() and others is not None:
+                        others[name] = "a link" if member.issym() or member.islnk() else "no regular file"
+                position = tar.offset
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise _damage(archive, position, str(error)) from error
+        last = os.pread(file.fileno(), max(min(tarfile.BLOCKSIZE, archive.end - position), 0), position)
+        if len(last) < tarfile.BLOCKSIZE:
+            raise _damage(archive, position, "the archive ends without its closing block")
+        if last.strip(b"\0"):
+            raise _damage(archive, position, "no tar header")
 
 
 def _find_archives(root: pathlib.Path) -> tuple[dict[str, Stretch], dict[str, str]]:
@@ -223,63 +212,12 @@ def _read(place: Stretch) -> bytes:
     return data
 
 
-def _read_header(descriptor: int, archive: Stretch, position: int) -> bytes | None:
-    """The header at a position, None at the closing block."""
-    header = os.pread(descriptor, max(min(BLOCK, archive.end - position), 0), position)
-    if position == archive.start:
-        for magic, name in COMPRESSED.items():
-            if header.startswith(magic):
-                inside = f" (the archive at byte {archive.start})" if archive.start else ""
-                raise UserError(f"--input={archive.path}{inside}: is compressed with {name}, decompress it first")
-    if len(header) < BLOCK:
-        raise _damage(archive, position, "the archive ends without its closing block")
-    return header if header.strip(b"\0") else None
+def _refuse_compressed(archive: Stretch, start: bytes) -> None:
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            inside = f" (the archive at byte {archive.start})" if archive.start else ""
+            raise UserError(f"--input={archive.path}{inside}: is compressed with {name}, decompress it first")
 
 
 def _damage(archive: Stretch, position: int, why: str) -> UserError:
     return UserError(f"--input={archive.path}: damaged at byte {position} ({why}), fetch it again")
-
-
-def _check_sum(header: bytes) -> None:
-    """The sum of a header's bytes, its own field counted as blanks."""
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
-        raise ValueError("no tar header, its checksum is wrong")
-
-
-def _number(field: bytes) -> int:
-    """A number in octal digits or, where those do not suffice, in GNU's binary form behind a byte 0x80."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip()
-    if digits.strip(b"01234567"):
-        raise ValueError("no tar header, its numbers are none")
-    return int(digits or b"0", 8)
-
-
-def _short_name(header: bytes) -> str:
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""  # GNU keeps other things there
-    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode(errors="surrogateescape")
-
-
-def _pax_fields(payload: bytes) -> dict[str, str]:
-    """The fields of an extended header: `LENGTH KEY=VALUE` and a line feed each, the length counting all of it."""
-    fields = {}
-    while payload:
-        digits = payload.partition(b" ")[0]
-        length = int(digits)
-        if not len(digits) < length <= len(payload):
-            raise ValueError("a damaged pax header")
-        key, equals, value = payload[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals:
-            raise ValueError("a damaged pax header")
-        fields[_text(key)] = _text(value)
-        payload = payload[length:]
-    if not fields.get("size", "0").isdecimal():
-        raise ValueError("a damaged pax header")
-    if any(key.startswith("GNU.sparse") for key in fields):
-        raise ValueError("a sparse file, which cannot be read in place")
-    return fields
