@@ -40,9 +40,7 @@ from terdit_jax.training.state import init_state
 
 _CONFIG = define_config("A ternary configuration.")
 _EMA_ONLY = flags.DEFINE_bool("ema_only", False, "A checkpoint of the averaged weights alone, not of a whole state.")
-_SCRATCH = define_path(
-    "scratch", None, "Where checkpoint and artifacts go meanwhile; the system's own if none."
-)
+_SCRATCH = define_path("scratch", None, "Where checkpoint and artifacts go meanwhile; the system's own if none.")
 _MEASURED = """
 import atexit, runpy, sys
 atexit.register(lambda: print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))))

@@ -8,4 +8,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_package "${EXTRAS:-dev}"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
 "$PYTHON" -m pytest -n 2 -m "not slow" "$@"

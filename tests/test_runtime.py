@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+import importlib.metadata
 
 from deployed import (
     describe,
@@ -238,3 +239,13 @@ def test_the_package_offers_it():
     assert terdit_jax.load_model is load_model
     with pytest.raises(AttributeError, match="no attribute 'load_models'"):
         terdit_jax.load_models  # noqa: B018
+
+
+def test_a_model_prints_in_one_line(exported):
+    text = repr(load_model(exported(golden_weights("e2e", tiny_config(depth=2))), dtype="float32"))
+    assert text.startswith("Denoiser(") and "M parameters, float32, samples of (" in text and len(text) < 150
+
+
+def test_the_package_has_a_version_and_names_what_it_offers():
+    assert terdit_jax.__version__ == importlib.metadata.version("terdit-jax")
+    assert {"load_model", "__version__"} <= set(dir(terdit_jax))

@@ -28,6 +28,7 @@ _TIMEOUT_SECONDS = 30
 _NORM = ("weight", "bias", "running_mean", "running_var")  # PyTorch's names of a batch norm's tensors
 _EPSILON = 1e-3  # of every batch norm
 
+
 class Inception(NamedTuple):
     """The network's parameters and the file that they came from."""
 

@@ -1,5 +1,4 @@
-"""The ADM suite: FID, sFID, inception score, precision and recall of samples against a reference.
-"""
+"""The ADM suite: FID, sFID, inception score, precision and recall of samples against a reference."""
 
 from collections.abc import Callable
 import os

@@ -56,6 +56,13 @@ class Denoiser:
     numerics: Numerics | None
     operands: dict
 
+    def __repr__(self) -> str:
+        devices = self.mesh.devices.flat
+        return (
+            f"Denoiser({self.description.name}, {self.config.num_params / 1e6:,.1f}M parameters, {self.config.dtype}, "
+            f"samples of {self.config.sample_shape}, on {len(devices)} x {devices[0].device_kind})"
+        )
+
     @pinned()
     def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
         """Predicts the noise and the variance interpolation.
