@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 from absl import flags
 from commands import no_flags
@@ -162,9 +163,11 @@ class Case:
 
 def flags_of(command: str) -> dict[str, str]:
     """The flags that a command defines, each with the kind of its values."""
-    with no_flags():
+    module = f"terdit_jax.{command}"
+    with no_flags(), mock.patch.dict(sys.modules):
+        sys.modules.pop(module, None)  # another test may have imported it, without its flags
         before = set(flags.FLAGS)
-        runpy.run_module(f"terdit_jax.{command}", run_name=f"terdit_jax.{command}", alter_sys=True)
+        runpy.run_module(module, run_name=module, alter_sys=True)
         return {name: flags.FLAGS[name].flag_type() for name in sorted(set(flags.FLAGS) - before)}
 
 

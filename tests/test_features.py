@@ -32,7 +32,7 @@ def extract(params, pictures):
     return {"pool": x[:, :5] * params["gain"], "spatial": jnp.sqrt(x[:, 5:12])}
 
 
-NETWORK = FeatureNetwork("small", {"gain": np.float32(0.5)}, extract, "nowhere", "0")
+NETWORK = FeatureNetwork({"gain": np.float32(0.5)}, extract, "nowhere", "0")
 
 
 def expected():
