@@ -104,6 +104,14 @@ def test_who_runs_a_model_in_pytorch_needs_no_jax(module):
     assert "'terdit_jax'" in done.stdout and "'flax'" not in done.stdout and "'jaxlib'" not in done.stdout
 
 
+@pytest.mark.parametrize("command", ["sample", "export", "prepare", "evaluate", "main"])
+def test_what_a_command_may_not_need_is_imported_when_it_is(command):
+    """tensorboardX imports PyTorch where that is installed, which takes seconds."""
+    code = f"import sys; sys.modules |= dict.fromkeys(['tensorboardX', 'torch']); import terdit_jax.{command}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "run_command(main)" in path.read_text()}
 
