@@ -298,3 +298,12 @@ def test_sparse_members_are_refused(tmp_path):
     header[148:156] = b"%06o\0 " % (sum(header[:512]) - sum(header[148:156]) + 256)
     (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": bytes(header)}))
     assert "a sparse file" in refusal(tmp_path / "t.tar")
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L", b"g"])
+def test_gigabytes_of_names_are_not_read(tmp_path, kind):
+    header = bytearray(tar_bytes({"a.JPEG": b"x" * 600}))
+    header[156:157], header[124:136] = kind, tarfile.itn(3 << 30, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % (sum(header[:512]) - sum(header[148:156]) + 256)
+    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": bytes(header)}))
+    assert "damaged at byte 512 (a header of 3221225472 bytes)" in refusal(tmp_path / "t.tar")

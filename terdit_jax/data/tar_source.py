@@ -6,6 +6,7 @@ to the sources.
 
 from collections.abc import Iterator
 from concurrent import futures
+import io
 import os
 import pathlib
 import tarfile
@@ -25,8 +26,18 @@ SUFFIX = ".tar"  # in any case
 HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip")
+MAX_HEADER_BYTES = 2**20  # of a long name or a pax header; longer ones are damage
 MAX_NAME = 4096  # characters, as many as paths have
 READERS = 16  # archives indexed at once: their headers lie far apart, so a disk or a network answers one by one
+
+
+class _Headers(io.FileIO):
+    """A tar of which only headers are read: one that announces gigabytes of names is refused before they are there."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Stretch(NamedTuple):
@@ -97,7 +108,7 @@ def list_members(archive: Stretch, others: dict[str, str] | None = None) -> Iter
     Raises:
       UserError: a compressed, damaged or incomplete archive; names the byte.
     """
-    with open(archive.path, "rb", buffering=0) as file:
+    with _Headers(archive.path) as file:
         _refuse_compressed(archive, os.pread(file.fileno(), 8, archive.start))
         file.seek(archive.start)
         position = archive.start
