@@ -67,7 +67,7 @@ def stored_indices(count: int) -> np.ndarray:
 def _check(what: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape or array.dtype.kind != "f":
         raise UserError(f"{what} is {array.dtype} {array.shape}, Inception's is floats {shape}: another network's?")
-    if not np.isfinite(array).all() or np.abs(array).max() > _LARGEST:
+    if not np.isfinite(array).all() or float(np.abs(array).max()) > _LARGEST:
         raise UserError(f"{what} holds values that are not finite, or larger than any of Inception's")
 
 
