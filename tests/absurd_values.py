@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from unittest import mock
 
 from absl import flags
 from commands import no_flags
@@ -164,11 +163,15 @@ class Case:
 def flags_of(command: str) -> dict[str, str]:
     """The flags that a command defines, each with the kind of its values."""
     module = f"terdit_jax.{command}"
-    with no_flags(), mock.patch.dict(sys.modules):
-        sys.modules.pop(module, None)  # another test may have imported it, without its flags
-        before = set(flags.FLAGS)
-        runpy.run_module(module, run_name=module, alter_sys=True)
-        return {name: flags.FLAGS[name].flag_type() for name in sorted(set(flags.FLAGS) - before)}
+    imported = sys.modules.pop(module, None)  # by another test, without its flags
+    try:
+        with no_flags():
+            before = set(flags.FLAGS)
+            runpy.run_module(module, run_name=module, alter_sys=True)
+            return {name: flags.FLAGS[name].flag_type() for name in sorted(set(flags.FLAGS) - before)}
+    finally:
+        if imported:
+            sys.modules[module] = imported
 
 
 def values_of(kind: str) -> list[str]:
