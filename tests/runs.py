@@ -97,7 +97,8 @@ def completed(
 
 def command_environment(cache: Path) -> dict[str, str]:
     """The environment of commands: one CPU device, programs compiled quickly and kept in `cache`."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # With VENV, launch scripts would install their checkout into the environment that the tests run in.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "VENV")}
     return inherited | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": FAST_COMPILATION,
