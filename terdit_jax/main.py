@@ -3,7 +3,7 @@
 Any field is overridden with --config.section.field=value; the same command resumes a run that was stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from absl import flags
@@ -18,7 +18,7 @@ from terdit_jax.files import check_folder
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
-from terdit_jax.interop.weights import check_start, start_params
+from terdit_jax.interop.weights import check_start, master_params, start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
@@ -54,14 +54,25 @@ def main(argv: Sequence[str]) -> None:
     initialize_processes()
     check_settings(config.sample)
     setup = set_up(config, _WORKDIR.value)
-    start, draw = config.train.init_from, _drawer(setup)
-    if start and not (setup.workdir / "checkpoints").exists():  # a run that goes on has no use for them
-        check_start(start, setup.model)
+    load_start, draw = _starter(setup), _drawer(setup)
     judge = None
     if config.log.score_every:
         judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)
-    load_start = partial(start_params, start, setup.model) if start else None
     train(setup, _grid_drawer(setup, draw), load_start, judge, _HEARTBEAT.value, profile)
+
+
+def _starter(setup: Setup) -> Callable[[], dict] | None:
+    """Loads the parameters that a run begins with, if they are another model's.
+
+    Those of a new run are opened and checked at once; a run that goes on needs them only if no checkpoint is sound.
+    """
+    start = setup.config.train.init_from
+    if not start:
+        return None
+    if (setup.workdir / "checkpoints").exists():
+        return partial(start_params, start, setup.model)
+    weights = check_start(start, setup.model)
+    return lambda: master_params(setup.model, weights.leaves())
 
 
 def _drawer(setup: Setup) -> DrawPictures:
