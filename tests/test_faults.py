@@ -76,8 +76,7 @@ def test_the_soak_notices_a_run_that_stands_still(last):
 
 
 def test_the_soak_notices_what_grows():
-    steady = STEADY
-    assert judge(steady)["grew"] == []
+    assert judge(STEADY)["grew"] == []
     for name in LIMITS:
-        growing = [entry | {name: entry[name] + 0.2 * i} for i, entry in enumerate(steady)]
+        growing = [entry | {name: entry[name] + 0.2 * i} for i, entry in enumerate(STEADY)]
         assert judge(growing)["grew"] == [name]

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 
+from forked import COMMANDS
 import pytest
 from runs import ROOT
 
 from terdit_jax import interrupts
 
 LINE = "error: interrupted by Ctrl-C\n"
-COMMANDS = ("main", "prepare", "sample", "export", "evaluate", "compile")
 START = """
 import hashlib, sys, threading, time
 import terdit_jax.errors
