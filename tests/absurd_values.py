@@ -1,6 +1,6 @@
 """Gives every flag and every field of the six commands at least eight absurd values, each in a command of its own.
 
-python tests/absurd_values.py --jobs=2 --output=docs/benchmarks/absurd_values.json
+python -m tests.absurd_values --jobs=2 --output=docs/benchmarks/absurd_values.json
 
 A command that refuses its value ends with status 2 and one line that names the flag or the value, and leaves every file
 as it was. One that accepts it must do its work and overwrite nothing, and ACCEPTED says why it may. Commands are forks
@@ -27,17 +27,17 @@ import tempfile
 import time
 
 from absl import flags
-from commands import no_flags
-from deployed import random_weights, small_config
-from documented_commands import STEPS
-from documented_inputs import make
-from forked import COMMANDS
 import jax
 import numpy as np
-from runs import ROOT, command_environment, programs, quick_python
 
 from terdit_jax.config import PATHS, base_config, flatten
 from terdit_jax.interop.exports import export
+from tests.commands import no_flags
+from tests.deployed import random_weights, small_config
+from tests.documented_commands import STEPS
+from tests.documented_inputs import make
+from tests.forked import COMMANDS
+from tests.runs import ROOT, command_environment, programs, quick_python
 
 SECONDS = 300  # that a command may take
 LONGEST_LINE = 1000  # characters
@@ -342,7 +342,7 @@ def main() -> int:
                 print("FAILED", json.dumps({name: value[:300] if isinstance(value, str) else value
                                             for name, value in result.items()}), flush=True)  # fmt: skip
     report = {
-        "command": f"python tests/absurd_values.py --jobs={options.jobs}",
+        "command": f"python -m tests.absurd_values --jobs={options.jobs}",
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "cpus": os.cpu_count(),

@@ -14,26 +14,9 @@ from pathlib import Path
 import tarfile
 import tempfile
 
-from commands import no_flags
-from deployed import make_workdir
-from forged_data import (
-    MODULE,
-    PICTURES,
-    Files,
-    Random,
-    edit_metadata,
-    forge_npz,
-    forge_png,
-    forge_tar,
-    plant_class,
-    sign_checkpoint,
-    sign_data_set,
-)
-from fuzz_judge import SENTINEL
 import jax
 import numpy as np
 from PIL import Image
-from test_tfds_source import make_examples, write_data_set
 
 from terdit_jax.aot.table import make_tables
 from terdit_jax.config import base_config, validate
@@ -54,6 +37,23 @@ from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import check_resumable
+from tests.commands import no_flags
+from tests.deployed import make_workdir
+from tests.forged_data import (
+    MODULE,
+    PICTURES,
+    Files,
+    Random,
+    edit_metadata,
+    forge_npz,
+    forge_png,
+    forge_tar,
+    plant_class,
+    sign_checkpoint,
+    sign_data_set,
+)
+from tests.fuzz_judge import SENTINEL
+from tests.test_tfds_source import make_examples, write_data_set
 
 with no_flags():
     from terdit_jax.evaluate import _load_samples

@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-from golden_models import GOLDEN, golden_config, random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from terdit_jax.interop.weights import Weights
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.training.resume import describe_run
 from terdit_jax.training.saving import CheckpointWriter
+from tests.golden_models import GOLDEN, golden_config, random_params, tiny_config
 
 # Every choice that gives tensors other names, shapes or meanings.
 VARIANTS = {

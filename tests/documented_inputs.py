@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import tarfile
 
-from deployed import random_weights, small_config
 import numpy as np
 from PIL import Image
-from runs import ROOT, prepare_digits
 
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import Weights
+from tests.deployed import random_weights, small_config
+from tests.runs import ROOT, prepare_digits
 
 TINY_VAE = ROOT / "tests" / "golden" / "vae_tiny"
 

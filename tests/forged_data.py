@@ -10,10 +10,10 @@ import struct
 import zipfile
 import zlib
 
-from forged_containers import JUNK
 import numpy as np
 
 from terdit_jax.data import schema
+from tests.forged_containers import JUNK
 
 Random = np.random.Generator
 Files = dict[str, bytes]

@@ -7,10 +7,11 @@ import sys
 import traceback
 import tracemalloc
 
-from data_formats import Format, make_formats, refusing
-from forged_data import MODULE, Files, edit_json
-from fuzz_judge import BLIND, Outcome, damage, judge, start_measuring
 import numpy as np
+
+from tests.data_formats import Format, make_formats, refusing
+from tests.forged_data import MODULE, Files, edit_json
+from tests.fuzz_judge import BLIND, Outcome, damage, judge, start_measuring
 
 # Libraries decode images, arrays and checkpoints; what they allocate once is no more than this, whatever the file.
 FIXED_BYTES = 32 << 20

@@ -1,6 +1,6 @@
 """Damages and forges files of every kind and loads them: none may crash, hang, run code or take memory without end.
 
-python tests/fuzz_files.py --runs=20000 --seed=0
+python -m tests.fuzz_files --runs=20000 --seed=0
 
 Every case follows from the seed and its number. One process loads models and another all other files, under limits on
 their memory, and what fails is kept with the command that repeats it.
@@ -25,15 +25,15 @@ import traceback
 import tracemalloc
 
 from absl import logging
-from deployed import random_weights, small_config
-import forged_containers
-from fuzz_data import DataFuzzer
-from fuzz_judge import BLIND, Outcome, damage, judge, start_measuring
 import numpy as np
 
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.safetensors import as_bytes, open_container
 from terdit_jax.interop.weights import open_weights, packed_leaves
+from tests import forged_containers
+from tests.deployed import random_weights, small_config
+from tests.fuzz_data import DataFuzzer
+from tests.fuzz_judge import BLIND, Outcome, damage, judge, start_measuring
 
 # Above twice the file, of which NumPy's arrays are made: Python objects for every byte of names and shapes, of which
 # at most 2 MiB are read (an empty dict is one byte of a pickle and 72 of memory, a list in JSON three and 64), and what
@@ -250,7 +250,7 @@ def _run(kinds: str, runs: int, options: argparse.Namespace, folder: Path) -> tu
             shutil.copytree(case, options.keep / kinds / str(number), dirs_exist_ok=True)
             repeat = f"--kinds={kinds} --seed={options.seed} --first={number} --runs=1"
             print(f"FAILED {outcome.kind}, {outcome.mutation}: {outcome.message}")
-            print(f"  python tests/fuzz_files.py {repeat}", flush=True)
+            print(f"  python -m tests.fuzz_files {repeat}", flush=True)
         if died:
             case = folder / f"case {number}"
             loader = Loader(kinds, options.seed, case)

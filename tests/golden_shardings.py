@@ -1,6 +1,6 @@
 """How terdit_4b's state and operands lie on machines, as tests/golden/shardings has it; run as a program, writes it.
 
-PYTHONPATH=. python tests/golden_shardings.py
+python -m tests.golden_shardings
 """
 
 import importlib.util

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from typing import IO
 
-from forked import python_on_path
 import jax
 import numpy as np
 
@@ -28,6 +27,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import abstract_state
+from tests.forked import python_on_path
 
 ROOT = Path(__file__).parents[1]
 # Runs of a few steps spend their time compiling: LLVM need not optimise.

@@ -1,11 +1,11 @@
 """The ablations' benchmark: variants that exist, a classifier that is the same for all, rows as a table."""
 
-from commands import no_flags
 import ml_collections
 import numpy as np
 
 from terdit_jax.config import base_config
 from terdit_jax.evaluation.classifier import make_classifier, train_classifier
+from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.ablations import QUARTERS, TERNARISED, VARIANTS, table

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 import zlib
 
-import absurd_values
-from absurd_values import ACCEPTED, FINE, Case, all_cases
 import pytest
+
+from tests import absurd_values
+from tests.absurd_values import ACCEPTED, FINE, Case, all_cases
 
 REPORT = Path(__file__).parents[1] / "docs" / "benchmarks" / "absurd_values.json"
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 import zlib
 
-from deployed import assert_same_leaves, describe, random_params, random_weights, small_config
-from forged_containers import Parts, render, seal
 import ml_dtypes
 import numpy as np
 import pytest
@@ -24,6 +22,8 @@ from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import params_leaves, published_layout, published_tensors
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.weights import open_weights, packed_leaves
+from tests.deployed import assert_same_leaves, describe, random_params, random_weights, small_config
+from tests.forged_containers import Parts, render, seal
 
 # The smallest whose planes are all worth compressing.
 MODEL = small_config(hidden_size=32, num_heads=2, input_size=4, num_classes=3, ffn_multiple_of=16)

@@ -1,6 +1,5 @@
 """The best checkpoint: the lowest loss wins, survives its process, and yields to nothing that is not a number."""
 
-from deployed import random_params, small_config
 import jax
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.best import FOLDER, BestCheckpoint
 from terdit_jax.training.resume import describe_run
+from tests.deployed import random_params, small_config
 
 
 def describe(step):

@@ -4,8 +4,6 @@ import itertools
 import logging
 from pathlib import Path
 
-from deployed import make_workdir
-from faults.damages import DAMAGES, MANIFEST, half_write
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +17,8 @@ from terdit_jax.parallel.mesh import AXES
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.manifest import find_damage
 from terdit_jax.training.saving import CheckpointWriter
+from tests.deployed import make_workdir
+from tests.faults.damages import DAMAGES, MANIFEST, half_write
 
 
 def state(step):

@@ -1,4 +1,3 @@
-from golden_models import GOLDEN
 import jax
 import numpy as np
 import pytest
@@ -7,6 +6,7 @@ from terdit_jax.data.codec import PixelCodec, VAECodec
 from terdit_jax.errors import UserError
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.model.vae import encode
+from tests.golden_models import GOLDEN
 
 
 @pytest.fixture(scope="module")

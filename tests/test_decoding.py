@@ -1,6 +1,5 @@
 """Pixels come back at their own values; latents are decoded, or become a preview that uses the whole range."""
 
-from golden_models import GOLDEN, assert_close
 import numpy as np
 import pytest
 
@@ -9,6 +8,7 @@ from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.model.vae import decode_all
 from terdit_jax.parallel.mesh import local_mesh
+from tests.golden_models import GOLDEN, assert_close
 
 
 def latents(channels):

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import json
 
-from deployed import VARIANTS, describe, small_config
-from golden_models import tiny_config
 import numpy as np
 import pytest
 
@@ -23,6 +21,8 @@ from terdit_jax.interop.description import (
 )
 from terdit_jax.interop.published import published_layout
 from terdit_jax.training import resume
+from tests.deployed import VARIANTS, describe, small_config
+from tests.golden_models import tiny_config
 
 ENORMOUS = 10**400
 

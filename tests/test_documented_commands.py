@@ -17,13 +17,13 @@ import subprocess
 import textwrap
 import time
 
-import documented_commands as tables
-from documented_inputs import make, make_class_folders
-from forked import COMMANDS
 import pytest
-from runs import ROOT, command_environment, quick_python
 
 from terdit_jax.interop.exports import FORMATS
+from tests import documented_commands as tables
+from tests.documented_inputs import make, make_class_folders
+from tests.forked import COMMANDS
+from tests.runs import ROOT, command_environment, quick_python
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 FROM_CHECKOUT = ("configs", "launch", "benchmarks", "requirements.txt", "pyproject.toml")

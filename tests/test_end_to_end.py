@@ -10,7 +10,9 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
-from runs import (
+
+from terdit_jax.training.manifest import MANIFEST
+from tests.runs import (
     assert_same_run,
     execute,
     finish,
@@ -21,8 +23,6 @@ from runs import (
     start,
     train_arguments,
 )
-
-from terdit_jax.training.manifest import MANIFEST
 
 
 @pytest.fixture(scope="module")

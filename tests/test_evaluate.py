@@ -6,17 +6,17 @@ import re
 import subprocess
 import sys
 
-from commands import no_flags
-from inception_files import random_state_dict
 import numpy as np
 from PIL import Image
 import pytest
-from runs import ROOT, execute, prepare_digits, train_arguments
-from torch_files import save_state_dict
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.picture_source import open_pictures
+from tests.commands import no_flags
+from tests.inception_files import random_state_dict
+from tests.runs import ROOT, execute, prepare_digits, train_arguments
+from tests.torch_files import save_state_dict
 
 OPTIMISED = {"XLA_FLAGS": ""}  # which `runs.start` is not, and such a network's convolutions then take minutes
 

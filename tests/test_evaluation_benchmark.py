@@ -1,12 +1,12 @@
 """The suite's benchmark runs, with a network that takes no time in Inception's place."""
 
-from commands import no_flags
 import jax.numpy as jnp
 import numpy as np
 
 from terdit_jax.evaluation.features import FeatureNetwork
 from terdit_jax.evaluation.inception import kernels
 from terdit_jax.parallel.mesh import local_mesh
+from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.evaluation import Size, measure, random_params

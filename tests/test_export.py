@@ -4,14 +4,14 @@ import sys
 
 from absl import flags
 from absl.testing import flagsaver
-from deployed import golden_weights, make_workdir, random_weights, small_config
 import pytest
-from runs import finish, start
 
 from terdit_jax import export as command
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import open_weights
+from tests.deployed import golden_weights, make_workdir, random_weights, small_config
+from tests.runs import finish, start
 
 
 @pytest.fixture(scope="module")

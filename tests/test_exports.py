@@ -6,8 +6,6 @@ import json
 import os
 import sys
 
-from deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
-from golden_models import GOLDEN, tiny_config
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -18,6 +16,8 @@ from terdit_jax.interop.description import Description
 from terdit_jax.interop.exports import FORMATS, export
 from terdit_jax.interop.published import published_layout
 from terdit_jax.interop.weights import Weights, consolidated_name, open_weights, packed_leaves
+from tests.deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
+from tests.golden_models import GOLDEN, tiny_config
 
 GOLDEN_MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "train_init")
 

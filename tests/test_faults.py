@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 
-from faults.cases import CASES, _check_resumed
-from faults.damages import DAMAGES, HALF_WRITTEN
-from faults.soak import LIMITS, judge
 import pytest
+
+from tests.faults.cases import CASES, _check_resumed
+from tests.faults.damages import DAMAGES, HALF_WRITTEN
+from tests.faults.soak import LIMITS, judge
 
 ROOT = Path(__file__).parents[1]
 REPORTS = sorted((ROOT / "docs" / "benchmarks").glob("faults_*.json"))

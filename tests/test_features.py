@@ -7,7 +7,6 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import ROOT, free_port
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import features as features_module
@@ -15,6 +14,7 @@ from terdit_jax.evaluation.features import FeatureNetwork, collect_features
 from terdit_jax.evaluation.picture_source import PictureSource
 from terdit_jax.evaluation.statistics import statistics
 from terdit_jax.parallel.mesh import local_mesh, single_device_mesh
+from tests.runs import ROOT, free_port
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (53, 4, 3, 3), np.uint8)
 
@@ -93,11 +93,11 @@ def test_features_that_are_not_finite_are_refused():
 
 def test_two_processes_have_the_features_of_one():
     code = """
-import sys; sys.path.insert(0, "tests")
 from terdit_jax.parallel.mesh import local_mesh
 from terdit_jax.parallel.processes import initialize_processes
 initialize_processes()
-import jax, test_features
+import jax
+from tests import test_features
 assert jax.process_count() == 2
 found = test_features.collect_features(test_features.NETWORK, test_features.source(), local_mesh(), 4)
 test_features.assert_features(found)

@@ -1,12 +1,12 @@
 """The Frechet distance against the ADM evaluator's and closed forms."""
 
-from golden_models import golden_arrays
 import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.frechet import frechet_distance
 from terdit_jax.evaluation.statistics import Statistics, statistics
+from tests.golden_models import golden_arrays
 
 
 def _rotation(dim, seed):

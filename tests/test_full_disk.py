@@ -9,7 +9,11 @@ import time
 
 import jax.numpy as jnp
 import pytest
-from runs import (
+
+from terdit_jax.errors import UserError
+from terdit_jax.training import metrics
+from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
+from tests.runs import (
     assert_same_run,
     execute,
     finish,
@@ -19,11 +23,7 @@ from runs import (
     start,
     train_arguments,
 )
-from test_checkpoint import open_checkpoints, restored_step, state
-
-from terdit_jax.errors import UserError
-from terdit_jax.training import metrics
-from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
+from tests.test_checkpoint import open_checkpoints, restored_step, state
 
 
 class full_disk:

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from golden_models import random_params, tiny_config
-from interpreted import interpreted_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,8 @@ from terdit_jax.model.embedders import rope_table
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.ternary.activations import Rows, quantize
+from tests.golden_models import random_params, tiny_config
+from tests.interpreted import interpreted_kernels
 
 B, T, D, HEADS = 2, 8, 256, 4
 BF16 = jnp.bfloat16

@@ -2,21 +2,19 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 import re
 import subprocess
 import sys
 import warnings
 
-from fuzz_data import DataFuzzer
-import fuzz_files
-from fuzz_files import Fuzzer, Loader, Outcome, damage
-import fuzz_judge
 import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
+from tests import fuzz_files, fuzz_judge
+from tests.fuzz_data import DataFuzzer
+from tests.fuzz_files import Fuzzer, Loader, Outcome, damage
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +173,8 @@ def test_a_process_that_dies_is_an_outcome(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_runs():
-    command = [sys.executable, fuzz_files.__file__, "--runs=30"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(fuzz_files.__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "tests.fuzz_files", "--runs=30"]
+    root = Path(fuzz_files.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^all +30 ", done.stdout, re.MULTILINE)

@@ -3,7 +3,6 @@
 import dataclasses
 from functools import partial
 
-from golden_models import assert_close, random_params, tiny_config
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,6 +20,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, batch_sharding
 from terdit_jax.ternary.linear import TernaryLinear
 from terdit_jax.training.step import loss_and_grads
+from tests.golden_models import assert_close, random_params, tiny_config
 
 # Two maps of each layer in the model: cut along their input (fsdp) and heads (tensor), and the other way round.
 PATHS = {("attention", "qkv"): (2, 3, 16, 32), ("attention", "out"): (2, 1, 32, 16)}

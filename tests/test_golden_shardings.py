@@ -1,13 +1,14 @@
 """Where every leaf of the 4.2B run lies, and in how many bytes, on four machines: as recorded.
 
 A change of the rules, the state or the shipped configuration's mesh that is meant is recorded by
-`PYTHONPATH=. python tests/golden_shardings.py`; the difference of the files then says what it does to each leaf.
+`python -m tests.golden_shardings`; the difference of the files then says what it does to each leaf.
 """
 
 import json
 
-from golden_shardings import CHIPS, describe, golden_file
 import pytest
+
+from tests.golden_shardings import CHIPS, describe, golden_file
 
 
 @pytest.mark.parametrize("machine", CHIPS)

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from golden_models import tiny_config
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -16,6 +15,7 @@ from terdit_jax.parallel.mesh import AXES
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.step import mean_loss
+from tests.golden_models import tiny_config
 
 SCHEDULE = linear_schedule()
 # The configuration drops most labels and flips, and the records have a mirror: held-out examples must see none of it.

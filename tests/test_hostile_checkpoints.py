@@ -4,9 +4,6 @@ import functools
 import json
 import shutil
 
-from data_formats import read_folder
-from deployed import make_workdir
-from forged_data import sign_checkpoint
 import jax
 import numpy as np
 import pytest
@@ -17,6 +14,9 @@ from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.best import BestCheckpoint
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import check_resumable, data_dir
+from tests.data_formats import read_folder
+from tests.deployed import make_workdir
+from tests.forged_data import sign_checkpoint
 
 RUN = "checkpoints/1/run/metadata"
 JUNK = [None, True, -1, 2.5, "x", "\x1b[2J", [], {}, [[]] * 3, 1 << 70, 1e999, "x" * 10_000]

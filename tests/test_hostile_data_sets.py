@@ -7,17 +7,17 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-from commands import no_flags
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from test_tfds_source import make_examples, refusal, write_data_set
 
 from terdit_jax.data import builder, reader, schema, sources
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.inspection import inspect
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError
+from tests.commands import no_flags
+from tests.test_tfds_source import make_examples, refusal, write_data_set
 
 MODULE = "a_module_of_the_attacker"
 CLASS = f"{MODULE}.Evil"

@@ -1,7 +1,5 @@
 """The FID Inception network against an implementation in PyTorch with the same random weights."""
 
-from golden_models import assert_close, nhwc
-from inception_files import random_state_dict
 import jax
 import numpy as np
 import pytest
@@ -10,13 +8,15 @@ from terdit_jax.evaluation import inception
 from terdit_jax.evaluation.inception import BLOCKS, extract, kernels, network
 from terdit_jax.evaluation.inception_weights import params_from_torch
 from terdit_jax.evaluation.resize import legacy_bilinear
+from tests.golden_models import assert_close, nhwc
+from tests.inception_files import random_state_dict
 
 
 @pytest.fixture(scope="module")
 def networks():
     """(our parameters, the PyTorch network with the same)."""
     torch = pytest.importorskip("torch")
-    from torch_inception import Network
+    from tests.torch_inception import Network
 
     arrays = random_state_dict()
     theirs = Network()

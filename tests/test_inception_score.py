@@ -1,11 +1,11 @@
 """The inception score against the ADM evaluator's and closed forms, whole and in portions."""
 
-from golden_models import golden_arrays
 import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.inception_score import InceptionScore, inception_score
+from tests.golden_models import golden_arrays
 
 
 def test_it_is_the_evaluators():

@@ -3,11 +3,9 @@
 from pathlib import Path
 import urllib.error
 
-from inception_files import random_state_dict
 import jax
 import numpy as np
 import pytest
-from torch_files import save_state_dict
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import inception_weights
@@ -19,6 +17,8 @@ from terdit_jax.evaluation.inception_weights import (
     load_inception,
     params_from_torch,
 )
+from tests.inception_files import random_state_dict
+from tests.torch_files import save_state_dict
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """The benchmark of inference says how ours stands to PyTorch's, by batch and size, whatever was measured."""
 
-from commands import no_flags
 import pytest
+
+from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.inference import _plot, table

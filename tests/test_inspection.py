@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from test_builder import ToyCodec, make_source
 
 from terdit_jax.data import builder
 from terdit_jax.data.inspection import format_report, inspect
 from terdit_jax.data.reader import open_dataset
+from tests.test_builder import ToyCodec, make_source
 
 
 @pytest.fixture(scope="module")

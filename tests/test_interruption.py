@@ -8,11 +8,11 @@ import threading
 import time
 
 import pytest
-from runs import ROOT
 
 from terdit_jax.interrupts import STATUS
 from terdit_jax.training import interruption
 from terdit_jax.training.interruption import Interruption
+from tests.runs import ROOT
 
 TERM = "SIGTERM: stops after the step under way, once the state is saved"
 INT = "Ctrl-C: stops after the step under way, once the state is saved; Ctrl-C again stops at once, without saving"

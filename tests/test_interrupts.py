@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 
-from forked import COMMANDS
 import pytest
-from runs import ROOT
 
 from terdit_jax import interrupts
+from tests.forked import COMMANDS
+from tests.runs import ROOT
 
 LINE = "error: interrupted by Ctrl-C\n"
 START = """

@@ -7,11 +7,11 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import ROOT
 
 from terdit_jax.errors import UserError
 from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.labels import check_labels
+from tests.runs import ROOT
 
 BAD = {
     "label 10 is out of range: the model has classes 0 to 9": [np.array([3, 10]), [0, 10, -1], range(8, 12)],

@@ -6,10 +6,10 @@ import sys
 import time
 
 import pytest
-from runs import ROOT, free_port
 
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.processes import read_launch
+from tests.runs import ROOT, free_port
 
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 SLURM = {

@@ -2,9 +2,6 @@
 
 import dataclasses
 
-from deployed import golden_weights, random_params, small_config, weights_of
-from golden_models import assert_close, golden_arrays, nhwc
-from interpreted import interpreted_kernels
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,6 +14,9 @@ from terdit_jax.inference.runtime import load_model
 from terdit_jax.interop.exports import export
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.mesh import make_mesh
+from tests.deployed import golden_weights, random_params, small_config, weights_of
+from tests.golden_models import assert_close, golden_arrays, nhwc
+from tests.interpreted import interpreted_kernels
 
 FLOAT32 = Numerics("float32", "float32", "float32")
 # Relative error of what a network of two layers predicts, root mean square: 8-bit numbers have steps of 2^-4 to 2^-7.

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, execute, prepare_digits, train_arguments
 
 from terdit_jax.errors import UserError
 from terdit_jax.training.lock import LOCK_FILE, WorkdirLock
+from tests.runs import ROOT, execute, prepare_digits, train_arguments
 
 HOLD = "import sys, time; from terdit_jax.training.lock import WorkdirLock\nwith WorkdirLock(sys.argv[1]):\n"
 HOLD += "    print('held', flush=True)\n    time.sleep(600)"

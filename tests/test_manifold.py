@@ -1,6 +1,5 @@
 """Precision and recall against the ADM evaluator's, against plain loops, and within bounded memory."""
 
-from golden_models import golden_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import manifold
 from terdit_jax.evaluation.manifold import precision_recall
+from tests.golden_models import golden_arrays
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from commands import no_flags
 import numpy as np
+
+from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.mode_error import NUMERICS, relative_errors, table

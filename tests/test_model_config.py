@@ -2,16 +2,16 @@
 
 import dataclasses
 
-from golden_models import tiny_config
 import jax
 import jax.numpy as jnp
 import pytest
-from traced import products
 
 from terdit_jax.config import RULES, base_config
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, count_params, forward, make_operands
+from tests.golden_models import tiny_config
+from tests.traced import products
 
 SIZES = {  # name: (hidden_size, depth, num_heads) of the published models
     "600M": (1536, 16, 32),

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-from deployed import small_config
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from terdit_jax.errors import UserError
 from terdit_jax.inference.modes import MODES, Numerics, choose_numerics
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
+from tests.deployed import small_config
 
 GPU = {"platform": "gpu", "compute_capability": "9.0", "memory_stats": lambda: {"bytes_limit": 2**37}}
 TPU = {"platform": "tpu", "memory_stats": lambda: {"bytes_limit": 2**34}}

@@ -1,6 +1,5 @@
 """The kernels equal the passes they stand for, interpreted on CPUs and as they are on Hopper GPUs."""
 
-from interpreted import interpreted_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from terdit_jax.inference import rowwise
 from terdit_jax.kernels import mosaic
 from terdit_jax.model.embedders import rope_table
+from tests.interpreted import interpreted_kernels
 
 B, T, D, HEADS = 2, 4, 256, 4
 OPERANDS = ("bfloat16", "float8_e4m3fn")

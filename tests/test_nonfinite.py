@@ -2,13 +2,10 @@
 
 from types import SimpleNamespace
 
-from deployed import random_weights, small_config, weights_of
-from golden_models import random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import SCHEDULE, jitted, random_examples
 
 from terdit_jax.config import base_config
 from terdit_jax.data.synthetic import make_synthetic
@@ -29,6 +26,9 @@ from terdit_jax.training.resume import describe_run
 from terdit_jax.training.saving import CheckpointWriter
 from terdit_jax.training.state import check_finite, init_state
 from terdit_jax.training.step import apply_gradients, global_norm, mean_loss
+from tests.deployed import random_weights, small_config, weights_of
+from tests.golden_models import random_params
+from tests.test_step import SCHEDULE, jitted, random_examples
 
 MODEL = small_config(depth=1)
 # A leaf, and what one of its numbers becomes.

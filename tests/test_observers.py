@@ -4,11 +4,11 @@ import json
 import time
 
 import pytest
-from runs import finish, prepare_digits, start, train_arguments
 
 from terdit_jax.errors import UserError
 from terdit_jax.training.heartbeat import Heartbeat, check_heartbeat
 from terdit_jax.training.profile import Steps, parse_steps
+from tests.runs import finish, prepare_digits, start, train_arguments
 
 
 def test_heartbeat_is_renewed_when_due_and_never_half_written(tmp_path, monkeypatch):

@@ -7,16 +7,16 @@ import re
 import shutil
 import time
 
-from deployed import make_workdir
 import jax
 import numpy as np
 import pytest
-from runs import FAST_COMPILATION, finish, free_port, start
 
 from terdit_jax.errors import UserError
 from terdit_jax.inference import picture_set
 from terdit_jax.inference.picture_set import digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.shards import Shards
+from tests.deployed import make_workdir
+from tests.runs import FAST_COMPILATION, finish, free_port, start
 
 
 def test_balanced_labels_take_turns():

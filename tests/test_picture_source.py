@@ -3,11 +3,11 @@
 import numpy as np
 from PIL import Image
 import pytest
-from runs import prepare_digits
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.picture_source import open_pictures
+from tests.runs import prepare_digits
 
 
 def pictures(count=11, channels=3):

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import pytest
-from runs import completed
 import tensorflow_datasets as tfds
 
 from terdit_jax.data import builder, schema, sources
@@ -13,6 +12,7 @@ from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.crop import decode_picture
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.model.vae import encode
+from tests.runs import completed
 
 ROOT = Path(__file__).parents[1]
 TINY_VAE = ROOT / "tests" / "golden" / "vae_tiny"

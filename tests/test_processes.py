@@ -14,7 +14,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import (
+
+from tests.runs import (
     ROOT,
     finish,
     finish_together,
@@ -24,7 +25,7 @@ from runs import (
     saved_run,
     start_together,
 )
-from runs import train_arguments as all_train_arguments
+from tests.runs import train_arguments as all_train_arguments
 
 ENDS_WITHIN = 120  # seconds for the others when one process is killed
 GRACE = 30  # seconds from SIGTERM to the end, which Kubernetes and Cloud TPU grant

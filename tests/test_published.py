@@ -1,7 +1,5 @@
 """A published state dict becomes our leaves and back without losing a bit; one that does not fit is named."""
 
-from deployed import VARIANTS, random_params, small_config
-from golden_models import GOLDEN, golden_config
 import jax
 import numpy as np
 import pytest
@@ -21,6 +19,8 @@ from terdit_jax.interop.published import (
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.packing import unpack, unpack_planes
+from tests.deployed import VARIANTS, random_params, small_config
+from tests.golden_models import GOLDEN, golden_config
 
 WQ = "layers.1.attention.wq.weight"
 

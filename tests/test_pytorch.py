@@ -15,8 +15,6 @@ torch = pytest.importorskip("torch")
 
 from functools import partial  # noqa: E402
 
-from deployed import VARIANTS, assert_same_leaves, random_weights, small_config  # noqa: E402
-from golden_models import GOLDEN, assert_close, golden_arrays, random_params, tiny_config  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
@@ -27,6 +25,8 @@ from terdit_jax.interop.exports import export  # noqa: E402
 from terdit_jax.interop.pytorch import TerDiT, load, sample, to_pictures  # noqa: E402
 from terdit_jax.interop.weights import consolidated_name, open_weights  # noqa: E402
 from terdit_jax.model.transformer import forward, make_operands  # noqa: E402
+from tests.deployed import VARIANTS, assert_same_leaves, random_weights, small_config  # noqa: E402
+from tests.golden_models import GOLDEN, assert_close, golden_arrays, random_params, tiny_config  # noqa: E402
 
 WQ, NORM = "layers.1.attention.wq.weight", "layers.0.ffn_norm.weight"
 

@@ -9,10 +9,10 @@ import tempfile
 import threading
 
 import pytest
-from test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401  a fixture
 
 from terdit_jax.errors import UserError
 from terdit_jax.training.checkpoint import Checkpoints
+from tests.test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401  a fixture
 
 NOBODY = 65534
 

@@ -2,15 +2,15 @@
 
 import re
 
-from deployed import VARIANTS, random_params, small_config, weights_of
 import jax
 import pytest
 from safetensors.numpy import load_file
-from test_configs import model_of
 
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.report import size_report
 from terdit_jax.model.transformer import count_params, make_operands
+from tests.deployed import VARIANTS, random_params, small_config, weights_of
+from tests.test_configs import model_of
 
 
 def table(text):

@@ -2,13 +2,11 @@
 
 from functools import partial
 
-from deployed import random_weights, small_config
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
-from runs import finish, prepare_digits, saved_run, start, train_arguments
 
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.sampler import METHODS
@@ -27,6 +25,8 @@ from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step, on_mesh
+from tests.deployed import random_weights, small_config
+from tests.runs import finish, prepare_digits, saved_run, start, train_arguments
 
 # A setting that changes draws or dtypes, as a context.
 OTHERS = {

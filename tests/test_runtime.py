@@ -4,16 +4,6 @@ import dataclasses
 from functools import partial
 import re
 
-from deployed import (
-    describe,
-    golden_weights,
-    make_workdir,
-    random_params,
-    random_weights,
-    small_config,
-    weights_of,
-)
-from golden_models import assert_close, golden_arrays, nhwc, tiny_config
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -32,6 +22,16 @@ from terdit_jax.interop.published import model_leaves
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
 from terdit_jax.ternary.linear import PackedLinear
+from tests.deployed import (
+    describe,
+    golden_weights,
+    make_workdir,
+    random_params,
+    random_weights,
+    small_config,
+    weights_of,
+)
+from tests.golden_models import assert_close, golden_arrays, nhwc, tiny_config
 
 
 @pytest.fixture

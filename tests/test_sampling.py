@@ -1,6 +1,5 @@
 """Sampling: pictures that neither batch nor mesh changes."""
 
-from golden_models import assert_close, random_params, tiny_config
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -11,6 +10,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.model.transformer import init_params, make_operands
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
+from tests.golden_models import assert_close, random_params, tiny_config
 
 
 def mesh_of(data, fsdp, tensor):

@@ -7,16 +7,16 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from faults.damages import flip
 import pytest
-from runs import ROOT
-from test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401
 
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.training import disk, loop
 from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.manifest import find_damage
+from tests.faults.damages import flip
+from tests.runs import ROOT
+from tests.test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401
 
 ITEMS = ["params", "ema_params", "rest", "run"]
 HOUSEKEEPING = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS)
@@ -204,7 +204,7 @@ def test_a_config_file_that_cannot_be_written_costs_a_line(tmp_path, caplog, spo
 FAIL = """
 import resource, sys
 from absl import app, logging
-from test_checkpoint import open_checkpoints, state
+from tests.test_checkpoint import open_checkpoints, state
 import jax.numpy as jnp
 
 def main(_):
@@ -226,7 +226,7 @@ app.run(main, argv=sys.argv[:1])
 
 
 def test_six_failed_saves_print_six_lines(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FAIL, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

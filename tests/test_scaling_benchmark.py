@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from commands import no_flags
 import pytest
 
 from terdit_jax.errors import UserError
+from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.machine import load_changed

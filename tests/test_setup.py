@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import SHRUNKEN, execute, prepare_digits, train_arguments
 
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.training.setup import set_up
+from tests.runs import SHRUNKEN, execute, prepare_digits, train_arguments
 
 
 @pytest.fixture(scope="module")

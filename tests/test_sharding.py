@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from golden_models import assert_trees_close, random_params, tiny_config
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -19,6 +18,7 @@ from terdit_jax.parallel.sharding import RULES, batch_sharding, logical_axes, pa
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.state import abstract_state, init_state
 from terdit_jax.training.step import loss_and_grads
+from tests.golden_models import assert_trees_close, random_params, tiny_config
 
 SCHEDULE = linear_schedule()
 # Eight heads and every width a multiple of eight, so that each axis can take all devices; scales near the weights' own,

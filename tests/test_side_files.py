@@ -5,12 +5,10 @@ import json
 import os
 from types import SimpleNamespace
 
-from commands import no_flags
 from etils import epath
 import jax
 import numpy as np
 import pytest
-from runs import execute, prepare_digits, train_arguments
 
 from terdit_jax.errors import UserError
 from terdit_jax.training import events, metrics
@@ -20,6 +18,8 @@ from terdit_jax.training.heartbeat import HEARTBEAT_FILE, Heartbeat
 from terdit_jax.training.lock import LOCK_FILE
 from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
 from terdit_jax.training.profile import Profiler, Steps
+from tests.commands import no_flags
+from tests.runs import execute, prepare_digits, train_arguments
 
 
 def errors(caplog):

@@ -1,6 +1,5 @@
 """The guard against loss spikes finds what a plain running mean and variance find, and changes nothing else."""
 
-from golden_models import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -13,6 +12,7 @@ from terdit_jax.training.spikes import empty_spikes, judge_loss
 from terdit_jax.training.state import init_state
 from terdit_jax.training.step import apply_gradients
 from terdit_jax.training.window import empty_sums
+from tests.golden_models import random_params, tiny_config
 
 
 def judged(losses, sigma=4.0, window=10, spikes=None):

@@ -1,7 +1,5 @@
 """A training state made from given weights: sharded, complete, and with the codes of those weights in its window."""
 
-from deployed import random_weights, small_config
-from golden_models import random_params
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -14,6 +12,8 @@ from terdit_jax.interop.weights import start_params
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import tree_shardings
 from terdit_jax.training.state import make_state, packed_codes
+from tests.deployed import random_weights, small_config
+from tests.golden_models import random_params
 
 
 def test_given_parameters_start_a_sharded_state():

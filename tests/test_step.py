@@ -2,15 +2,6 @@
 
 import dataclasses
 
-from golden_models import (
-    assert_trees_close,
-    golden_arrays,
-    golden_config,
-    golden_params,
-    nhwc,
-    random_params,
-    tiny_config,
-)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +15,15 @@ from terdit_jax.ternary.quantize import absmean_codes
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import init_state
 from terdit_jax.training.step import apply_gradients, global_norm, loss_and_grads
+from tests.golden_models import (
+    assert_trees_close,
+    golden_arrays,
+    golden_config,
+    golden_params,
+    nhwc,
+    random_params,
+    tiny_config,
+)
 
 SCHEDULE = linear_schedule()
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.streams import SteadyStream, steady_streams
+from tests.runs import ROOT
 
 WARNING = "warning: standard output cannot be written ({}): the work goes on without it"
 FULL, CLOSED, PIPE = "No space left on device", "Bad file descriptor", "Broken pipe"

@@ -1,13 +1,13 @@
 """Ways to run: what divides, what should fit, what is ranked first."""
 
 import pytest
-from runs import SHRUNKEN
-from test_compile import shipped
 
 from terdit_jax.aot.suggest import describe_suggestions, find_candidates, suggest
 from terdit_jax.aot.topology import parse_topology
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
+from tests.runs import SHRUNKEN
+from tests.test_compile import shipped
 
 
 def shrunken(**fields):

@@ -1,12 +1,12 @@
 """The matmul with SwiGLU behind it: products and function on Hopper GPUs, elsewhere that it lowers for them."""
 
-from interpreted import ON_HOPPER
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from terdit_jax.kernels.swiglu_matmul import pays, swiglu_matmul
+from tests.interpreted import ON_HOPPER
 
 SHAPES = [(384, 384, 256), (4096, 1536, 4096)]  # rows, width, hidden width
 

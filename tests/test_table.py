@@ -4,10 +4,10 @@ import json
 
 from etils import epath
 import pytest
-from runs import ROOT
 
 from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.errors import UserError
+from tests.runs import ROOT
 
 GIB = 2**30
 SPEED = {

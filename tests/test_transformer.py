@@ -4,22 +4,11 @@ import dataclasses
 from functools import partial
 
 from flax import nnx
-from golden_models import (
-    assert_close,
-    assert_trees_close,
-    golden_arrays,
-    golden_config,
-    golden_params,
-    nhwc,
-    random_params,
-    tiny_config,
-)
 import jax
 from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from traced import products
 
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.model import block
@@ -33,6 +22,17 @@ from terdit_jax.model.transformer import (
     make_operands,
     packed_bytes,
 )
+from tests.golden_models import (
+    assert_close,
+    assert_trees_close,
+    golden_arrays,
+    golden_config,
+    golden_params,
+    nhwc,
+    random_params,
+    tiny_config,
+)
+from tests.traced import products
 
 MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny")
 SIZES = {"600m": (1536, 16, 32), "4b": (3072, 32, 32), "7b": (4096, 32, 32)}

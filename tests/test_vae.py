@@ -5,7 +5,6 @@ from functools import partial
 import importlib.util
 from pathlib import Path
 
-from golden_models import GOLDEN, assert_close, golden_arrays, nhwc
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from terdit_jax.model.vae import (
     encoder_params,
 )
 from terdit_jax.model.vae_layers import downsample, group_norm, upsample
+from tests.golden_models import GOLDEN, assert_close, golden_arrays, nhwc
 
 SMALL = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 jit_encode = jax.jit(encode, static_argnums=(0, 3))

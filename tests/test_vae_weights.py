@@ -8,16 +8,16 @@ import shutil
 import sys
 import types
 
-from golden_models import GOLDEN
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from torch_files import save_state_dict
 
 from terdit_jax.errors import UserError
 from terdit_jax.interop.vae_weights import CONFIG, SAFETENSORS, TORCH, load_vae, parse_config, vae_identity
 from terdit_jax.model.vae import VAEConfig, abstract_params
+from tests.golden_models import GOLDEN
+from tests.torch_files import save_state_dict
 
 TINY = GOLDEN / "vae_tiny"
 QUERY, PROJECTION = "encoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.to_out.0.weight"

@@ -1,16 +1,5 @@
 """Whatever a path holds is opened as what it is, the right file of several, and says in one line why it cannot be."""
 
-from deployed import (
-    assert_same_leaves,
-    describe,
-    golden_weights,
-    make_workdir,
-    random_params,
-    random_weights,
-    small_config,
-    weights_of,
-)
-from golden_models import GOLDEN
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +12,17 @@ from terdit_jax.interop.published import model_leaves, params_leaves, params_tre
 from terdit_jax.interop.weights import MODEL_ARGS, consolidated_name, master_params, open_weights, packed_leaves
 from terdit_jax.ternary.packing import pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
+from tests.deployed import (
+    assert_same_leaves,
+    describe,
+    golden_weights,
+    make_workdir,
+    random_params,
+    random_weights,
+    small_config,
+    weights_of,
+)
+from tests.golden_models import GOLDEN
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,12 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 
-from .cases import CASES  # noqa: E402
-from .damages import DAMAGES, HALF_WRITTEN  # noqa: E402
+from tests.faults.cases import CASES  # noqa: E402
+from tests.faults.damages import DAMAGES, HALF_WRITTEN  # noqa: E402
 
 
 def main() -> int:

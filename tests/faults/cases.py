@@ -13,7 +13,8 @@ import signal
 import subprocess
 import time
 
-from runs import (
+from tests.faults.damages import DAMAGES, HALF_WRITTEN, MANIFEST
+from tests.runs import (
     assert_same_run,
     finish_together,
     metrics_without_timing,
@@ -21,8 +22,6 @@ from runs import (
     start_together,
     train_arguments,
 )
-
-from .damages import DAMAGES, HALF_WRITTEN, MANIFEST
 
 GRACE_SECONDS = 120  # in which the survivors of a killed process must have ended
 

@@ -17,11 +17,8 @@ import time
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from runs import finish, prepare_digits, start, train_arguments  # noqa: E402
-
-from .__main__ import describe_machine  # noqa: E402
+from tests.faults.__main__ import describe_machine  # noqa: E402
+from tests.runs import finish, prepare_digits, start, train_arguments  # noqa: E402
 
 SECONDS_BETWEEN_SAMPLES = 5
 WARM_UP = 0.2  # share of the samples
