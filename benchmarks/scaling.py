@@ -6,7 +6,7 @@ python -m benchmarks.scaling --devices=1,2,4 --at_once=8 --output=scaling.json \
 
 - `--configs`, path[@FIELD=VALUE...]:batch a device[:remat[:layout+layout[:gather+gather]]] each: the training step on
   each number of devices, with copied parameters (`data`) and with cut ones (`fsdp`) for each gather, the batch a device
-  the same. Bytes are read from the compiled program (`terdit_jax.parallel.collectives`): what one device sends, of
+  the same. Bytes are read from the compiled program (`terdit_jax.aot.collectives`): what one device sends, of
   weights gathered and of gradients reduced. "Beyond one device" is the share of a step that one device with the same
   batch does not need: what communication costs after all that is hidden, less what FSDP saves by updating a part of
   the parameters.

@@ -16,12 +16,12 @@ import numpy as np
 
 from benchmarks.machine import load_changed
 from benchmarks.random_codes import random_operands
+from terdit_jax.aot.collectives import Collective, read_collectives, sent_bytes
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.inference.lean import bind_schedule, make_lean_operands
 from terdit_jax.inference.modes import choose_numerics
 from terdit_jax.inference.sampling import draw_all, make_draw
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.parallel.collectives import Collective, read_collectives, sent_bytes
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding
 from terdit_jax.training.optimizer import make_optimizer

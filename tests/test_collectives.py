@@ -7,7 +7,7 @@ from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from terdit_jax.parallel.collectives import mesh_axes, read_collectives, sent_bytes
+from terdit_jax.aot.collectives import mesh_axes, read_collectives, sent_bytes
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from terdit_jax.aot.collectives import mesh_axes, read_collectives, sent_bytes
 from terdit_jax.aot.program import activation_bytes
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.model.transformer import abstract_params, count_params, make_operands
-from terdit_jax.parallel.collectives import mesh_axes, read_collectives, sent_bytes
 from terdit_jax.parallel.gather import GatheredLinear, gather_operands
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, batch_sharding

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from terdit_jax.parallel.hlo import Array, dtype_bits, read_instruction, split_computations, trip_counts
+from terdit_jax.aot.hlo import Array, dtype_bits, read_instruction, split_computations, trip_counts
 
 
 def test_an_instruction_of_a_tpu_program():

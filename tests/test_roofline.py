@@ -2,10 +2,10 @@
 
 import pytest
 
+from terdit_jax.aot.collectives import Collective
 from terdit_jax.aot.costs import Costs
 from terdit_jax.aot.roofline import Roofline, make_roofline
 from terdit_jax.aot.topology import parse_topology
-from terdit_jax.parallel.collectives import Collective
 
 GROUP = ((0, 1, 2, 3, 4, 5, 6, 7),)
 

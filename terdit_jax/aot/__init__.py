@@ -1,1 +1,1 @@
-"""Programs compiled for machines that are not here: what they need, what they send, how fast they could be."""
+"""Programs compiled ahead of time, also for machines that are not here: what they hold, send, and at best cost."""

@@ -9,7 +9,7 @@ import json
 import math
 import re
 
-from terdit_jax.parallel.hlo import (
+from terdit_jax.aot.hlo import (
     Array,
     Instruction,
     read_instruction,

@@ -5,9 +5,9 @@ rates of data sheets, each at its peak and nothing lost between them. No program
 from collections.abc import Iterable
 import dataclasses
 
+from terdit_jax.aot.collectives import Collective
 from terdit_jax.aot.costs import Costs
 from terdit_jax.aot.topology import Topology
-from terdit_jax.parallel.collectives import Collective
 
 ASSUMPTIONS = (
     "matrix products run at the data sheet's dense peak of their dtype; float32 ones as six passes of bfloat16 "

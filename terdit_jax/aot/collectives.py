@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from terdit_jax.parallel.hlo import Array, read_arrays, search, split_computations, trip_counts
+from terdit_jax.aot.hlo import Array, read_arrays, search, split_computations, trip_counts
 
 Groups = tuple[tuple[int, ...], ...]
 
