@@ -26,16 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from terdit_jax.checkpoints.manifest import write_manifest
+from terdit_jax.checkpoints.writer import CheckpointWriter, save_arguments
 from terdit_jax.config_file import define_config, read_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, count_params, packed_bytes
 from terdit_jax.paths import define_path
-from terdit_jax.training.manifest import write_manifest
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.resume import describe_run
-from terdit_jax.training.saving import CheckpointWriter, save_arguments
 from terdit_jax.training.state import init_state
 
 _CONFIG = define_config("A ternary configuration.")

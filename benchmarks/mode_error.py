@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError, run_command
@@ -35,7 +36,6 @@ from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.paths import define_path
-from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.versions import versions
 
 _WORKDIR = define_path("workdir", None, "Run of a ternary model on a data set of pictures.")

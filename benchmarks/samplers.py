@@ -34,6 +34,7 @@ import numpy as np
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule, respace
@@ -46,7 +47,6 @@ from terdit_jax.evaluation.proxy import sample_labels
 from terdit_jax.evaluation.statistics import Moments, Statistics, statistics
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.paths import define_path
-from terdit_jax.training.checkpoint import Checkpoints
 
 _PARTS = flags.DEFINE_list("parts", "line,digits_mixture,digits", "What to measure.")
 _WORKDIR = define_path("workdir", "runs/digits", "Run of configs/digits.py, for the part digits.")

@@ -15,6 +15,7 @@ from etils import epath
 import jax
 import numpy as np
 
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config import base_config
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
@@ -44,7 +45,6 @@ from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, refuse_unuse
 from terdit_jax.parallel.mesh import local_mesh, make_mesh
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
-from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import data_dir
 from terdit_jax.untrusted import load_arrays
 from terdit_jax.versions import versions

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from terdit_jax.aot.table import make_tables
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config import base_config, validate
 from terdit_jax.config_file import load_config
 from terdit_jax.data import builder, reader, sources
@@ -35,7 +36,6 @@ from terdit_jax.evaluation.picture_source import open_pictures
 from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.interop.weights import open_weights
-from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import check_resumable
 from tests.commands import no_flags
 from tests.deployed import make_workdir

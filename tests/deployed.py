@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import base_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.description import Description, architecture
@@ -15,7 +16,6 @@ from terdit_jax.interop.published import StateDict, model_leaves, params_leaves,
 from terdit_jax.interop.weights import Weights
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.training.resume import describe_run
-from terdit_jax.training.saving import CheckpointWriter
 from tests.golden_models import GOLDEN, golden_config, random_params, tiny_config
 
 # Every choice that gives tensors other names, shapes or meanings.

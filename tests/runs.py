@@ -18,13 +18,13 @@ from typing import IO
 import jax
 import numpy as np
 
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config import base_config
 from terdit_jax.data.builder import build
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.sources import make_digits_source
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.mesh import make_mesh
-from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import abstract_state
 from tests.forked import python_on_path

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint
 from terdit_jax.config import base_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.weights import open_weights
-from terdit_jax.training.best import FOLDER, BestCheckpoint
 from terdit_jax.training.resume import describe_run
 from tests.deployed import random_params, small_config
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.checkpoints.manifest import find_damage
+from terdit_jax.checkpoints.reader import Checkpoints
+from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import params_leaves
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import AXES
-from terdit_jax.training.checkpoint import Checkpoints
-from terdit_jax.training.manifest import find_damage
-from terdit_jax.training.saving import CheckpointWriter
 from tests.deployed import make_workdir
 from tests.faults.damages import DAMAGES, MANIFEST, half_write
 

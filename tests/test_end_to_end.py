@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from terdit_jax.training.manifest import MANIFEST
+from terdit_jax.checkpoints.manifest import MANIFEST
 from tests.runs import (
     assert_same_run,
     execute,

@@ -83,7 +83,7 @@ def test_a_manifest_that_is_not_looked_at_is_noticed(data_fuzzer, monkeypatch):
     described = dataclasses.replace(workdir, victims=("checkpoints/1/run/metadata",))
     monkeypatch.setattr(data_fuzzer, "_formats", [described])
     monkeypatch.setattr(data_fuzzer, "_shares", np.ones(1))
-    monkeypatch.setattr("terdit_jax.training.checkpoint.find_damage", lambda step, items: None)
+    monkeypatch.setattr("terdit_jax.checkpoints.reader.find_damage", lambda step, items: None)
     assert any("it loaded, where only 'same' is sound" in message for message in failures(data_fuzzer, 100))
 
 

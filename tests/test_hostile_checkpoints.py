@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from terdit_jax.checkpoints.best import BestCheckpoint
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.interop.weights import open_weights
-from terdit_jax.training.best import BestCheckpoint
-from terdit_jax.training.checkpoint import Checkpoints
 from terdit_jax.training.resume import check_resumable, data_dir
 from tests.data_formats import read_folder
 from tests.deployed import make_workdir

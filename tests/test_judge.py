@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from terdit_jax.checkpoints.best import FOLDER
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import judge as judge_module
 from terdit_jax.evaluation.judge import make_proxy_judge, read_pictures
 from terdit_jax.interop.weights import open_weights
-from terdit_jax.training.best import FOLDER
 from tests.runs import (
     assert_same_run,
     execute,

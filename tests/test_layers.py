@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "terdit_jax"
 LAYERS = (
-    "ternary", "kernels", "diffusion", "parallel", "model", "data", "training", "interop", "inference", "evaluation",
-    "aot",
+    "ternary", "kernels", "diffusion", "parallel", "model", "data", "checkpoints", "training", "interop", "inference",
+    "evaluation", "aot",
 )  # fmt: skip
 # Imported by anyone, and by those after them.
 FOUNDATIONS = (

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
+from terdit_jax.checkpoints.lock import LOCK_FILE, WorkdirLock
 from terdit_jax.errors import UserError
-from terdit_jax.training.lock import LOCK_FILE, WorkdirLock
 from tests.runs import ROOT, execute, prepare_digits, train_arguments
 
-HOLD = "import sys, time; from terdit_jax.training.lock import WorkdirLock\nwith WorkdirLock(sys.argv[1]):\n"
+HOLD = "import sys, time; from terdit_jax.checkpoints.lock import WorkdirLock\nwith WorkdirLock(sys.argv[1]):\n"
 HOLD += "    print('held', flush=True)\n    time.sleep(600)"
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import base_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
@@ -23,7 +24,6 @@ from terdit_jax.model.transformer import make_operands
 from terdit_jax.training.loop import _Run
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.resume import describe_run
-from terdit_jax.training.saving import CheckpointWriter
 from terdit_jax.training.state import check_finite, init_state
 from terdit_jax.training.step import apply_gradients, global_norm, mean_loss
 from tests.deployed import random_weights, small_config, weights_of

@@ -179,7 +179,7 @@ def test_processes_prepare_and_sample_together(places, tmp_path, processes):
 @pytest.mark.slow
 def test_a_refusal_reaches_every_process(places, tmp_path):
     """The first process finds the workdir in use and ends with status 2; the others do not wait for it for ever."""
-    from terdit_jax.training.lock import WorkdirLock
+    from terdit_jax.checkpoints.lock import WorkdirLock
 
     data, cache, _ = places
     with WorkdirLock(tmp_path):

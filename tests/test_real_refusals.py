@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.errors import UserError
-from terdit_jax.training.checkpoint import Checkpoints
 from tests.test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401  a fixture
 
 NOBODY = 65534

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.manifest import find_damage
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
-from terdit_jax.training import disk, loop
-from terdit_jax.training.checkpoint import Checkpoints
-from terdit_jax.training.manifest import find_damage
+from terdit_jax.training import loop
 from tests.faults.damages import flip
 from tests.runs import ROOT
 from tests.test_checkpoint import open_checkpoints, restored_step, saved, state, target  # noqa: F401

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+from terdit_jax.checkpoints.best import open_best
+from terdit_jax.checkpoints.lock import LOCK_FILE
 from terdit_jax.errors import UserError
 from terdit_jax.training import events, metrics
-from terdit_jax.training.best import open_best
 from terdit_jax.training.goodput import GOODPUT_FILE
 from terdit_jax.training.heartbeat import HEARTBEAT_FILE, Heartbeat
-from terdit_jax.training.lock import LOCK_FILE
 from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
 from terdit_jax.training.profile import Profiler, Steps
 from tests.commands import no_flags

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from terdit_jax.checkpoints.best import Judge, Judgement
 from terdit_jax.data.reader import Dataset
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.evaluation.proxy import Pictures, classifier_steps, proxy_metrics, sample_labels
-from terdit_jax.training.best import Judge, Judgement
 
 DrawPictures = Callable[[dict, np.ndarray], np.ndarray]  # EMA parameters, labels (N,) -> (N, H, W, C) in [-1, 1]
 

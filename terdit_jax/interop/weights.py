@@ -13,6 +13,7 @@ from etils import epath
 import jax
 import numpy as np
 
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.errors import UserError
 from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
 from terdit_jax.interop.description import Description, check_architecture, describe_published, describe_run
@@ -32,7 +33,6 @@ from terdit_jax.model.transformer import abstract_params
 from terdit_jax.paths import as_path, local_path
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
-from terdit_jax.training.checkpoint import Checkpoints
 
 # What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
 # not the size of the pictures (512 px may start from 256 px) nor what training alone reads.

@@ -12,8 +12,8 @@ import time
 from absl import logging
 from etils import epath
 
+from terdit_jax.checkpoints import disk
 from terdit_jax.files import set_aside, write_json
-from terdit_jax.training import disk
 from terdit_jax.training.metrics import format_duration
 
 GOODPUT_FILE = "goodput.json"

@@ -16,6 +16,10 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.best import FOLDER, Judge, open_best
+from terdit_jax.checkpoints.lock import WorkdirLock
+from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.data.reader import heldout_batches
 from terdit_jax.errors import UserError, end_if_one_of_several, going_on
 from terdit_jax.files import refusing, write_json
@@ -23,20 +27,16 @@ from terdit_jax.model.transformer import abstract_params, activation_rms, count_
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_shards, local_block
 from terdit_jax.reproducible import pinned
-from terdit_jax.training import disk
 from terdit_jax.training.batches import device_batches, to_devices
-from terdit_jax.training.best import FOLDER, Judge, open_best
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.interruption import Interruption
-from terdit_jax.training.lock import WorkdirLock
 from terdit_jax.training.metrics import MetricsWriter, Stopwatch, format_duration
 from terdit_jax.training.observers import Observers
 from terdit_jax.training.optimizer import learning_rate_schedule
 from terdit_jax.training.profile import FOLDER as PROFILE_FOLDER
 from terdit_jax.training.profile import Steps
 from terdit_jax.training.resume import check_resumable, describe_run
-from terdit_jax.training.saving import CheckpointWriter
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State, abstract_state, check_finite, make_state, packed_codes
 from terdit_jax.training.step import make_train_step, on_mesh

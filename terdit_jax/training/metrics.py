@@ -13,9 +13,9 @@ from absl import logging
 from etils import epath
 import numpy as np
 
+from terdit_jax.checkpoints import disk
 from terdit_jax.files import set_aside, write_text
 from terdit_jax.paths import is_remote
-from terdit_jax.training import disk
 from terdit_jax.training.events import Events
 
 METRICS_FILE = "metrics.jsonl"

@@ -1,6 +1,6 @@
 """The training state: a nested dict of everything that the next step depends on, and its shardings.
 
-Saving it is `checkpoint`'s; `step` maps one state to the next.
+`checkpoints` saves it; `step` maps one state to the next.
 """
 
 import jax

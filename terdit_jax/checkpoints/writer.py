@@ -17,11 +17,11 @@ import jax
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
+from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.manifest import write_manifest
+from terdit_jax.checkpoints.reader import ITEMS, RUN, Checkpoints, is_half_written
 from terdit_jax.errors import UserError
 from terdit_jax.files import set_aside
-from terdit_jax.training import disk
-from terdit_jax.training.checkpoint import ITEMS, RUN, Checkpoints, is_half_written
-from terdit_jax.training.manifest import write_manifest
 
 DAMAGED = "damaged_checkpoints"
 _CLEAR_SECONDS = 5

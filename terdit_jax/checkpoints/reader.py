@@ -1,7 +1,7 @@
-"""Checkpoints, read: verified by SHA-256 and never trusted blindly.
+"""Reads checkpoints: verified by SHA-256 and never trusted blindly.
 
-The newest sound one is used, the ones passed over are named in a loud line each. Nothing is moved or deleted here:
-`saving` does that. What the state means belongs to `state`.
+The newest sound one is used, and each one passed over is named in a loud line. Nothing is moved or deleted here:
+`writer` does that. What the state means belongs to `training.state`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.manifest import find_damage
 from terdit_jax.errors import UserError
 from terdit_jax.paths import absolute, as_path, is_remote
-from terdit_jax.training import disk
-from terdit_jax.training.manifest import find_damage
 
 RUN = "run"
 # Items of a checkpoint: sampling reads one of the first two and leaves the rest on disk.

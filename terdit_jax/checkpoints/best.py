@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.errors import UserError
-from terdit_jax.training.saving import CheckpointWriter
 from terdit_jax.untrusted import is_number
 
 FOLDER = "best"
