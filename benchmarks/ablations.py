@@ -30,8 +30,8 @@ from benchmarks.machine import locked, on_devices
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import Classifier, make_classifier, train_classifier
-from terdit_jax.evaluation.judge import read_pictures
-from terdit_jax.evaluation.proxy import Pictures, classifier_steps, proxy_metrics, sample_labels
+from terdit_jax.evaluation.judge import read_images
+from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
 from terdit_jax.inference.contact_sheet import make_contact_sheet
 from terdit_jax.inference.pictures import save_png, to_uint8
 from terdit_jax.inference.runtime import Denoiser, place_operands
@@ -227,13 +227,13 @@ def make_judge():
     """A function from a model to its scores and ten of its pictures; the classifier is trained once for all."""
     dataset = open_dataset(_DATA.value)
     num_classes = dataset.metadata.num_classes
-    train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
+    train, heldout = (read_images(dataset, split) for split in ("train", "heldout"))
     classifier = _shared_classifier(train, num_classes)
     labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
     shown = np.searchsorted(labels, np.arange(num_classes)).clip(max=len(labels) - 1)
 
     def judge(model: Denoiser) -> tuple[dict, np.ndarray]:
-        samples = Pictures(np.clip(model.draw(labels, seed=0), -1, 1), labels)
+        samples = LabelledImages(np.clip(model.draw(labels, seed=0), -1, 1), labels)
         scores = proxy_metrics(train, heldout, samples, num_classes, classifier=classifier)
         keep = ("frechet_distance", "frechet_distance_floor", "frechet_ratio", "agreement")
         return {name: scores[f"classifier_{name}"] for name in keep}, to_uint8(samples.images[shown])
@@ -241,7 +241,7 @@ def make_judge():
     return judge
 
 
-def _shared_classifier(train: Pictures, num_classes: int) -> Classifier:
+def _shared_classifier(train: LabelledImages, num_classes: int) -> Classifier:
     """Trained by the first who asks: two trainings on a GPU do not give the same bits."""
     path = pathlib.Path(_FOLDER.value) / "classifier.msgpack"
     with locked(f"{path}.lock"):

@@ -25,9 +25,9 @@ import numpy as np
 
 from terdit_jax.errors import run_command
 from terdit_jax.evaluation import inception
-from terdit_jax.evaluation.features import FeatureNetwork, PictureFeatures, collect_features
+from terdit_jax.evaluation.features import FeatureNetwork, ImageFeatures, collect_features
+from terdit_jax.evaluation.image_source import ImageSource
 from terdit_jax.evaluation.manifold import precision_recall
-from terdit_jax.evaluation.picture_source import PictureSource
 from terdit_jax.evaluation.statistics import Moments
 from terdit_jax.evaluation.suite import Reference, feature_statistics, inception_extract, suite_metrics
 from terdit_jax.parallel.mesh import local_mesh
@@ -105,7 +105,7 @@ def measure(network: FeatureNetwork, size: Size, mesh: Mesh) -> list[dict[str, A
     return rows
 
 
-def random_pictures(count: int, side: int) -> PictureSource:
+def random_pictures(count: int, side: int) -> ImageSource:
     """A source that costs next to nothing to read."""
     distinct = np.random.default_rng(0).integers(0, 256, (min(count, _DISTINCT), side, side, 3), np.uint8)
 
@@ -113,7 +113,7 @@ def random_pictures(count: int, side: int) -> PictureSource:
         for start in range(first, stop, size):
             yield distinct[np.arange(start, min(start + size, stop)) % len(distinct)]
 
-    return PictureSource("random", count, (side, side, 3), stream)
+    return ImageSource("random", count, (side, side, 3), stream)
 
 
 def random_params() -> dict:
@@ -137,7 +137,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def _alike(features: PictureFeatures, seed: int) -> PictureFeatures:
+def _alike(features: ImageFeatures, seed: int) -> ImageFeatures:
     """As many features of other pictures: each column's values in another order, with a little noise."""
     rng, moments = np.random.default_rng(seed), {}
     pool = features.pool[rng.permutation(len(features.pool))]
@@ -145,7 +145,7 @@ def _alike(features: PictureFeatures, seed: int) -> PictureFeatures:
     for name, ours in features.moments.items():
         count, width = ours.count, len(ours.mean)
         moments[name] = Moments(width).add(pool) if name == "pool" else Moments.of(count, ours.mean + 0.1, ours.scatter)
-    return PictureFeatures(pool, moments)
+    return ImageFeatures(pool, moments)
 
 
 def _memory(weights: int, resident: int) -> dict[str, float]:

@@ -28,8 +28,8 @@ from terdit_jax.data.reader import open_dataset
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import train_classifier
-from terdit_jax.evaluation.judge import read_pictures
-from terdit_jax.evaluation.proxy import Pictures, classifier_steps, proxy_metrics, sample_labels
+from terdit_jax.evaluation.judge import read_images
+from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
 from terdit_jax.inference.lean import lean_forward, make_lean_operands
 from terdit_jax.inference.modes import Numerics
 from terdit_jax.inference.runtime import Denoiser, place_operands
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     packed = load_packed(_WORKDIR.value)
     dataset = open_dataset(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
-    train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
+    train, heldout = (read_images(dataset, split) for split in ("train", "heldout"))
     classifier = train_classifier(
         train.images, train.labels, dataset.metadata.num_classes, 0, classifier_steps(len(train.images))
     )
@@ -125,7 +125,7 @@ def in_numbers(packed: Denoiser, numerics: Numerics) -> Denoiser:
     return dataclasses.replace(packed, config=config, numerics=numerics, operands=operands)
 
 
-def predictions(model: Denoiser, heldout: Pictures) -> np.ndarray:
+def predictions(model: Denoiser, heldout: LabelledImages) -> np.ndarray:
     """(timesteps, B, H, W, C) eps of held-out pictures, from the same noise for every model."""
     images, labels = (jnp.asarray(array[: _NUM_NOISED.value]) for array in heldout)
     schedule, made = linear_schedule(), []
@@ -139,12 +139,12 @@ def predictions(model: Denoiser, heldout: Pictures) -> np.ndarray:
     return np.stack(made)
 
 
-def draw_sets(model: Denoiser, labels: np.ndarray) -> Iterator[Pictures]:
+def draw_sets(model: Denoiser, labels: np.ndarray) -> Iterator[LabelledImages]:
     """The same sets for every model: further pictures of one seed, independent and compiled for once."""
     for first in range(0, _NUM_SETS.value * len(labels), len(labels)):
         with matmul_precision(model.numerics):
             images = model.draw(labels, seed=0, first=first, batch_size=_BATCH_SIZE.value)
-        yield Pictures(np.clip(images, -1, 1), labels)
+        yield LabelledImages(np.clip(images, -1, 1), labels)
 
 
 def matmul_precision(numerics: Numerics) -> contextlib.AbstractContextManager:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from benchmarks.random_latents import WRITER_OPTIONS
 from terdit_jax.data import builder, schema
-from terdit_jax.data.crop import decode_picture
+from terdit_jax.data.crop import decode_crop
 from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.tar_source import make_tar_source
 from terdit_jax.errors import run_command
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
 def decode(jpegs: list[bytes]) -> None:
     """From the bytes to the crops, in one thread."""
     for index in range(_PICTURES.value):
-        decode_picture(jpegs[index % len(jpegs)], _IMAGE_SIZE.value, 3)
+        decode_crop(jpegs[index % len(jpegs)], _IMAGE_SIZE.value, 3)
 
 
 def write(path: pathlib.Path) -> None:
@@ -121,7 +121,7 @@ def prepare(jpegs: list[bytes], path: pathlib.Path) -> None:
         shape=(size, size, 3),
         class_names=("noise",),
         splits={"train": items, "heldout": items[:1]},
-        load=lambda item: (decode_picture(jpegs[int(item.source_id) % len(jpegs)], size, 3), item.label),
+        load=lambda item: (decode_crop(jpegs[int(item.source_id) % len(jpegs)], size, 3), item.label),
     )
     builder.build(source, path, codec=FreeCodec(size), mirror=True, report=lambda line: None)
 

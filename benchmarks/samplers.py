@@ -42,7 +42,7 @@ from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.evaluation.frechet import frechet_distance
-from terdit_jax.evaluation.judge import read_pictures
+from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.proxy import sample_labels
 from terdit_jax.evaluation.statistics import Moments, Statistics, statistics
 from terdit_jax.inference.runtime import load_model
@@ -241,7 +241,7 @@ def _digits_mixture(measure: Measure) -> None:
 
 def _digits(measure: Measure) -> None:
     dataset = open_dataset(Checkpoints(_WORKDIR.value).newest_run()["config"]["data"]["dir"])
-    train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
+    train, heldout = (read_images(dataset, split) for split in ("train", "heldout"))
     classifier = train_classifier(train.images, train.labels, dataset.metadata.num_classes)
     reference = statistics(classifier.features(np.concatenate([train.images, heldout.images])))
     wanted = sample_labels(np.concatenate([train.labels, heldout.labels]), _NUM_SAMPLES.value)

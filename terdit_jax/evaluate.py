@@ -1,4 +1,4 @@
-"""The command that scores pictures: against a reference by the ADM suite, or by a classifier trained on a run's data.
+"""The command that scores images: against a reference by the ADM suite, or by a classifier trained on a run's data.
 
 python -m terdit_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --output=metrics.json
 python -m terdit_jax.evaluate --reference=data/cifar10 --save_reference=cifar10.npz
@@ -21,9 +21,9 @@ from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
-from terdit_jax.evaluation.judge import read_pictures
-from terdit_jax.evaluation.picture_source import PictureSource, open_pictures
-from terdit_jax.evaluation.proxy import Pictures, check_samples, proxy_metrics, sample_labels
+from terdit_jax.evaluation.image_source import ImageSource, open_images
+from terdit_jax.evaluation.judge import read_images
+from terdit_jax.evaluation.proxy import LabelledImages, check_samples, proxy_metrics, sample_labels
 from terdit_jax.evaluation.reference import save_reference, stored_indices
 from terdit_jax.evaluation.statistics import Statistics
 from terdit_jax.evaluation.suite import (
@@ -54,13 +54,13 @@ _DRAWN_AT_ONCE = 256
 
 _WORKDIR = define_path("workdir", None, "Directory of the run that a classifier of its data judges.")
 _SAMPLES = define_path(
-    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of pictures, or workdir of a run that draws them."
+    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of images, or workdir of a run that draws them."
 )
-_REFERENCE = define_path("reference", None, "npz of statistics or pictures, folder of pictures, or data set.")
+_REFERENCE = define_path("reference", None, "npz of statistics or images, folder of images, or data set.")
 _SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the reference's statistics.")
 _INCEPTION = define_path("inception", None, "Weights of Inception, a .pth; fetched if not given.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Pictures a device looks at at once.", 1, MAX_BATCH)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Pictures to draw.", 2, MAX_IMAGES)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Images a device looks at at once.", 1, MAX_BATCH)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Images to draw.", 2, MAX_IMAGES)
 _CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS)
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's own if not given.")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     elif _WORKDIR.value:
         _judge_by_classifier()
     elif _SAMPLES.value or _SAVE_REFERENCE.value:
-        raise UserError("--reference is missing: name an npz of statistics, a folder of pictures, or a data set")
+        raise UserError("--reference is missing: name an npz of statistics, a folder of images, or a data set")
     else:
         raise UserError("--workdir is missing: name the directory of a run, such as --workdir=runs/digits")
 
@@ -104,13 +104,13 @@ def _judge_by_suite() -> None:
     initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
     stored = find_reference(_REFERENCE.value)
-    if _SAVE_REFERENCE.value and stored.pictures is None:
-        raise UserError(f"--save_reference needs pictures, and {stored.name} holds statistics alone")
+    if _SAVE_REFERENCE.value and stored.images is None:
+        raise UserError(f"--save_reference needs images, and {stored.name} holds statistics alone")
     samples = check_count(_open_samples(samples_path)) if samples_path else None
     network = inception_network(_INCEPTION.value)
     reference = look_at(stored, network, mesh, _BATCH_SIZE.value, _say)
     if _SAVE_REFERENCE.value and jax.process_index() == 0:
-        _write_reference(reference.statistics, stored.pictures)
+        _write_reference(reference.statistics, stored.images)
     if samples is None:
         return
     features = collect_features(network, samples, mesh, _BATCH_SIZE.value, _say)
@@ -130,15 +130,15 @@ def _judge_by_suite() -> None:
         epath.Path(_OUTPUT.value), {**metrics, **facts, "flags": {flag.name: flag.value for flag in flag_values}}
     )
     if reference.pool is None:
-        print(f"{reference.name} holds no pictures, so there is no precision and no recall")
+        print(f"{reference.name} holds no images, so there is no precision and no recall")
     if samples.count != PUBLISHED_COUNT:
-        print(f"of {samples.count:,} pictures: compare with figures of as many only, published ones are of 50,000")
+        print(f"of {samples.count:,} images: compare with figures of as many only, published ones are of 50,000")
     print(f"written to {_OUTPUT.value}")
 
 
-def _open_samples(path: str) -> PictureSource:
+def _open_samples(path: str) -> ImageSource:
     if not (epath.Path(path) / "checkpoints").is_dir():
-        return open_pictures(path)
+        return open_images(path)
     vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(path, mesh=local_mesh(), ema=_WEIGHTS.value == "ema")
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
@@ -153,16 +153,16 @@ def _open_samples(path: str) -> PictureSource:
             images = model.draw(
                 of_portion, first=start, method=_METHOD.value, batch_size=min(size, _DRAWN_AT_ONCE), **options
             )
-            pictures = to_uint8(images)
-            yield pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
+            images = to_uint8(images)
+            yield images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
 
     side = model.config.input_size * (vae[0].downsampling if vae else 1)
-    return PictureSource(path, len(labels), (side, side, 3), stream)
+    return ImageSource(path, len(labels), (side, side, 3), stream)
 
 
-def _write_reference(statistics: dict[str, Statistics], source: PictureSource) -> None:
+def _write_reference(statistics: dict[str, Statistics], source: ImageSource) -> None:
     save_reference(_SAVE_REFERENCE.value, statistics, source.take(stored_indices(source.count)))
-    print(f"reference of {source.count:,} pictures written to {_SAVE_REFERENCE.value}")
+    print(f"reference of {source.count:,} images written to {_SAVE_REFERENCE.value}")
 
 
 def _judge_by_classifier() -> None:
@@ -172,9 +172,9 @@ def _judge_by_classifier() -> None:
         refuse_unused([flag for flag in _HOW_TO_DRAW if flag is not _SEED], "beside --samples: those are judged")
     output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)
     check_output(output, replace=not _OUTPUT.value)
-    dataset = _open_pictures(_find_data(_WORKDIR.value))
+    dataset = _open_images(_find_data(_WORKDIR.value))
     samples = _load_samples(_SAMPLES.value, dataset) if _SAMPLES.value else None
-    train, heldout = (read_pictures(dataset, split) for split in ("train", "heldout"))
+    train, heldout = (read_images(dataset, split) for split in ("train", "heldout"))
     if samples is None:
         size = 8 * int(np.prod(dataset.metadata.shape))  # bytes of an image, and of what is computed of it
         check_host(size * _NUM_SAMPLES.value, f"--num_samples={_NUM_SAMPLES.value}", "draw fewer")
@@ -183,9 +183,9 @@ def _judge_by_classifier() -> None:
         images = model.draw(
             labels, seed=_SEED.value, num_steps=_NUM_STEPS.value, cfg_scale=_CFG_SCALE.value, method=_METHOD.value
         )
-        samples = Pictures(images, labels)
-    # Minutes on a CPU where pictures are many.
-    print(f"training a classifier of {len(train.labels):,} pictures to judge {len(samples.labels):,} by", flush=True)
+        samples = LabelledImages(images, labels)
+    # Minutes on a CPU where images are many.
+    print(f"training a classifier of {len(train.labels):,} images to judge {len(samples.labels):,} by", flush=True)
     metrics = proxy_metrics(train, heldout, samples, dataset.metadata.num_classes, _SEED.value)
 
     for name, value in metrics.items():
@@ -204,22 +204,22 @@ def _find_data(workdir: str) -> str:
     return data_dir(run, workdir)
 
 
-def _open_pictures(path: str) -> Dataset:
+def _open_images(path: str) -> Dataset:
     dataset = open_dataset(path)
     if dataset.metadata.codec != "none":
-        raise UserError(f"{path} holds latents ({dataset.metadata.codec}): the classifier judges data sets of pictures")
+        raise UserError(f"{path} holds latents ({dataset.metadata.codec}): the classifier judges data sets of images")
     return dataset
 
 
-def _load_samples(path: str, dataset: Dataset) -> Pictures:
+def _load_samples(path: str, dataset: Dataset) -> LabelledImages:
     shape, prefix = dataset.metadata.shape, f"--samples={path}: "
     arrays = load_arrays(path, ("arr_0", "labels"), f"{prefix}not an npz with arr_0 and labels")
     images, labels = arrays.values()
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"{prefix}arr_0 is {str(images.dtype)[:60]} {images.shape}, expected uint8 (N, H, W, C)")
     if shape[-1] == 1 and images.shape[-1] == 3 and (images == images[..., :1]).all():
-        images = images[..., :1]  # terdit_jax.sample writes grey pictures as evaluators want them, in three channels
-    samples = Pictures(images.astype(np.float32) / 127.5 - 1, labels)
+        images = images[..., :1]  # terdit_jax.sample writes grey images as evaluators want them, in three channels
+    samples = LabelledImages(images.astype(np.float32) / 127.5 - 1, labels)
     check_samples(samples, shape, dataset.metadata.num_classes, prefix)
     return samples
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, going_on, run_command
-from terdit_jax.evaluation.judge import DrawPictures, make_proxy_judge
+from terdit_jax.evaluation.judge import DrawImages, make_proxy_judge
 from terdit_jax.files import check_folder
 from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
@@ -75,7 +75,7 @@ def _starter(setup: Setup) -> Callable[[], dict] | None:
     return lambda: master_params(setup.model, weights.leaves())
 
 
-def _drawer(setup: Setup) -> DrawPictures:
+def _drawer(setup: Setup) -> DrawImages:
     """Draws pictures from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
     of the picture, never taken from a stream that training draws from as well."""
     draw = make_draw(setup.model, setup.config.sample, setup.config.seed)
@@ -90,7 +90,7 @@ def _drawer(setup: Setup) -> DrawPictures:
     return draw_pictures
 
 
-def _grid_drawer(setup: Setup, draw: DrawPictures) -> DrawGrid:
+def _grid_drawer(setup: Setup, draw: DrawImages) -> DrawGrid:
     count, num_classes = setup.config.sample.num_images, setup.model.num_classes
     labels = np.arange(count) * max(1, num_classes // count) % num_classes
 

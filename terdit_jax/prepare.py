@@ -1,4 +1,4 @@
-"""The command that turns pictures into a data set for training, and shows what is in one; flags and closing lines only.
+"""The command that turns images into a data set for training, and shows what is in one; flags and closing lines only.
 
 python -m terdit_jax.prepare --source=digits --output=data/digits
 python -m terdit_jax.prepare --source=folder --input=pictures --output=data/pictures --image_size=32
@@ -36,7 +36,7 @@ from terdit_jax.paths import define_path
 _SOURCE = flags.DEFINE_enum(
     "source", None, ["digits", "folder", "tar", "tfds"],
     "digits: embedded; folder: one folder a class; tar: ImageNet's train archive, or a folder of tars, one a class; "
-    "tfds: a TFDS data set of pictures with classes.",
+    "tfds: a TFDS data set of images with classes.",
 )  # fmt: skip
 _INPUT = define_path("input", None, "The folder, the archive, or the name of the TFDS data set.")
 _DATA_DIR = define_path("data_dir", None, "Where TFDS keeps its data sets; its own default if left out.")
@@ -54,8 +54,8 @@ _VAE = define_path(
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "Of the autoencoder; float32 on CPUs, else bfloat16."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures that a device encodes at once.", 1, 4096)
-_MIRROR = flags.DEFINE_bool("mirror", None, "Also store each mirrored picture; by default with --vae only.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images that a device encodes at once.", 1, 4096)
+_MIRROR = flags.DEFINE_bool("mirror", None, "Also store each mirrored image; by default with --vae only.")
 _MAX_BAD_SHARE = define_float(
     "max_bad_share", 0.01, "Abort when more than this share cannot be decoded.", low=0, high=1 - 1e-6
 )

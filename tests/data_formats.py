@@ -24,7 +24,7 @@ from terdit_jax.config import base_config, validate
 from terdit_jax.config_file import load_config
 from terdit_jax.data import builder, reader, sources
 from terdit_jax.data.codec import PixelCodec
-from terdit_jax.data.crop import PictureError, decode_picture
+from terdit_jax.data.crop import ImageError, decode_crop
 from terdit_jax.data.inspection import format_report, inspect
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.data.tar_source import make_tar_source
@@ -32,7 +32,7 @@ from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.data.unfinished import PLAN_FILE, FinishedShard, Unfinished
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import reference
-from terdit_jax.evaluation.picture_source import open_pictures
+from terdit_jax.evaluation.image_source import open_images
 from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.interop.weights import open_weights
@@ -40,8 +40,8 @@ from terdit_jax.training.resume import check_resumable
 from tests.commands import no_flags
 from tests.deployed import make_workdir
 from tests.forged_data import (
+    IMAGES,
     MODULE,
-    PICTURES,
     Files,
     Random,
     edit_metadata,
@@ -204,8 +204,8 @@ def _npz(**members) -> bytes:
     return file.getvalue()
 
 
-def _load_pictures(path: Path) -> str:
-    source = open_pictures(path)
+def _load_images(path: Path) -> str:
+    source = open_images(path)
     return _digest(*source.stream(0, source.count, 4))
 
 
@@ -220,8 +220,8 @@ def _load_reference(path: Path) -> str:
 
 
 def _load_labelled(path: Path) -> str:
-    pictures = _load_samples(str(path), make_synthetic((8, 8, 3), 10))
-    return _digest(pictures.images, pictures.labels)
+    images = _load_samples(str(path), make_synthetic((8, 8, 3), 10))
+    return _digest(images.images, images.labels)
 
 
 def _load_shard(path: Path) -> str:
@@ -240,17 +240,17 @@ def _npz_formats() -> list[Format]:
         "mu_s": matrix[:4].mean(1),
         "sigma_s": np.cov(matrix[:4]),
     }
-    pictures = _npz(arr_0=PICTURES, labels=np.arange(6))
+    images = _npz(arr_0=IMAGES, labels=np.arange(6))
     forgers = {"member": forge_npz}
     with tempfile.TemporaryDirectory() as folder:
         shards = Shards(Path(folder) / "out.npz", PLAN)
         for number, size in enumerate(shards.sizes):
-            shards.write(number, PICTURES[:size], np.arange(size))
+            shards.write(number, IMAGES[:size], np.arange(size))
         drawn = read_folder(Path(folder))
     npz = tuple(name for name in drawn if name.endswith(".npz"))
     return [
-        Format("npz of images", {"a.npz": pictures}, "a.npz", ("a.npz",), "same", _load_pictures, forgers),
-        Format("npz of samples", {"a.npz": pictures}, "a.npz", ("a.npz",), "same", _load_labelled, forgers),
+        Format("npz of images", {"a.npz": images}, "a.npz", ("a.npz",), "same", _load_images, forgers),
+        Format("npz of samples", {"a.npz": images}, "a.npz", ("a.npz",), "same", _load_labelled, forgers),
         Format(
             "npz of a reference", {"a.npz": _npz(**statistics)}, "a.npz", ("a.npz",), "same", _load_reference, forgers
         ),
@@ -261,7 +261,7 @@ def _npz_formats() -> list[Format]:
 
 def _encode(name: str, **options) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(PICTURES[0].repeat(3, 0).repeat(3, 1)).save(file, name, **options)
+    Image.fromarray(IMAGES[0].repeat(3, 0).repeat(3, 1)).save(file, name, **options)
     return file.getvalue()
 
 
@@ -276,7 +276,7 @@ def _tar(members: Files) -> bytes:
 
 
 def _load_image(path: Path) -> str:
-    return _digest(decode_picture(path.read_bytes(), 8, 3))
+    return _digest(decode_crop(path.read_bytes(), 8, 3))
 
 
 def _load_tar(path: Path) -> str:
@@ -292,7 +292,7 @@ def _image_formats() -> list[Format]:
     classes = {f"n{i}.tar": _tar({f"n{i}_{j}.png": _encode("PNG") for j in range(3)}) for i in range(2)}
     forgers = {"header": forge_tar}
     folder = {"0.png": _encode("PNG"), "1.png": _encode("PNG"), "labels.json": b"[1, 2]"}
-    formats.append(Format("folder of images", folder, ".", tuple(folder), "any", _load_pictures))
+    formats.append(Format("folder of images", folder, ".", tuple(folder), "any", _load_images))
     formats.append(Format("tar of tars", {"a.tar": _tar(classes)}, "a.tar", ("a.tar",), "any", _load_tar, forgers))
     formats.append(Format("folder of tars", classes, ".", tuple(classes), "any", _load_tar, forgers))
     return formats
@@ -328,7 +328,7 @@ def refusing(load: Callable[[Path], str]) -> Callable[[Path], str]:
     def loaded(path: Path) -> str:
         try:
             return load(path)
-        except PictureError as error:
+        except ImageError as error:
             raise UserError(str(error)) from error
 
     return loaded

@@ -19,7 +19,7 @@ Random = np.random.Generator
 Files = dict[str, bytes]
 MODULE = "a_module_of_a_forger"
 TFDS_FILES = ("animals/1.0.0/features.json", "animals/1.0.0/dataset_info.json")
-PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 
 
 def edit_json(files: Files, victim: str, random: Random) -> None:
@@ -133,7 +133,7 @@ def forge_npz(files: Files, victim: str, random: Random) -> None:
     }
     arrays = (
         np.array([{}], object), np.array("text"), np.array(["a", "b"]), np.zeros(3, [("a", "f4"), ("b", "O")]),
-        np.zeros((6, 8, 8, 3)), np.asfortranarray(PICTURES), np.full(6, np.nan), np.full((8, 8), 1e308), np.array(5),
+        np.zeros((6, 8, 8, 3)), np.asfortranarray(IMAGES), np.full(6, np.nan), np.full((8, 8), 1e308), np.array(5),
         np.zeros((6, 8, 8, 1), np.uint8), np.zeros((1, 1, 1, 3), np.uint8), np.zeros((0, 8), np.float32),
         np.arange(6) * (1 << 40), np.array([True] * 6), np.zeros(6, "M8[s]"), np.full((8, 8), -1.0),
         np.ones((8, 8), "f2"),

@@ -14,24 +14,24 @@ import tensorflow_datasets as tfds
 from terdit_jax import paths
 from terdit_jax.data import builder, schema, sources
 from terdit_jax.data.codec import PixelCodec
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.sources import Item
 from terdit_jax.errors import UserError
 
 
 class ToyCodec:
-    """Halves the size and has a spread; a mirrored picture's latent is not the mirrored latent."""
+    """Halves the size and has a spread; a mirrored image's latent is not the mirrored latent."""
 
     name = "toy"
     latent_scale = 0.5
     batch_size = 16
 
-    def latent_shape(self, picture_shape):
-        height, width, channels = picture_shape
+    def latent_shape(self, image_shape):
+        height, width, channels = image_shape
         return height // 2, width // 2, channels + 1
 
-    def encode(self, pictures):
-        mean = np.concatenate([pictures[:, ::2, ::2], pictures[:, 1::2, 1::2, :1]], axis=-1)
+    def encode(self, images):
+        mean = np.concatenate([images[:, ::2, ::2], images[:, 1::2, 1::2, :1]], axis=-1)
         return mean, np.abs(mean) / 4 + 0.1
 
 
@@ -42,7 +42,7 @@ def make_source(num_train=30, num_heldout=10, bad=(), load=None):
 
     def load_or_fail(item):
         if item.source_id in unusable:
-            raise PictureError("broken on purpose")
+            raise ImageError("broken on purpose")
         return source.load(item)
 
     return dataclasses.replace(source, splits=items, load=load or load_or_fail)
@@ -94,14 +94,14 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
     assert read_files(tmp_path / "first") == read_files(tmp_path / "second")
 
 
-def test_mirrored_latents_are_those_of_mirrored_pictures(tmp_path):
+def test_mirrored_latents_are_those_of_mirrored_images(tmp_path):
     source = make_source()
     metadata = builder.build(source, tmp_path / "d", codec=ToyCodec(), mirror=True)
     assert metadata.has_mirror and metadata.shape == (4, 4, 2)
     assert (metadata.codec, metadata.latent_scale) == ("toy", 0.5)
     for record in tfds.builder_from_directory(tmp_path / "d").as_data_source("train"):
-        picture = source.load(Item(record["source_id"].decode(), int(record["label"])))[0][None]
-        for view, suffix in ((picture, ""), (picture[:, :, ::-1], "_mirror")):
+        image = source.load(Item(record["source_id"].decode(), int(record["label"])))[0][None]
+        for view, suffix in ((image, ""), (image[:, :, ::-1], "_mirror")):
             mean, std = ToyCodec().encode(view)
             np.testing.assert_array_equal(record["mean" + suffix], mean[0].astype(np.float16))
             np.testing.assert_array_equal(record["std" + suffix], std[0].astype(np.float16))
@@ -110,14 +110,14 @@ def test_mirrored_latents_are_those_of_mirrored_pictures(tmp_path):
 def test_channel_statistics_are_those_of_posterior_draws_of_the_training_split(tmp_path):
     source = make_source(num_train=100)
     metadata = builder.build(source, tmp_path / "d", codec=ToyCodec())
-    pictures = np.stack([source.load(item)[0] for item in source.splits["train"]])
-    mean, std = (array.astype(np.float16).astype(np.float64) for array in ToyCodec().encode(pictures))
+    images = np.stack([source.load(item)[0] for item in source.splits["train"]])
+    mean, std = (array.astype(np.float16).astype(np.float64) for array in ToyCodec().encode(images))
     np.testing.assert_allclose(metadata.channel_mean, mean.mean(axis=(0, 1, 2)), rtol=1e-12)
     variance = mean.var(axis=(0, 1, 2)) + (std**2).mean(axis=(0, 1, 2))
     np.testing.assert_allclose(metadata.channel_std, np.sqrt(variance), rtol=1e-12)
 
 
-def test_unusable_pictures_are_named_counted_and_skipped(tmp_path, caplog):
+def test_unusable_images_are_named_counted_and_skipped(tmp_path, caplog):
     source = make_source(bad=(0, 7, 29))
     with caplog.at_level("WARNING"):
         metadata = builder.build(source, tmp_path / "d", codec=PixelCodec(), max_bad_share=0.1, shard_bytes=256)
@@ -158,24 +158,24 @@ def test_a_class_that_the_source_does_not_have_is_refused(tmp_path, label):
         builder.build(make_source(load=lambda item: (source.load(item)[0], label)), tmp_path / "d", codec=PixelCodec())
 
 
-def test_too_many_unusable_pictures_abort(tmp_path):
+def test_too_many_unusable_images_abort(tmp_path):
     source = make_source(bad=(3, 4, 5, 6))
-    with pytest.raises(UserError, match=r"3 of 40 pictures cannot be used, more than --max_bad_share=0\.05;.*purpose"):
+    with pytest.raises(UserError, match=r"3 of 40 images cannot be used, more than --max_bad_share=0\.05;.*purpose"):
         builder.build(source, tmp_path / "d", codec=PixelCodec(), max_bad_share=0.05)
     # Asked for less, the next run goes on.
     metadata = builder.build(source, tmp_path / "d", codec=PixelCodec(), max_bad_share=0.1)
     assert metadata.splits["train"].records == 26
-    with pytest.raises(UserError, match="none of the 2 pictures of the train split"):
+    with pytest.raises(UserError, match="none of the 2 images of the train split"):
         builder.build(make_source(num_train=2, bad=(0, 1)), tmp_path / "e", codec=PixelCodec(), max_bad_share=0.5)
     with pytest.raises(UserError, match="max_bad_share=1.5"):
         builder.build(make_source(), tmp_path / "f", codec=PixelCodec(), max_bad_share=1.5)
 
 
-def test_unusable_pictures_of_all_workers_count_together(tmp_path):
+def test_unusable_images_of_all_workers_count_together(tmp_path):
     source = make_source(num_train=80, bad=(1, 25, 45, 65))  # one or two in each worker's shards
     options = {"codec": PixelCodec(), "shard_bytes": 5120, "max_bad_share": 0.03}  # 20 records a shard
     assert builder.build(source, tmp_path / "d", worker=(0, 2), **options) is None
-    with pytest.raises(UserError, match="3 of 90 pictures cannot be used"):
+    with pytest.raises(UserError, match="3 of 90 images cannot be used"):
         builder.build(source, tmp_path / "d", worker=(1, 2), **options)
 
 

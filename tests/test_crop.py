@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from terdit_jax.data import crop
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.errors import UserError
 
 EVERY_FORMAT = (  # mode, options of save
@@ -35,9 +35,9 @@ def random_pixels(width, height, seed=0):
     return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
 
 
-def encode(picture, **options):
+def encode(image, **options):
     file = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, **options)
     return file.getvalue()
 
 
@@ -90,7 +90,7 @@ def published_crop(pixels, size):
 @pytest.mark.parametrize(
     "width, height, size",
     [
-        (500, 375, 256),  # the usual picture of ImageNet
+        (500, 375, 256),  # the usual image of ImageNet
         (375, 500, 256),
         (1127, 1061, 256),  # halved twice, odd on the way
         (512, 700, 256),  # halved onto the very size
@@ -106,7 +106,7 @@ def published_crop(pixels, size):
 )
 def test_crop_is_the_published_one_bit_for_bit(width, height, size):
     pixels = random_pixels(width, height, seed=width)
-    decoded = crop.decode_picture(encode(pixels, format="PNG"), size, 3)
+    decoded = crop.decode_crop(encode(pixels, format="PNG"), size, 3)
     assert decoded.shape == (size, size, 3) and decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, published_crop(pixels, size))
 
@@ -120,7 +120,7 @@ def test_crop_takes_the_centre_exactly():
 def test_every_format_comes_out_in_both_channel_counts(mode, options):
     data = encode(Image.fromarray(random_pixels(24, 24)).convert("L" if mode == "I;16" else mode), **options)
     for channels in (1, 3):
-        decoded = crop.decode_picture(data, 24, channels)
+        decoded = crop.decode_crop(data, 24, channels)
         assert decoded.shape == (24, 24, channels) and decoded.dtype == np.uint8
         reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L"))
         np.testing.assert_array_equal(decoded, reference.reshape(decoded.shape))
@@ -129,18 +129,18 @@ def test_every_format_comes_out_in_both_channel_counts(mode, options):
 def test_alpha_is_dropped_not_blended():
     red = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     for format_name in ("PNG", "TIFF"):
-        np.testing.assert_array_equal(crop.decode_picture(encode(red, format=format_name), 8, 3)[0, 0], [255, 0, 0])
+        np.testing.assert_array_equal(crop.decode_crop(encode(red, format=format_name), 8, 3)[0, 0], [255, 0, 0])
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 9, 8, 7])
     for transparency in (1, bytes([255, 0])):
         data = encode(palette, format="PNG", transparency=transparency)
-        np.testing.assert_array_equal(crop.decode_picture(data, 8, 3)[0, 0], [9, 8, 7])
+        np.testing.assert_array_equal(crop.decode_crop(data, 8, 3)[0, 0], [9, 8, 7])
 
 
 def test_cmyk_jpeg_of_adobe_is_stored_inverted():
     data = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), format="JPEG", quality=100)
     assert b"Adobe" in data
-    np.testing.assert_allclose(crop.decode_picture(data, 8, 3)[0, 0], [255, 0, 0], atol=2)
+    np.testing.assert_allclose(crop.decode_crop(data, 8, 3)[0, 0], [255, 0, 0], atol=2)
 
 
 def tiff(data, width, height, bits, photometric=1, channels=1):
@@ -180,8 +180,8 @@ def test_deep_grey_is_scaled_and_not_clipped():
         "PFM": b"Pf\n16 16\n-1.0\n" + (expected[::-1, :, 0] / 255).astype("<f4").tobytes(),
     }
     for name, data in files.items():
-        np.testing.assert_array_equal(crop.decode_picture(data, 16, 1), expected, err_msg=name)
-        np.testing.assert_array_equal(crop.decode_picture(data, 16, 3), np.repeat(expected, 3, axis=2), err_msg=name)
+        np.testing.assert_array_equal(crop.decode_crop(data, 16, 1), expected, err_msg=name)
+        np.testing.assert_array_equal(crop.decode_crop(data, 16, 3), np.repeat(expected, 3, axis=2), err_msg=name)
 
 
 def test_grey_and_colour_of_16_bits_are_scaled_alike():
@@ -189,7 +189,7 @@ def test_grey_and_colour_of_16_bits_are_scaled_alike():
     rows = [b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values]
     colour = png(struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0), zlib.compress(b"".join(rows)))
     grey = encode(values, format="PNG")
-    np.testing.assert_array_equal(crop.decode_picture(colour, 8, 3), crop.decode_picture(grey, 8, 3))
+    np.testing.assert_array_equal(crop.decode_crop(colour, 8, 3), crop.decode_crop(grey, 8, 3))
 
 
 def png(header, pixels):
@@ -205,21 +205,21 @@ def bomb(width):
 def reason(data):
     reasons = set()
     for _ in range(2):  # the same words every time: no addresses
-        with pytest.raises(PictureError) as caught:
-            crop.decode_picture(bytes(bytearray(data)), 8, 3)
+        with pytest.raises(ImageError) as caught:
+            crop.decode_crop(bytes(bytearray(data)), 8, 3)
         reasons.add(str(caught.value))
     (text,) = reasons
     assert text and text.splitlines() == [text]
     return text
 
 
-def test_unusable_pictures_say_why():
+def test_unusable_images_say_why():
     whole = encode(random_pixels(12, 10), format="PNG")
     assert "truncated" in reason(whole[: len(whole) // 2])
     assert "truncated" in reason(encode(random_pixels(40, 40), format="JPEG")[:900])
     assert reason(b"") == "the file is empty"
-    for data in (b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"):
-        assert reason(data).startswith("not a picture in any of the formats BMP, GIF, ")
+    for data in (b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"):
+        assert reason(data).startswith("not an image in any of the formats BMP, GIF, ")
     assert reason(encode(random_pixels(1001, 10), format="PNG")) == "1001x10 is too elongated to crop"
     for values in (np.full((8, 8), 70_000, np.int32), np.full((8, 8), -1, np.int32)):
         assert "only 0 to 65535" in reason(encode(values, format="TIFF"))
@@ -235,9 +235,9 @@ def test_sizes_that_no_crop_has_are_refused(size):
 
 def test_a_large_crop_of_an_elongated_image_allocates_nothing():
     data = encode(random_pixels(90, 1), format="PNG")
-    assert crop.decode_picture(data, 8, 3).shape == (8, 8, 3)
-    with pytest.raises(PictureError, match="90x1 is too elongated"):
-        crop.decode_picture(data, 2048, 3)
+    assert crop.decode_crop(data, 8, 3).shape == (8, 8, 3)
+    with pytest.raises(ImageError, match="90x1 is too elongated"):
+        crop.decode_crop(data, 2048, 3)
 
 
 @pytest.mark.parametrize("format_name", ["ICO", "TGA", "PCX", "JPEG2000", "AVIF", "EPS", "SGI"])
@@ -246,18 +246,18 @@ def test_other_formats_stay_closed(format_name):
         data = encode(random_pixels(8, 8), format=format_name)
     except (KeyError, OSError):
         pytest.skip("this Pillow does not write it")
-    assert reason(data).startswith("not a picture")
+    assert reason(data).startswith("not an image")
 
 
-def damaged_pictures(count):
-    """Pictures of every format with flipped bits, overwritten stretches and lost ends."""
+def damaged_images(count):
+    """Images of every format with flipped bits, overwritten stretches and lost ends."""
     rng = np.random.default_rng(0)
     for index in range(count):
         mode, options = EVERY_FORMAT[index % len(EVERY_FORMAT)]
-        picture = Image.fromarray(random_pixels(20, 17, seed=index))
+        image = Image.fromarray(random_pixels(20, 17, seed=index))
         if mode == "I;16":
-            picture = Image.fromarray(rng.integers(2**16, size=(17, 20), dtype=np.uint16))
-        data = bytearray(encode(picture if mode == "I;16" else picture.convert(mode), **options))
+            image = Image.fromarray(rng.integers(2**16, size=(17, 20), dtype=np.uint16))
+        data = bytearray(encode(image if mode == "I;16" else image.convert(mode), **options))
         stretch = len(data) if rng.random() < 0.5 else min(len(data), 64)  # half of them in the header
         for _ in range(int(rng.integers(1, 6))):
             data[rng.integers(stretch)] ^= 1 << rng.integers(8)
@@ -267,7 +267,7 @@ def damaged_pictures(count):
         yield bytes(data[: rng.integers(len(data))] if rng.random() < 0.4 else data)
 
 
-def test_damage_gives_a_picture_or_a_reason_and_no_noise():
+def test_damage_gives_a_image_or_a_reason_and_no_noise():
     code = "import test_crop; test_crop.survive_damage(650)"  # not here, where pytest takes the warnings
     command = [sys.executable, "-W", "always", "-c", code]
     done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
@@ -281,10 +281,10 @@ def survive_damage(count):
         assert "bomb" in reason(bomb(width))
     reason(tiff(bytes(64), 8, 8, 8, channels=2051))  # Pillow logs an error of its own
     refused = 0
-    for data in damaged_pictures(count):
+    for data in damaged_images(count):
         try:
-            assert crop.decode_picture(data, 8, 3).shape == (8, 8, 3)
-        except PictureError:
+            assert crop.decode_crop(data, 8, 3).shape == (8, 8, 3)
+        except ImageError:
             reason(data)
             refused += 1
     print(count - refused, refused)

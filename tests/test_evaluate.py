@@ -12,7 +12,7 @@ import pytest
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.picture_source import open_pictures
+from terdit_jax.evaluation.image_source import open_images
 from tests.commands import no_flags
 from tests.inception_files import random_state_dict
 from tests.runs import ROOT, execute, prepare_digits, train_arguments
@@ -88,7 +88,7 @@ BAD_SAMPLES = {
     "0 samples are too few": {"arr_0": np.zeros((0, 8, 8, 1), np.uint8), "labels": np.zeros(0, int)},
     "not an npz with arr_0 and labels (KeyError": {},
     "not an npz with arr_0 and labels (ValueError": {"labels": np.array([None] * 10)},
-    "samples are (8, 9, 1), the data set's pictures (8, 8, 1)": {
+    "samples are (8, 9, 1), the data set's images (8, 8, 1)": {
         "arr_0": np.zeros((10, 8, 9, 1), np.uint8),
         "labels": GOOD_LABELS,
     },
@@ -136,7 +136,7 @@ def test_the_suite_from_files_to_figures(places):
     flags = (f"--inception={folder}/inception.pth", f"--samples={folder}/samples.npz", "--batch_size=3")
     saved = f"--save_reference={folder}/saved.npz"
     out = evaluate(*flags, f"--reference={folder}/reference", f"--output={folder}/a.json", saved)
-    assert "published ones are of 50,000" in out and "reference of 9 pictures written" in out
+    assert "published ones are of 50,000" in out and "reference of 9 images written" in out
     evaluate(*flags, f"--reference={folder}/saved.npz", f"--output={folder}/b.json")
     figures, again = (json.loads((folder / f"{name}.json").read_text()) for name in "ab")
     names = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -144,7 +144,7 @@ def test_the_suite_from_files_to_figures(places):
     assert figures["fid"] > 0 and figures["inception_score"] >= 1
     assert (figures["num_samples"], figures["num_reference_pictures"]) == (12, 9)
     assert len(figures["network"]["sha256"]) == 64
-    assert open_pictures(folder / "saved.npz").count == 9
+    assert open_images(folder / "saved.npz").count == 9
 
 
 @pytest.mark.slow

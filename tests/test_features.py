@@ -1,4 +1,4 @@
-"""Features of all pictures in order over a mesh, whatever the portions, with moments of each; over processes too."""
+"""Features of all images in order over a mesh, whatever the portions, with moments of each; over processes too."""
 
 import os
 import subprocess
@@ -11,24 +11,24 @@ import pytest
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import features as features_module
 from terdit_jax.evaluation.features import FeatureNetwork, collect_features
-from terdit_jax.evaluation.picture_source import PictureSource
+from terdit_jax.evaluation.image_source import ImageSource
 from terdit_jax.evaluation.statistics import statistics
 from terdit_jax.parallel.mesh import local_mesh, single_device_mesh
 from tests.runs import ROOT, free_port
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (53, 4, 3, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (53, 4, 3, 3), np.uint8)
 
 
 def source():
     def stream(first, stop, size):
         for start in range(first, stop, size):
-            yield PICTURES[start : min(start + size, stop)]
+            yield IMAGES[start : min(start + size, stop)]
 
-    return PictureSource("set", len(PICTURES), (4, 3, 3), stream)
+    return ImageSource("set", len(IMAGES), (4, 3, 3), stream)
 
 
-def extract(params, pictures):
-    x = pictures.astype(jnp.float32).reshape(len(pictures), -1)
+def extract(params, images):
+    x = images.astype(jnp.float32).reshape(len(images), -1)
     return {"pool": x[:, :5] * params["gain"], "spatial": jnp.sqrt(x[:, 5:12])}
 
 
@@ -36,7 +36,7 @@ NETWORK = FeatureNetwork({"gain": np.float32(0.5)}, extract, "nowhere", "0")
 
 
 def expected():
-    flat = PICTURES.reshape(53, -1).astype(np.float32)
+    flat = IMAGES.reshape(53, -1).astype(np.float32)
     return flat[:, :5] * 0.5, np.sqrt(flat[:, 5:12])
 
 
@@ -51,7 +51,7 @@ def assert_features(found):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_every_picture_is_taken_once_over_a_mesh(batch_size, monkeypatch):
+def test_every_image_is_taken_once_over_a_mesh(batch_size, monkeypatch):
     """8 devices: portions of 8, 24 and 400, the last of which is filled up; and the fill counts nowhere."""
     monkeypatch.setattr(features_module, "CHUNK", 20)
     mesh = local_mesh()
@@ -64,9 +64,9 @@ def test_sets_of_one_size_share_a_program():
     """Inception takes long to compile, and there are samples and a reference."""
     traced = []
 
-    def counted(params, pictures):
-        traced.append(pictures.shape)
-        return extract(params, pictures)
+    def counted(params, images):
+        traced.append(images.shape)
+        return extract(params, images)
 
     for _ in range(2):
         collect_features(NETWORK._replace(extract=counted), source(), single_device_mesh(), 10)
@@ -76,12 +76,12 @@ def test_sets_of_one_size_share_a_program():
 def test_progress_is_told():
     lines = []
     collect_features(NETWORK, source(), single_device_mesh(), 10, lines.append)
-    assert lines[-1].startswith("set: features of 53/53 pictures")
+    assert lines[-1].startswith("set: features of 53/53 images")
 
 
-def test_fewer_pictures_than_processes_are_refused(monkeypatch):
+def test_fewer_images_than_processes_are_refused(monkeypatch):
     monkeypatch.setattr(features_module.jax, "process_count", lambda: 54)
-    with pytest.raises(UserError, match="set: 53 pictures for 54 processes"):
+    with pytest.raises(UserError, match="set: 53 images for 54 processes"):
         collect_features(NETWORK, source(), single_device_mesh())
 
 

@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from terdit_jax.data.image_file import PictureError, decode_image, to_8_bits
+from terdit_jax.data.image_file import ImageError, decode_image, to_8_bits
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.picture_source import open_pictures
+from terdit_jax.evaluation.image_source import open_images
 
 SIDE = 12
 GREY_16 = (np.arange(SIDE * SIDE, dtype=np.uint16) * 455).reshape(SIDE, SIDE)  # up to 65,065
@@ -57,7 +57,7 @@ def both_commands(folder, data, suffix=".png"):
         (path / f"{name}{suffix}").write_bytes(data)
     prepared = make_folder_source(folder / "in", image_size=SIDE, heldout_share=0.5)
     cropped, _ = prepared.load(prepared.splits["train"][0])
-    source = open_pictures(path)
+    source = open_images(path)
     assert source.count == 2 and source.shape == (SIDE, SIDE, 3)
     (judged,) = source.stream(0, 1, 1)
     return cropped, judged[0]
@@ -144,14 +144,14 @@ def test_both_refuse_grey_that_is_too_deep(tmp_path, value):
     file = io.BytesIO()
     Image.fromarray(np.full((SIDE, SIDE), value, np.int32)).save(file, "TIFF")
     (tmp_path / "a.png").write_bytes(file.getvalue())
-    with pytest.raises(PictureError, match="only 0 to 65535"):
+    with pytest.raises(ImageError, match="only 0 to 65535"):
         decode_image(file.getvalue(), 3)
-    with pytest.raises(UserError, match="a.png is no picture .*only 0 to 65535"):
-        open_pictures(tmp_path)
+    with pytest.raises(UserError, match="a.png is no image .*only 0 to 65535"):
+        open_images(tmp_path)
 
 
 def test_neither_starts_another_program(tmp_path):
     """EPS, which Pillow hands to Ghostscript, whatever it is called."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(UserError, match="a.png is no picture .*formats BMP, GIF"):
-        open_pictures(tmp_path)
+    with pytest.raises(UserError, match="a.png is no image .*formats BMP, GIF"):
+        open_images(tmp_path)

@@ -52,14 +52,14 @@ def test_the_whole_network_is_pytorchs(networks):
     np.testing.assert_allclose(probabilities, torch.softmax(logits, 1).numpy(), rtol=1e-4)
 
 
-def test_pictures_are_resized_and_centred_first(monkeypatch):
+def test_images_are_resized_and_centred_first(monkeypatch):
     """uint8 in [0, 255] of another size; the network stands in for itself."""
     monkeypatch.setattr(inception, "network", lambda params, x: x)
-    pictures = np.random.default_rng(3).integers(0, 256, (2, 40, 50, 3), np.uint8)
-    expected = (legacy_bilinear(pictures.astype(np.float32), 299, 299) - 128) / 128
-    np.testing.assert_array_equal(extract({}, pictures), expected)
+    images = np.random.default_rng(3).integers(0, 256, (2, 40, 50, 3), np.uint8)
+    expected = (legacy_bilinear(images.astype(np.float32), 299, 299) - 128) / 128
+    np.testing.assert_array_equal(extract({}, images), expected)
     assert expected.shape == (2, 299, 299, 3) and expected.min() < -0.9 and expected.max() > 0.9
-    np.testing.assert_array_equal(extract({}, pictures.astype(np.float32)), expected)
+    np.testing.assert_array_equal(extract({}, images.astype(np.float32)), expected)
 
 
 def test_float32_is_asked_of_every_multiplication():

@@ -21,8 +21,8 @@ def test_records_are_spread_over_the_split_and_named(dataset):
     assert inspected.captions == tuple(f"{item.label} {item.label}: {item.source_id}" for item in chosen)
     assert inspected.labels.tolist() == [item.label for item in chosen]
     assert [view.shape for view in inspected.views] == [(4, 4, 4, 2)] * 2
-    picture = make_source().load(chosen[1])[0][None]
-    for view, pixels in zip(inspected.views, (picture, picture[:, :, ::-1]), strict=True):
+    image = make_source().load(chosen[1])[0][None]
+    for view, pixels in zip(inspected.views, (image, image[:, :, ::-1]), strict=True):
         np.testing.assert_array_equal(view[1], ToyCodec().encode(pixels)[0][0].astype(np.float16))
     assert len(inspect(dataset, 1000).labels) == 30
 
@@ -34,4 +34,4 @@ def test_of_all_records_the_samples_numbers_are_the_metadatas(dataset):
         number, mean, std, scaled, sample_mean, sample_std = map(float, line.split()[:6])
         assert number == channel and mean == sample_mean and std == sample_std
         assert scaled == pytest.approx(std / 2, abs=1e-4)
-    assert lines[5].startswith("latents of mirrored pictures differ from mirrored latents by ")
+    assert lines[5].startswith("latents of mirrored images differ from mirrored latents by ")

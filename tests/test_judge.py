@@ -9,7 +9,7 @@ from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import judge as judge_module
-from terdit_jax.evaluation.judge import make_proxy_judge, read_pictures
+from terdit_jax.evaluation.judge import make_proxy_judge, read_images
 from terdit_jax.interop.weights import open_weights
 from tests.runs import (
     assert_same_run,
@@ -28,10 +28,10 @@ def digits(tmp_path_factory):
     return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
-def test_real_pictures_score_better_than_noise_and_the_same_twice(digits, monkeypatch):
+def test_real_images_score_better_than_noise_and_the_same_twice(digits, monkeypatch):
     monkeypatch.setattr(judge_module, "classifier_steps", lambda count: 100)
     dataset = open_dataset(digits)
-    train, asked = read_pictures(dataset, "train"), []
+    train, asked = read_images(dataset, "train"), []
 
     def draw(params, labels):
         asked.append(labels)
@@ -48,7 +48,7 @@ def test_real_pictures_score_better_than_noise_and_the_same_twice(digits, monkey
 
 
 def test_latents_are_refused():
-    with pytest.raises(UserError, match="config.log.score_every needs a data set of pictures"):
+    with pytest.raises(UserError, match="config.log.score_every needs a data set of images"):
         make_proxy_judge(make_synthetic((8, 8, 1), 10), 10, lambda params, labels: None)
 
 

@@ -16,7 +16,7 @@ def golden():
     return golden_arrays("adm_metrics")
 
 
-def test_figures_are_the_evaluators_but_for_one_picture(golden):
+def test_figures_are_the_evaluators_but_for_one_image(golden):
     """It lies at the edge of a ball, and the float16 of the evaluator's distances is what puts it inside."""
     exact = by_definition(golden["real"].astype(np.float64), golden["fake"].astype(np.float64))
     assert precision_recall(golden["real"], golden["fake"]) == exact == (891 / 1000, 616 / 1200)

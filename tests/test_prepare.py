@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from terdit_jax.data import builder, schema, sources
 from terdit_jax.data.codec import PixelCodec
-from terdit_jax.data.crop import decode_picture
+from terdit_jax.data.crop import decode_crop
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.model.vae import encode
 from tests.runs import completed
@@ -56,11 +56,11 @@ def test_folder(tmp_path):
         for index in range(10):
             pixels = np.full((20, 30, 3), 10 * index, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "in" / name / f"{index}.png")
-    (tmp_path / "in" / "dog" / "bad.jpg").write_text("not a picture")
+    (tmp_path / "in" / "dog" / "bad.jpg").write_text("not an image")
     (tmp_path / "in" / "README").write_text("beside the classes")
     options = ["--source=folder", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--image_size=16"]
     options += ["--channels=1", "--heldout_share=0.25", "--mirror"]
-    assert "1 of 21 pictures cannot be used" in prepare(*options).stderr
+    assert "1 of 21 images cannot be used" in prepare(*options).stderr
     assert not (tmp_path / "out" / "latents.json").exists()
     run = prepare(*options, "--max_bad_share=0.1")
     assert run.returncode == 0, run.stderr
@@ -79,13 +79,13 @@ def test_folder(tmp_path):
 
 def test_latents_of_an_autoencoder(tmp_path):
     """Two workers, then a look at what they made."""
-    pictures = tmp_path / "in"
+    images = tmp_path / "in"
     for label in range(2):
         for index in range(6):
-            (pictures / str(label)).mkdir(parents=True, exist_ok=True)
+            (images / str(label)).mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(10 * label + index).integers(256, size=(40, 36, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures / str(label) / f"{index}.png")
-    options = ["--source=folder", f"--input={pictures}", f"--output={tmp_path / 'out'}", "--image_size=32"]
+            Image.fromarray(pixels).save(images / str(label) / f"{index}.png")
+    options = ["--source=folder", f"--input={images}", f"--output={tmp_path / 'out'}", "--image_size=32"]
     options += [f"--vae={TINY_VAE}", "--shard_mb=0.01", "--batch_size=4"]
     first = prepare(*options, "--worker=1/2")
     assert first.returncode == 0 and first.stdout.splitlines()[-1].startswith("worker 1/2 is done"), first.stderr
@@ -96,8 +96,8 @@ def test_latents_of_an_autoencoder(tmp_path):
     config, params = load_vae(TINY_VAE)
     assert metadata.codec == f"vae-{vae_identity(config, params)}-float32" and metadata.has_mirror
     for record in tfds.builder_from_directory(tmp_path / "out").as_data_source("train"):
-        data = (pictures / record["source_id"].decode()).read_bytes()
-        pixels = decode_picture(data, 32, 3)[None] / np.float32(127.5) - 1
+        data = (images / record["source_id"].decode()).read_bytes()
+        pixels = decode_crop(data, 32, 3)[None] / np.float32(127.5) - 1
         for view, suffix in ((pixels, ""), (pixels[:, :, ::-1], "_mirror")):
             for name, expected in zip(("mean", "std"), encode(config, params, view), strict=True):
                 np.testing.assert_allclose(record[name + suffix], expected[0], rtol=2e-3, atol=2e-3)

@@ -17,19 +17,19 @@ NUM_TRAIN, NUM_HELDOUT = 37, 11
 
 
 class LopsidedCodec(PixelCodec):
-    """Keeps the size, has a spread, and a mirrored picture's latent is not the mirrored latent."""
+    """Keeps the size, has a spread, and a mirrored image's latent is not the mirrored latent."""
 
     name = "lopsided"
 
-    def encode(self, pictures):
-        mean, _ = super().encode(pictures)
-        ramp = np.linspace(0, 1, pictures.shape[2], dtype=np.float32)[:, None]
+    def encode(self, images):
+        mean, _ = super().encode(images)
+        ramp = np.linspace(0, 1, images.shape[2], dtype=np.float32)[:, None]
         return mean + ramp, 0.1 + ramp * mean**2
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "mirror"])
 def dataset(request, tmp_path_factory):
-    """Records that are pictures and hold one view, or records of latents that hold both."""
+    """Records that are images and hold one view, or records of latents that hold both."""
     source = sources.make_digits_source()
     splits = {"train": source.splits["train"][:NUM_TRAIN], "heldout": source.splits["heldout"][:NUM_HELDOUT]}
     path = tmp_path_factory.mktemp("data") / "digits"
@@ -110,7 +110,7 @@ def test_half_of_the_views_are_mirrored_and_each_record_in_some_epochs(dataset):
     num_epochs = 40
     batch = joined(batches(dataset, num_epochs, batch_size=NUM_TRAIN))
     index = row_numbers(dataset, batch)
-    # A symmetric picture is its own mirror.
+    # A symmetric image is its own mirror.
     plain, mirror = (view.reshape(NUM_TRAIN, -1) for view in both_views(dataset, "mean"))
     asymmetric = (plain != mirror).any(axis=1)
     assert asymmetric.sum() > 30

@@ -25,15 +25,15 @@ def arrays(**changes):
 
 def test_what_is_written_is_read(tmp_path):
     written = {"pool": statistics(RNG.normal(size=(9, 4))), "spatial": statistics(RNG.normal(size=(9, 3)))}
-    pictures = RNG.integers(0, 256, (5, 2, 2, 3), np.uint8)
-    save_reference(tmp_path / "new" / "a.npz", written, pictures)
+    images = RNG.integers(0, 256, (5, 2, 2, 3), np.uint8)
+    save_reference(tmp_path / "new" / "a.npz", written, images)
     assert stored_keys(tmp_path / "new" / "a.npz") == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
     found = read_statistics(tmp_path / "new" / "a.npz")
     for name in written:
         np.testing.assert_array_equal(found[name].mean, written[name].mean)
         np.testing.assert_array_equal(found[name].covariance, written[name].covariance)
     with np.load(tmp_path / "new" / "a.npz") as stored:
-        np.testing.assert_array_equal(stored["arr_0"], pictures)
+        np.testing.assert_array_equal(stored["arr_0"], images)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.npz"]
 
 
@@ -72,7 +72,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
         stored_keys(tmp_path / "a.npz")
 
 
-def test_ten_thousand_pictures_are_kept_at_equal_distances():
+def test_ten_thousand_images_are_kept_at_equal_distances():
     np.testing.assert_array_equal(stored_indices(7), np.arange(7))
     np.testing.assert_array_equal(stored_indices(50_000), np.arange(0, 50_000, 5))
     kept = stored_indices(1_281_167)

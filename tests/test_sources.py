@@ -7,12 +7,12 @@ from PIL import Image
 import pytest
 
 from terdit_jax.data import sources
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.errors import UserError
 
 
-def write_picture(path, size=(12, 10), seed=0, mode="RGB", **kwargs):
+def write_image(path, size=(12, 10), seed=0, mode="RGB", **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     pixels = np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
@@ -23,7 +23,7 @@ def write_picture(path, size=(12, 10), seed=0, mode="RGB", **kwargs):
 def write_classes(root, counts):
     for name, count in counts.items():
         for index in range(count):
-            write_picture(root / name / f"{index:03d}.png", seed=index)
+            write_image(root / name / f"{index:03d}.png", seed=index)
 
 
 def names(items):
@@ -42,10 +42,10 @@ def test_digits_are_exact_and_split_by_class():
         assert abs(sum(item.label == label for item in heldout) - 0.2 * count) <= 1
     for item in train[:50]:
         index = int(item.source_id[-4:])
-        picture, label = source.load(item)
-        assert picture.shape == source.shape == (8, 8, 1) and picture.dtype == np.float32
+        image, label = source.load(item)
+        assert image.shape == source.shape == (8, 8, 1) and image.dtype == np.float32
         assert label == item.label == digits.target[index]
-        stored = picture.astype(np.float16).astype(np.float64)
+        stored = image.astype(np.float16).astype(np.float64)
         np.testing.assert_array_equal((stored[..., 0] + 1) * 8, digits.images[index])
 
 
@@ -64,7 +64,7 @@ def test_split_depends_on_names_alone():
     assert (train, heldout) == again
 
 
-def test_pictures_without_labels_are_split_by_their_hashes():
+def test_images_without_labels_are_split_by_their_hashes():
     items = [sources.Item(f"train/{index}", None) for index in range(40)]
     train, heldout = sources.split_heldout(items, 0.25)
     assert len(heldout) == 10 and sorted(train + heldout) == sorted(items)
@@ -81,7 +81,7 @@ def test_folder_lists_sorted_classes_and_follows_its_content(tmp_path):
     write_classes(tmp_path, {"b": 10, "a": 10, "c c": 10})
     (tmp_path / "README").write_text("not a class")
     (tmp_path / ".cache").mkdir()
-    (tmp_path / "a" / ".DS_Store").write_text("not a picture")
+    (tmp_path / "a" / ".DS_Store").write_text("not an image")
     source = make_folder_source(tmp_path, image_size=8)
     assert source.class_names == ("a", "b", "c c")
     assert len(source.splits["train"]) == 27 and len(source.splits["heldout"]) == 3
@@ -89,7 +89,7 @@ def test_folder_lists_sorted_classes_and_follows_its_content(tmp_path):
         assert all(source.class_names[item.label] == item.source_id.split("/")[0] for item in items)
     assert make_folder_source(tmp_path, image_size=8).description == source.description
     assert make_folder_source(tmp_path, image_size=9).description != source.description
-    write_picture(tmp_path / "a" / "new.png")
+    write_image(tmp_path / "a" / "new.png")
     assert make_folder_source(tmp_path, image_size=8).description != source.description
 
 
@@ -104,9 +104,9 @@ def test_folder_keeps_its_own_split(tmp_path, held):
     heldout = [(f"{held}/{name}.png", label) for name, label in (("a/000", 0), ("b/000", 1), ("b/001", 1))]
     assert sorted(source.splits["heldout"]) == heldout
     for item in source.splits["train"] + source.splits["heldout"]:
-        picture, label = source.load(item)
-        assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8 and label == item.label
-    with pytest.raises(UserError, match="its own held-out pictures"):
+        image, label = source.load(item)
+        assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and label == item.label
+    with pytest.raises(UserError, match="its own held-out images"):
         make_folder_source(tmp_path, heldout_share=0.5)
     write_classes(tmp_path / held, {"z": 1})
     with pytest.raises(UserError, match="z is a class that"):
@@ -123,12 +123,12 @@ def test_folder_refuses_what_it_cannot_use(tmp_path):
         make_folder_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no class folders"):
         make_folder_source(tmp_path)
-    write_picture(tmp_path / "stray.png")
+    write_image(tmp_path / "stray.png")
     with pytest.raises(UserError, match="no class folders"):
         make_folder_source(tmp_path)
     write_classes(tmp_path, {"a": 5})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no pictures"):
+    with pytest.raises(UserError, match="empty holds no images"):
         make_folder_source(tmp_path)
     with pytest.raises(UserError, match="image_size=0"):
         make_folder_source(tmp_path, image_size=0)
@@ -142,7 +142,7 @@ def test_what_lies_among_the_images_is_named_and_never_a_class(tmp_path):
         (tmp_path / name).write_text("?")
     for name in ("a/.DS_Store", "a/._000.png", "a/Thumbs.db", ".DS_Store", "desktop.ini"):  # nobody's
         (tmp_path / name).write_text("?")
-    write_picture(tmp_path / "__MACOSX" / "a" / "._000.png")
+    write_image(tmp_path / "__MACOSX" / "a" / "._000.png")
     source = make_folder_source(tmp_path, image_size=8)
     assert source.class_names == ("a", "b") and sum(map(len, source.splits.values())) == 20
     beside = "beside the class folders"
@@ -165,7 +165,7 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
 @pytest.mark.parametrize("inner", ["a/more", "a/000.png.d", "train/cat", "valid/cat"])
 def test_a_folder_within_a_class_folder_is_refused(tmp_path, inner):
     write_classes(tmp_path, {"a": 5, "b": 5})
-    write_picture(tmp_path / inner / "x.png")
+    write_image(tmp_path / inner / "x.png")
     with pytest.raises(UserError, match=f"{inner} is a folder within a class folder: .*val/ or test/"):
         make_folder_source(tmp_path)
 
@@ -178,7 +178,7 @@ def test_links_to_nothing_are_images_that_cannot_be_read_and_no_classes(tmp_path
     items = {item.source_id: item for items in source.splits.values() for item in items}
     assert len(items) == 12 and not source.ignored
     for name, reason in (("lost", "No such file"), ("loop", "Too many levels")):
-        with pytest.raises(PictureError, match=f"cannot be read: {reason}"):
+        with pytest.raises(ImageError, match=f"cannot be read: {reason}"):
             source.load(items[f"a/{name}.png"])
     (tmp_path / "n02").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="n02 is a link to nothing, perhaps to a class"):
@@ -203,13 +203,13 @@ def test_file_names_must_be_utf8(tmp_path):
 
 
 def test_pixels_arrive_as_they_were_stored(tmp_path):
-    pixels = {f"{index}.png": write_picture(tmp_path / "a" / f"{index}.png", (16, 16), index) for index in range(10)}
+    pixels = {f"{index}.png": write_image(tmp_path / "a" / f"{index}.png", (16, 16), index) for index in range(10)}
     grey = make_folder_source(tmp_path, image_size=16, channels=1)
     for item in grey.splits["train"]:
-        picture, label = grey.load(item)
+        image, label = grey.load(item)
         expected = Image.fromarray(pixels[item.source_id.removeprefix("a/")]).convert("L")
-        np.testing.assert_array_equal(picture, np.asarray(expected)[..., None])
-        assert label == 0 and picture.dtype == np.uint8
+        np.testing.assert_array_equal(image, np.asarray(expected)[..., None])
+        assert label == 0 and image.dtype == np.uint8
     colour = make_folder_source(tmp_path, image_size=16)
     for item in colour.splits["train"]:
         np.testing.assert_array_equal(colour.load(item)[0], pixels[item.source_id.removeprefix("a/")])
@@ -217,7 +217,7 @@ def test_pixels_arrive_as_they_were_stored(tmp_path):
 
 def test_content_and_not_the_suffix_decides(tmp_path):
     for name in ("a.JPEG", "b.jpg", "c.txt", "d", "e.gif", "f.Png"):
-        pixels = write_picture(tmp_path / "a" / name, (8, 8), format="PNG")
+        pixels = write_image(tmp_path / "a" / name, (8, 8), format="PNG")
     source = make_folder_source(tmp_path, image_size=8, heldout_share=0.5)
     items = source.splits["train"] + source.splits["heldout"]
     assert len(items) == 6
@@ -227,12 +227,12 @@ def test_content_and_not_the_suffix_decides(tmp_path):
 
 def test_unusable_files_say_why(tmp_path):
     write_classes(tmp_path, {"a": 10})
-    (tmp_path / "a" / "text.png").write_text("not a picture")
+    (tmp_path / "a" / "text.png").write_text("not an image")
     source = make_folder_source(tmp_path, image_size=8)
-    with pytest.raises(PictureError, match="not a picture in any of the formats"):
+    with pytest.raises(ImageError, match="not an image in any of the formats"):
         source.load(sources.Item("a/text.png", 0))
     (tmp_path / "a" / "000.png").unlink()
-    with pytest.raises(PictureError, match="cannot be read: No such file"):
+    with pytest.raises(ImageError, match="cannot be read: No such file"):
         source.load(sources.Item("a/000.png", 0))
 
 
@@ -242,5 +242,5 @@ def test_many_threads_load_at_once(tmp_path):
     items = source.splits["train"]
     expected = [source.load(item)[0] for item in items]
     with futures.ThreadPoolExecutor(16) as pool:
-        for index, (picture, _) in enumerate(pool.map(source.load, items * 5)):
-            np.testing.assert_array_equal(picture, expected[index % len(items)])
+        for index, (image, _) in enumerate(pool.map(source.load, items * 5)):
+            np.testing.assert_array_equal(image, expected[index % len(items)])

@@ -8,9 +8,9 @@ from terdit_jax.errors import UserError
 from terdit_jax.evaluation import reference as reference_module
 from terdit_jax.evaluation.features import FeatureNetwork, collect_features
 from terdit_jax.evaluation.frechet import frechet_distance
+from terdit_jax.evaluation.image_source import open_images
 from terdit_jax.evaluation.inception_score import inception_score
 from terdit_jax.evaluation.manifold import precision_recall
-from terdit_jax.evaluation.picture_source import open_pictures
 from terdit_jax.evaluation.reference import save_reference
 from terdit_jax.evaluation.statistics import statistics
 from terdit_jax.evaluation.suite import feature_statistics, find_reference, look_at, suite_metrics
@@ -21,8 +21,8 @@ MESH = single_device_mesh()
 WEIGHT = RNG.normal(size=(7, 6)).astype(np.float32)
 
 
-def extract(params, pictures):
-    flat = pictures.astype(jnp.float32).reshape(len(pictures), -1) / 64
+def extract(params, images):
+    flat = images.astype(jnp.float32).reshape(len(images), -1) / 64
     return {"pool": flat[:, :6], "spatial": flat[:, 6:10]}
 
 
@@ -36,7 +36,7 @@ def open_reference(path):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """Pictures of samples and of a reference, whose distributions differ; features are 6 and 4 wide."""
+    """Images of samples and of a reference, whose distributions differ; features are 6 and 4 wide."""
     monkeypatch.setattr(reference_module, "KEYS", {"pool": ("mu", "sigma", 6), "spatial": ("mu_s", "sigma_s", 4)})
     for name, high in (("samples", 200), ("reference", 256)):
         np.savez(tmp_path / f"{name}.npz", arr_0=RNG.integers(0, high, (80, 2, 2, 3), np.uint8))
@@ -44,7 +44,7 @@ def places(tmp_path, monkeypatch):
 
 
 def features(path):
-    return collect_features(make_network(), open_pictures(path), MESH)
+    return collect_features(make_network(), open_images(path), MESH)
 
 
 def rows(path):
@@ -79,7 +79,7 @@ def test_a_saved_reference_gives_the_same_figures(places):
 
 
 def test_stored_statistics_are_taken_as_they_are(places):
-    """Published files' statistics are of far more pictures than the ones beside them."""
+    """Published files' statistics are of far more images than the ones beside them."""
     samples = features(places / "samples.npz")
     with np.load(places / "reference.npz") as arrays:
         save_reference(places / "saved.npz", feature_statistics(samples), arrays["arr_0"])
@@ -87,7 +87,7 @@ def test_stored_statistics_are_taken_as_they_are(places):
     assert metrics["fid"] < 1e-6 and metrics["sfid"] < 1e-6 and metrics["precision"] < 1
 
 
-def test_a_reference_without_pictures_gives_no_precision(places):
+def test_a_reference_without_images_gives_no_precision(places):
     samples = features(places / "samples.npz")
     mean, covariance, _ = statistics(RNG.normal(size=(20, 6)))
     np.savez(places / "bare.npz", mu=mean, sigma=covariance)
@@ -95,13 +95,13 @@ def test_a_reference_without_pictures_gives_no_precision(places):
     assert list(metrics) == ["fid", "inception_score"]
 
 
-def test_too_few_pictures_are_refused(places):
+def test_too_few_images_are_refused(places):
     np.savez(places / "few.npz", arr_0=np.zeros((3, 2, 2, 3), np.uint8))
-    with pytest.raises(UserError, match="few.npz: 3 pictures are too few"):
+    with pytest.raises(UserError, match="few.npz: 3 images are too few"):
         open_reference(places / "few.npz")
 
 
 def test_a_file_of_something_else_is_refused(places):
     np.savez(places / "labels.npz", labels=np.zeros(3))
-    with pytest.raises(UserError, match="neither pictures in arr_0 nor statistics of Inception, only .*labels"):
+    with pytest.raises(UserError, match="neither images in arr_0 nor statistics of Inception, only .*labels"):
         open_reference(places / "labels.npz")

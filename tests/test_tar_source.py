@@ -8,13 +8,13 @@ from PIL import Image
 import pytest
 
 from terdit_jax.data import tar_source
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.data.tar_source import Stretch, make_tar_source
 from terdit_jax.errors import UserError
 
 
-def picture_bytes(seed, format_name="JPEG"):
+def image_bytes(seed, format_name="JPEG"):
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(256, size=(12, 14, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, format_name)
@@ -38,9 +38,7 @@ def tar_bytes(members, tar_format=tarfile.GNU_FORMAT):
 def make_classes(counts, first_seed=0):
     """{class: {file: content}} like ImageNet's."""
     names = {name: [f"{name}_{index}.JPEG" for index in range(count)] for name, count in counts.items()}
-    return {
-        name: {file: picture_bytes(first_seed + i) for i, file in enumerate(files)} for name, files in names.items()
-    }
+    return {name: {file: image_bytes(first_seed + i) for i, file in enumerate(files)} for name, files in names.items()}
 
 
 def write_archive(path, classes, **options):
@@ -87,7 +85,7 @@ def test_description_follows_content_and_options(tmp_path):
     assert make_tar_source(write_archive(tmp_path / "1.tar", classes), heldout_share=0.1).description == first
     assert make_tar_source(tmp_path / "1.tar", heldout_share=0.2).description != first
     assert make_tar_source(tmp_path / "1.tar", heldout_share=0.1, channels=1).description != first
-    classes["a"]["more.JPEG"] = picture_bytes(99)
+    classes["a"]["more.JPEG"] = image_bytes(99)
     assert make_tar_source(write_archive(tmp_path / "2.tar", classes), heldout_share=0.1).description != first
 
 
@@ -120,8 +118,8 @@ def test_members_are_those_of_tarfile(tmp_path, tar_format):
     assert len(expected) == sum(isinstance(content, bytes) for content in members.values())
 
 
-def test_what_is_no_picture_is_passed_over(tmp_path):
-    files = {f"{index}.JPEG": picture_bytes(index) for index in range(10)}
+def test_what_is_no_image_is_passed_over(tmp_path):
+    files = {f"{index}.JPEG": image_bytes(index) for index in range(10)}
     folder, link = tarfile.TarInfo("a"), tarfile.TarInfo("a/link.JPEG")
     folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "0.JPEG"
     inner = tar_bytes(
@@ -138,7 +136,7 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
 def test_what_is_ignored_is_named(tmp_path):
     link, hard = tarfile.TarInfo("a/link.JPEG"), tarfile.TarInfo("a/hard.JPEG")
     link.type, hard.type, link.linkname, hard.linkname = tarfile.SYMTYPE, tarfile.LNKTYPE, "0.JPEG", "0.JPEG"
-    files = {f"{index}.JPEG": picture_bytes(index) for index in range(10)}
+    files = {f"{index}.JPEG": image_bytes(index) for index in range(10)}
     inner = tar_bytes({**files, "1": link, "2": hard, ".draft.JPEG": b"?", "._0.JPEG": b"?", "__MACOSX/0.JPEG": b"?"})
     outer = {"README": b"?", "a.tar": inner, "N02.TAR": inner, ".old.tar": inner, "._a.tar": b"?", "x/notes.txt": b"?"}
     (tmp_path / "t.tar").write_bytes(tar_bytes(outer))
@@ -166,8 +164,8 @@ def test_what_is_ignored_is_named(tmp_path):
     ],
 )
 def test_a_class_of_another_shape_is_refused_and_not_dropped(tmp_path, name, message):
-    pictures = tar_bytes({f"{index}.JPEG": picture_bytes(index) for index in range(10)})
-    members = {"a.tar": pictures, "n02.TAR": pictures, name: pictures}
+    images = tar_bytes({f"{index}.JPEG": image_bytes(index) for index in range(10)})
+    members = {"a.tar": images, "n02.TAR": images, name: images}
     (tmp_path / "t.tar").write_bytes(tar_bytes(members))
     assert message in refusal(tmp_path / "t.tar")
     for member, content in members.items():
@@ -177,13 +175,13 @@ def test_a_class_of_another_shape_is_refused_and_not_dropped(tmp_path, name, mes
 
 
 def test_links_to_class_archives_are_followed_or_refused(tmp_path):
-    pictures = tar_bytes({f"{index}.JPEG": picture_bytes(index) for index in range(10)})
+    images = tar_bytes({f"{index}.JPEG": image_bytes(index) for index in range(10)})
     link = tarfile.TarInfo("b.tar")
     link.type, link.linkname = tarfile.SYMTYPE, "a.tar"
-    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": pictures, "b.tar": link}))
+    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": images, "b.tar": link}))
     assert "b.tar is no plain .tar" in refusal(tmp_path / "t.tar")
     (tmp_path / "tars").mkdir()
-    (tmp_path / "tars" / "a.tar").write_bytes(pictures)
+    (tmp_path / "tars" / "a.tar").write_bytes(images)
     (tmp_path / "tars" / "b.tar").symlink_to("a.tar")
     assert make_tar_source(tmp_path / "tars", image_size=8, heldout_share=0.1).class_names == ("a", "b")
     (tmp_path / "tars" / "c.tar").symlink_to("nowhere")
@@ -191,7 +189,7 @@ def test_links_to_class_archives_are_followed_or_refused(tmp_path):
 
 
 def test_the_last_of_members_with_one_name_counts(tmp_path):
-    old, new = (tar_bytes({f"{i}.JPEG": picture_bytes(seed + i) for i in range(10)}) for seed in (0, 100))
+    old, new = (tar_bytes({f"{i}.JPEG": image_bytes(seed + i) for i in range(10)}) for seed in (0, 100))
     end = old.rstrip(b"\0")
     joined = old[: -(-len(end) // 512) * 512] + new  # what `tar --append` writes
     (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": joined}))
@@ -211,18 +209,18 @@ def test_many_threads_read_at_once(tmp_path):
             np.testing.assert_array_equal(pixels, expected[index % len(items)])
 
 
-def test_a_damaged_picture_is_no_damaged_archive(tmp_path):
+def test_a_damaged_image_is_no_damaged_archive(tmp_path):
     classes = make_classes({"a": 10})
     classes["a"]["a_3.JPEG"] = classes["a"]["a_3.JPEG"][:100]
     source = make_tar_source(write_archive(tmp_path / "t.tar", classes), image_size=8, heldout_share=0.1)
     (item,) = [item for items in source.splits.values() for item in items if item.source_id == "a/a_3.JPEG"]
-    with pytest.raises(PictureError, match="Truncated"):
+    with pytest.raises(ImageError, match="Truncated"):
         source.load(item)
     (tmp_path / "t.tar").write_bytes(b"")
-    with pytest.raises(PictureError, match="has become shorter"):
+    with pytest.raises(ImageError, match="has become shorter"):
         source.load(item)
     (tmp_path / "t.tar").unlink()
-    with pytest.raises(PictureError, match="cannot be read: No such file"):
+    with pytest.raises(ImageError, match="cannot be read: No such file"):
         source.load(item)
 
 
@@ -235,7 +233,7 @@ def refusal(path):
 
 
 def test_truncated_archives_name_the_byte(tmp_path):
-    """Cut anywhere, not only in the middle of a file, an archive is refused: no picture is lost in silence."""
+    """Cut anywhere, not only in the middle of a file, an archive is refused: no image is lost in silence."""
     path = write_archive(tmp_path / "t.tar", make_classes({"a": 3, "b": 3}))
     whole = path.read_bytes()
     closing = len(whole.rstrip(b"\0")) // 512 * 512 + 1024  # the inner archive's zeros come before the outer's
@@ -266,18 +264,18 @@ def test_flipped_header_bits_name_the_byte(tmp_path):
 
 
 def test_useless_archives_say_what_to_do(tmp_path):
-    pictures = tar_bytes({"a.JPEG": picture_bytes(0)})
+    images = tar_bytes({"a.JPEG": image_bytes(0)})
     cases = {
         "nothing.tar": (b"", "damaged at byte 0 (empty file)"),
         "text.tar": (b"text" * 1000, "damaged at byte 0 (invalid header)"),
-        "flat.tar": (pictures, "holds no .tar files"),
-        "outer.tar": (gzip.compress(tar_bytes({"a.tar": pictures})), "is compressed with gzip, decompress it first"),
+        "flat.tar": (images, "holds no .tar files"),
+        "outer.tar": (gzip.compress(tar_bytes({"a.tar": images})), "is compressed with gzip, decompress it first"),
         "inner.tar": (
-            tar_bytes({"a.tar": gzip.compress(pictures)}),
+            tar_bytes({"a.tar": gzip.compress(images)}),
             "(the archive at byte 512): is compressed",
         ),
-        "empty.tar": (tar_bytes({"a.tar": pictures, "b.tar": tar_bytes({})}), "class b holds no pictures"),
-        "twice.tar": (tar_bytes({"x/a.tar": pictures, "y/a.tar": pictures}), "holds two archives a.tar"),
+        "empty.tar": (tar_bytes({"a.tar": images, "b.tar": tar_bytes({})}), "class b holds no images"),
+        "twice.tar": (tar_bytes({"x/a.tar": images, "y/a.tar": images}), "holds two archives a.tar"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -286,7 +284,7 @@ def test_useless_archives_say_what_to_do(tmp_path):
     (tmp_path / "folder").mkdir()
     assert "holds no .tar files" in refusal(tmp_path / "folder")
     assert "local file system" in refusal("gs://bucket/train.tar")
-    (tmp_path / "folder" / "a.tar").write_bytes(pictures)
+    (tmp_path / "folder" / "a.tar").write_bytes(images)
     for option in ({"image_size": 0}, {"channels": 2}, {"heldout_share": 1.5}):
         with pytest.raises(UserError, match=next(iter(option))):
             make_tar_source(tmp_path / "folder", **option)

@@ -8,8 +8,8 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from terdit_jax.data.crop import decode_picture
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.crop import decode_crop
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError
 
@@ -21,7 +21,7 @@ FEATURES = {
 }
 
 
-def picture_bytes(seed, format_name="JPEG"):
+def image_bytes(seed, format_name="JPEG"):
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(256, size=(12 + seed % 5, 14, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, format_name)
@@ -30,7 +30,7 @@ def picture_bytes(seed, format_name="JPEG"):
 
 def make_examples(count, first_seed=0):
     return [
-        {"image": picture_bytes(first_seed + index), "label": (index * 7 + 1) % 3, "file_name": f"{index}.jpg"}
+        {"image": image_bytes(first_seed + index), "label": (index * 7 + 1) % 3, "file_name": f"{index}.jpg"}
         for index in range(count)
     ]
 
@@ -68,7 +68,7 @@ def all_items(source):
     return source.splits["train"] + source.splits["heldout"]
 
 
-def test_pictures_and_classes_are_those_written(tmp_path):
+def test_images_and_classes_are_those_written(tmp_path):
     splits = {"train": make_examples(23), "validation": make_examples(9, 100), "test": make_examples(5, 200)}
     write_data_set(tmp_path, splits)
     source = make_tfds_source("animals", data_dir=tmp_path, image_size=8)
@@ -79,7 +79,7 @@ def test_pictures_and_classes_are_those_written(tmp_path):
         split, index = item.source_id.split("/")
         expected = splits[split][int(index)]
         pixels, label = source.load(item)
-        np.testing.assert_array_equal(pixels, decode_picture(expected["image"], 8, 3))
+        np.testing.assert_array_equal(pixels, decode_crop(expected["image"], 8, 3))
         assert label == expected["label"] and item.label is None
     assert "tensorflow" not in sys.modules
 
@@ -89,7 +89,7 @@ def test_test_split_or_a_share_is_held_out(tmp_path):
     write_data_set(tmp_path, {"train": make_examples(20)}, name="alone")
     tested = make_tfds_source("tested:1.*.*", data_dir=tmp_path)
     assert {item.source_id.split("/")[0] for item in tested.splits["heldout"]} == {"test"}
-    with pytest.raises(UserError, match="its own held-out pictures, test"):
+    with pytest.raises(UserError, match="its own held-out images, test"):
         make_tfds_source("tested", data_dir=tmp_path, heldout_share=0.1)
     alone = make_tfds_source("alone", data_dir=tmp_path)
     assert [len(alone.splits[split]) for split in ("train", "heldout")] == [18, 2]
@@ -140,7 +140,7 @@ def test_a_data_set_that_is_not_there_is_prepared(tmp_path):
     again = make_tfds_source("birds_of_the_test:2.*.*", data_dir=tmp_path, image_size=8)
     assert again.description == first.description and again.splits == first.splits
     written = sorted((example["image"], example["label"]) for example in make_examples(20))
-    expected = sorted((decode_picture(data, 8, 3).tobytes(), label) for data, label in written)
+    expected = sorted((decode_crop(data, 8, 3).tobytes(), label) for data, label in written)
     assert sorted((pixels.tobytes(), label) for pixels, label in map(first.load, all_items(first))) == expected
     assert "tensorflow" not in sys.modules
 
@@ -183,11 +183,11 @@ def test_what_cannot_be_prepared_says_what_to_do(tmp_path):
 
 def test_data_sets_of_another_kind_are_refused(tmp_path):
     image, label = FEATURES["image"], FEATURES["label"]
-    unlabelled = [{"image": picture_bytes(index)} for index in range(4)]
+    unlabelled = [{"image": image_bytes(index)} for index in range(4)]
     write_data_set(tmp_path, {"train": unlabelled}, "unlabelled", {"image": image})
     write_data_set(tmp_path, {"test": make_examples(4)}, "untrained")
     twice = {"image": image, "fine": label, "coarse": tfds.features.ClassLabel(num_classes=2)}
-    both = [{"image": picture_bytes(index), "fine": index % 3, "coarse": index % 2} for index in range(20)]
+    both = [{"image": image_bytes(index), "fine": index % 3, "coarse": index % 2} for index in range(20)]
     write_data_set(tmp_path, {"train": both}, "ambiguous", twice)
     write_data_set(tmp_path, {"train": both}, "declared", twice, supervised_keys=("image", "coarse"))
     assert "has none where one class label" in refusal("unlabelled", tmp_path)
@@ -219,7 +219,7 @@ def count_readable(source):
             pixels, label = source.load(item)
             assert pixels.shape == (8, 8, 3) and label in range(3)
             readable += 1
-        except PictureError as error:
+        except ImageError as error:
             assert str(error).splitlines() == [str(error)]
     return readable
 
@@ -235,10 +235,10 @@ def test_damaged_shards_give_reasons(tmp_path):
         assert count_readable(make_tfds_source("animals", data_dir=tmp_path, image_size=8)) == readable
 
 
-def test_damaged_pictures_and_classes_give_reasons(tmp_path):
+def test_damaged_images_and_classes_give_reasons(tmp_path):
     examples = make_examples(20)
     examples[3]["image"] = examples[3]["image"][:200]
-    examples[4]["image"] = b"no picture"
+    examples[4]["image"] = b"no image"
     examples[5]["label"] = -1  # how TFDS marks a test split whose classes are secret
     write_data_set(tmp_path, {"train": examples})
     source = make_tfds_source("animals", data_dir=tmp_path, image_size=8)
@@ -246,17 +246,17 @@ def test_damaged_pictures_and_classes_give_reasons(tmp_path):
     for item in all_items(source):
         try:
             source.load(item)
-        except PictureError as error:
+        except ImageError as error:
             reasons[item.source_id] = str(error)
     assert sorted(reasons) == [f"train/{index:08d}" for index in (3, 4, 5)]
-    assert "not a picture in any" in reasons["train/00000004"]
+    assert "not an image in any" in reasons["train/00000004"]
     assert reasons["train/00000005"] == "its class is -1, not one of 0 to 2"
 
 
 def test_many_threads_read_at_once(tmp_path):
     examples = make_examples(60)
     write_data_set(tmp_path, {"train": examples}, num_shards=6)
-    expected = [(decode_picture(example["image"], 8, 3).tobytes(), example["label"]) for example in examples]
+    expected = [(decode_crop(example["image"], 8, 3).tobytes(), example["label"]) for example in examples]
     source = make_tfds_source("animals", data_dir=tmp_path, image_size=8)
     items = sorted(all_items(source)) * 20
     with futures.ThreadPoolExecutor(16) as pool:  # the readers are opened by whichever thread comes first

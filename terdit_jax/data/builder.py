@@ -1,6 +1,6 @@
 """Writes a source as a TFDS data set of latents in ArrayRecord shards: decoded, encoded, counted, hashed.
 
-Sources list and decode pictures, codecs encode them, the schema says what a record is, `unfinished` remembers what is
+Sources list and decode images, codecs encode them, the schema says what a record is, `unfinished` remembers what is
 done; reading back is the reader's.
 """
 
@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from terdit_jax.data import schema
 from terdit_jax.data.codec import Codec
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.listing import describe_ignored
 from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
@@ -36,7 +36,7 @@ SKIPPED_FILE = "skipped.json"  # by split, and under IGNORED what the source ign
 IGNORED = "ignored"
 POLL_SECONDS = 2.0
 
-Decoded = tuple[Item, futures.Future]  # the future holds a picture and its class, or raises PictureError
+Decoded = tuple[Item, futures.Future]  # the future holds an image and its class, or raises ImageError
 
 
 def find_prepared(source: Source, output: epath.PathLike, *, codec: Codec, mirror: bool) -> schema.Metadata | None:
@@ -77,15 +77,15 @@ def build(
     Workers share nothing but that directory. Worker k of n makes those of the shards k, k + n, k + 2n, ... that are
     missing, and who finds all of them there completes the data set. So killed workers can be started again, in any
     number, and redo only shards that were not finished; the bytes are the same whatever happened on the way.
-    Until the metadata is there, nothing reads the directory as a data set. Pictures that do not decode are skipped,
+    Until the metadata is there, nothing reads the directory as a data set. Images that do not decode are skipped,
     counted and named in `skipped.json`, and so is what the source ignores.
 
     Args:
-      source: the pictures.
+      source: the images.
       output: a directory that does not exist, is empty, or holds a part of this data set.
-      codec: how pictures become latents.
-      mirror: also store the latent of each mirrored picture; needless where the codec keeps pixels.
-      max_bad_share: the run ends once more than this share of the pictures cannot be used.
+      codec: how images become latents.
+      mirror: also store the latent of each mirrored image; needless where the codec keeps pixels.
+      max_bad_share: the run ends once more than this share of the images cannot be used.
       shard_bytes: size of a shard's arrays before compression.
       worker: k and n.
       wait: do not return before the other workers are done too.
@@ -95,7 +95,7 @@ def build(
       The metadata; None where shards of other workers are still missing.
 
     Raises:
-      UserError: `output` is taken or cannot be written, or too many pictures are unusable. Finished shards are kept.
+      UserError: `output` is taken or cannot be written, or too many images are unusable. Finished shards are kept.
     """
     output = as_path(output)
     if not 0 <= max_bad_share < 1:
@@ -173,7 +173,7 @@ class _Run:
             splits[split] = schema.Split(sum(s.shard.records for s in shards), tuple(s.shard for s in shards))
             if not splits[split].records:
                 num_items = len(self.source.splits[split])
-                raise UserError(f"none of the {num_items} pictures of the {split} split can be used")
+                raise UserError(f"none of the {num_items} images of the {split} split can be used")
         channel_mean, channel_std = totals(finished["train"])
         metadata = schema.Metadata(
             schema_version=schema.SCHEMA_VERSION,
@@ -211,7 +211,7 @@ class _Run:
                 file.write_bytes(content)
 
     def _divide(self, split: str) -> dict[str, list[Item]]:
-        """The file names of a split's shards and the pictures of each."""
+        """The file names of a split's shards and the images of each."""
         items = self.source.splits[split]
         record_bytes = 2 * int(np.prod(self.shape)) * len(schema.array_names(self.mirror))
         count = min(-(-len(items) * record_bytes // self.shard_bytes), len(items))
@@ -248,7 +248,7 @@ class _Run:
     def _encode_ahead(
         self, pool: futures.Executor, items: list[Item], skipped: list[tuple[str, str]]
     ) -> Iterator[tuple[list[tuple[str, int]], dict[str, Any]]]:
-        """Yields (source_id, label) of usable pictures and their arrays, which may still be on their way.
+        """Yields (source_id, label) of usable images and their arrays, which may still be on their way.
 
         While a batch is written, the accelerator encodes the next one and the pool decodes those after it.
         """
@@ -258,16 +258,16 @@ class _Run:
             if not usable:
                 continue
             names = [(item.source_id, label) for item, _, label in usable]
-            following = names, self._encode(np.stack([picture for _, picture, _ in usable]))
+            following = names, self._encode(np.stack([image for _, image, _ in usable]))
             if encoded:
                 yield encoded
             encoded = following
         if encoded:
             yield encoded
 
-    def _encode(self, pictures: np.ndarray) -> dict[str, Any]:
-        """Pictures (B, H, W, C) to the float16 arrays of their records."""
-        views = [pictures, pictures[:, :, ::-1]] if self.mirror else [pictures]
+    def _encode(self, images: np.ndarray) -> dict[str, Any]:
+        """Images (B, H, W, C) to the float16 arrays of their records."""
+        views = [images, images[:, :, ::-1]] if self.mirror else [images]
         arrays = [array.astype(np.float16) for view in views for array in self.codec.encode(view)]
         return dict(zip(schema.array_names(self.mirror), arrays, strict=True))
 
@@ -276,8 +276,8 @@ class _Run:
     ) -> Iterator[tuple[Item, np.ndarray, int]]:
         for item, decoded in chunk:
             try:
-                picture, label = decoded.result()
-            except PictureError as error:
+                image, label = decoded.result()
+            except ImageError as error:
                 self.num_bad += 1
                 skipped.append((item.source_id, str(error)))
                 logging.warning("skipped %s: %s", item.source_id, error)
@@ -285,13 +285,13 @@ class _Run:
             else:
                 if label not in self.classes:
                     raise UserError(f"{item.source_id}: its class is {label!r}, the source has {len(self.classes)}")
-                yield item, picture, label
+                yield item, image, label
 
     def _check_bad(self, source_id: str, reason: str) -> None:
-        num_pictures = sum(len(items) for items in self.source.splits.values())
-        if self.num_bad > self.max_bad_share * num_pictures:
+        num_images = sum(len(items) for items in self.source.splits.values())
+        if self.num_bad > self.max_bad_share * num_images:
             raise UserError(
-                f"{self.num_bad} of {num_pictures} pictures cannot be used, more than "
+                f"{self.num_bad} of {num_images} images cannot be used, more than "
                 f"--max_bad_share={self.max_bad_share}; the last is {source_id} ({reason})"
             )
 
@@ -319,7 +319,7 @@ def _add(total: tuple[float, ...], values: np.ndarray) -> tuple[float, ...]:
 def _decode_ahead(
     pool: futures.Executor, source: Source, items: list[Item], batch_size: int
 ) -> Iterator[list[Decoded]]:
-    """Yields the pictures batch by batch, in order, while the pool decodes the two that follow."""
+    """Yields the images batch by batch, in order, while the pool decodes the two that follow."""
     batches = deque()
     for start in range(0, len(items), batch_size):
         batches.append([(item, pool.submit(source.load, item)) for item in items[start : start + batch_size]])

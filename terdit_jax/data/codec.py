@@ -1,4 +1,4 @@
-"""What turns pictures into latents: pixel space, which keeps them as they are, and the Stable Diffusion autoencoder.
+"""What turns images into latents: pixel space, which keeps them as they are, and the Stable Diffusion autoencoder.
 
 The builder calls a codec and stores what it returns; loading weights is interop's and scaling latents is training's.
 """
@@ -18,39 +18,39 @@ from terdit_jax.model.vae import VAEConfig, encode, encoder_params
 
 
 class Codec(Protocol):
-    """Encodes pictures. Equal names must mean equal latents: the name is all that tells two data sets apart."""
+    """Encodes images. Equal names must mean equal latents: the name is all that tells two data sets apart."""
 
     name: str
     latent_scale: float  # training multiplies stored latents by it
-    batch_size: int  # pictures that are best encoded together
+    batch_size: int  # images that are best encoded together
 
-    def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(H, W, C) of the latents of pictures of the given (H, W, C). Raises UserError if it takes none such."""
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H, W, C) of the latents of images of the given (H, W, C). Raises UserError if it takes none such."""
 
-    def encode(self, pictures: np.ndarray) -> tuple[np.ndarray | Array, np.ndarray | Array]:
-        """Mean and standard deviation of the posteriors of at most `batch_size` pictures.
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray | Array, np.ndarray | Array]:
+        """Mean and standard deviation of the posteriors of at most `batch_size` images.
 
-        Pictures (B, H, W, C) are uint8, or float32 in [-1, 1]. What is returned may still be computed, and may have
+        Images (B, H, W, C) are uint8, or float32 in [-1, 1]. What is returned may still be computed, and may have
         rows beyond B that mean nothing.
         """
 
 
 class PixelCodec:
-    """No encoding: a picture is its own latent and has no spread. Float16 keeps 8-bit pixels exactly."""
+    """No encoding: an image is its own latent and has no spread. Float16 keeps 8-bit pixels exactly."""
 
     name = "none"
     latent_scale = 1.0
     batch_size = 64
 
-    def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The picture's own shape."""
-        return picture_shape
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The image's own shape."""
+        return image_shape
 
-    def encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures in [-1, 1], and zeros."""
-        if pictures.dtype == np.uint8:
-            pictures = pictures / np.float32(127.5) - np.float32(1)
-        return pictures, np.zeros_like(pictures)
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images in [-1, 1], and zeros."""
+        if images.dtype == np.uint8:
+            images = images / np.float32(127.5) - np.float32(1)
+        return images, np.zeros_like(images)
 
 
 class VAECodec:
@@ -61,7 +61,7 @@ class VAECodec:
       params: float32 arrays, as `interop.vae_weights.load_vae` returns them.
       identity: of the weights; it becomes part of the name.
       dtype: of activations, float32 or bfloat16; latents leave as float16.
-      device_batch: pictures a device.
+      device_batch: images a device.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class VAECodec:
         self._params = jax.device_put(encoder_params(params, dtype), NamedSharding(mesh, PartitionSpec()))
         self._encode = jax.jit(partial(_encode, config, dtype=dtype), out_shardings=self._rows)
 
-    def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(H / 8, W / 8, 4) with the published architecture."""
-        height, width, channels = picture_shape
+        height, width, channels = image_shape
         factor = self.config.downsampling
         if channels != self.config.in_channels:
             raise UserError(f"--channels={channels}: the autoencoder takes {self.config.in_channels}")
@@ -88,14 +88,14 @@ class VAECodec:
             raise UserError(f"--image_size={height}: must be a multiple of {factor}, the autoencoder's downsampling")
         return height // factor, width // factor, self.config.latent_channels
 
-    def encode(self, pictures: np.ndarray) -> tuple[Array, Array]:
+    def encode(self, images: np.ndarray) -> tuple[Array, Array]:
         """As `Codec.encode`, float16; every batch is filled up to one size, so that one program serves all."""
-        padding = [(0, self.batch_size - len(pictures))] + [(0, 0)] * 3
-        return self._encode(self._params, jax.device_put(np.pad(pictures, padding), self._rows))
+        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * 3
+        return self._encode(self._params, jax.device_put(np.pad(images, padding), self._rows))
 
 
-def _encode(config: VAEConfig, params: dict, pictures: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    if pictures.dtype == jnp.uint8:
-        pictures = pictures.astype(jnp.float32) / 127.5 - 1
-    mean, std = encode(config, params, pictures, dtype)
+def _encode(config: VAEConfig, params: dict, images: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 127.5 - 1
+    mean, std = encode(config, params, images, dtype)
     return mean.astype(jnp.float16), std.astype(jnp.float16)

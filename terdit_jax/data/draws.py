@@ -63,7 +63,7 @@ def draw_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def draw_mirrored(seed: int, position: np.ndarray) -> np.ndarray:
-    """Whether each place in the stream shows the mirrored picture: half of them do, (B,) bool.
+    """Whether each place in the stream shows the mirrored image: half of them do, (B,) bool.
 
     A record is drawn anew in each epoch, since it lies at another place there.
 

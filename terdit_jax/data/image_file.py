@@ -25,20 +25,20 @@ _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _STEPS = {"LAB": "RGB", "La": "LA"}  # modes that Pillow converts to grey, or at all, by way of another only
 
 
-class PictureError(Exception):
+class ImageError(Exception):
     """An image that cannot be used; the message says why, in one line."""
 
 
 def read_file(path: epath.PathLike) -> bytes:
-    """The content of an image file. Raises PictureError if it cannot be read or is too large for one."""
+    """The content of an image file. Raises ImageError if it cannot be read or is too large for one."""
     try:
         with epath.Path(path).open("rb") as file:
             if (size := file.seek(0, os.SEEK_END)) > MAX_FILE_BYTES:
-                raise PictureError(f"has {size:,} bytes, too many for an image")
+                raise ImageError(f"has {size:,} bytes, too many for an image")
             file.seek(0)
             return file.read()
     except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror or error}") from error
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:
@@ -50,24 +50,24 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     16 bits and floats as 0 to 1, and values beyond that are refused.
 
     Raises:
-      PictureError: not a whole image in one of `FORMATS`, or one too large or too deep.
+      ImageError: not a whole image in one of `FORMATS`, or one too large or too deep.
     """
     if not data:
-        raise PictureError("the file is empty")
+        raise ImageError("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image)
             return to_8_bits(image, channels)
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise PictureError(f"not a picture in any of the formats {', '.join(FORMATS)}") from error
+        raise ImageError(f"not an image in any of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # on broken files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise PictureError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def to_8_bits(image: Image.Image, channels: int) -> Image.Image:
-    """An image of any of Pillow's modes in mode RGB or, with one channel, L. Raises PictureError if it is too deep."""
+    """An image of any of Pillow's modes in mode RGB or, with one channel, L. Raises ImageError if it is too deep."""
     if image.mode in _DEEP_GREY:
         image = _scale_grey(image)
     if image.mode in _STEPS:
@@ -78,9 +78,9 @@ def to_8_bits(image: Image.Image, channels: int) -> Image.Image:
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if min(width, height) < 1:
-        raise PictureError(f"{width}x{height} holds no pixels")
+        raise ImageError(f"{width}x{height} holds no pixels")
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise PictureError(f"{width}x{height} exceeds {Image.MAX_IMAGE_PIXELS} pixels, a decompression bomb perhaps")
+        raise ImageError(f"{width}x{height} exceeds {Image.MAX_IMAGE_PIXELS} pixels, a decompression bomb perhaps")
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
@@ -102,11 +102,11 @@ def _scale_grey(image: Image.Image) -> Image.Image:
 def _check_range(values: np.ndarray, top: int) -> None:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
-        raise PictureError(f"grey values from {low} to {high}: only 0 to {top} can be scaled to 8 bits")
+        raise ImageError(f"grey values from {low} to {high}: only 0 to {top} can be scaled to 8 bits")
 
 
 def _silence_decoders() -> None:
-    """Turns off what Pillow and libtiff write about broken files: the PictureError says it, once and in its place."""
+    """Turns off what Pillow and libtiff write about broken files: the ImageError says it, once and in its place."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:

@@ -1,6 +1,6 @@
 """A look into a prepared data set: some of its records, and the numbers in which a wrong scale or layout would show.
 
-Pictures are made of the latents elsewhere; nothing here is needed for training.
+Images are made of the latents elsewhere; nothing here is needed for training.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from terdit_jax.labels import check_labels
 class Inspection:
     """Records spread evenly over the training split."""
 
-    views: tuple[np.ndarray, ...]  # posterior means of the pictures and, where stored, of their mirrors, (N, H, W, C)
+    views: tuple[np.ndarray, ...]  # posterior means of the images and, where stored, of their mirrors, (N, H, W, C)
     spreads: tuple[np.ndarray, ...]  # posterior standard deviations alike
     labels: np.ndarray  # (N,)
     captions: tuple[str, ...]  # class name and source id of each
@@ -74,7 +74,5 @@ def format_report(metadata: schema.Metadata, inspection: Inspection) -> str:
     if len(inspection.views) == 2:
         mirrored = inspection.views[1][:, :, ::-1]
         difference = np.sqrt(np.mean((mirrored - means) ** 2) / np.mean(means**2))
-        lines.append(
-            f"latents of mirrored pictures differ from mirrored latents by {difference:.1%} (root mean square)"
-        )
+        lines.append(f"latents of mirrored images differ from mirrored latents by {difference:.1%} (root mean square)")
     return "\n".join(lines)

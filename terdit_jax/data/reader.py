@@ -32,8 +32,8 @@ class Records(Protocol):
     def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
         """One view of each record at `indices` (B,): `mean`, `std` (B, H, W, C) float16 and `label` (B,) int32.
 
-        Rows where `mirrored` (B,) bool is set, none if it is left out, show the mirrored picture: what is stored for
-        it, or else the arrays mirrored along the width, which is exact where records are the pictures themselves.
+        Rows where `mirrored` (B,) bool is set, none if it is left out, show the mirrored image: what is stored for
+        it, or else the arrays mirrored along the width, which is exact where records are the images themselves.
         """
 
 
@@ -209,7 +209,7 @@ def make_batches(
       start_step: the first global batch.
       process_index: this process, of `process_count`.
       process_count: processes that share each batch.
-      horizontal_flip: half of the rows, by `draws.draw_mirrored`, show the mirrored picture; of a record that holds
+      horizontal_flip: half of the rows, by `draws.draw_mirrored`, show the mirrored image; of a record that holds
         both views only the one shown is used.
       in_memory: read the training split once and keep it; the batches are the same.
       read_threads: threads that assemble batches ahead of time, of which `prefetch` at most can be busy.

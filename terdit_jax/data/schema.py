@@ -62,12 +62,12 @@ class Metadata:
 
     schema_version: int
     source: dict[str, Any]  # what was prepared and with which options: equal sources give equal data sets
-    codec: str  # "none" where records are the pictures themselves, in [-1, 1]
+    codec: str  # "none" where records are the images themselves, in [-1, 1]
     latent_scale: float
     shape: tuple[int, int, int]  # H, W, C
     num_classes: int
     class_names: tuple[str, ...]
-    has_mirror: bool  # records also hold the latent of the mirrored picture
+    has_mirror: bool  # records also hold the latent of the mirrored image
     splits: dict[str, Split]
     channel_mean: tuple[float, ...]  # C
     channel_std: tuple[float, ...]  # C
@@ -80,10 +80,10 @@ def array_names(has_mirror: bool) -> tuple[str, ...]:
 
 
 def make_features(shape: tuple[int, int, int], has_mirror: bool) -> tfds.features.FeaturesDict:
-    """The record as TFDS describes it: float16 arrays of `shape` (H, W, C), an int64 label and the picture's name.
+    """The record as TFDS describes it: float16 arrays of `shape` (H, W, C), an int64 label and the image's name.
 
-    A latent of a mirrored picture is not the mirrored latent, hence the second pair of arrays; where records are
-    pictures, mirroring the array is exact and the pair is left out.
+    A latent of a mirrored image is not the mirrored latent, hence the second pair of arrays; where records are
+    images, mirroring the array is exact and the pair is left out.
     """
     arrays = {
         name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes") for name in array_names(has_mirror)
@@ -109,7 +109,7 @@ class View(NamedTuple):
 
 
 def decode_view(data: bytes, shape: tuple[int, int, int], has_mirror: bool, mirrored: bool) -> View:
-    """The picture's view of a record, or its mirror's.
+    """The image's view of a record, or its mirror's.
 
     Raises:
       ValueError: the bytes are no record of this shape.

@@ -1,6 +1,6 @@
-"""What a source of pictures is, and the two plain ones: scikit-learn's digits, and a folder with a folder a class.
+"""What a source of images is, and the two plain ones: scikit-learn's digits, and a folder with a folder a class.
 
-A source lists its pictures, splits them and decodes one at a time; archives and TFDS data sets have modules of their
+A source lists its images, splits them and decodes one at a time; archives and TFDS data sets have modules of their
 own, encoding and writing belong to the builder.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from terdit_jax.data.crop import check_crop, decode_picture
+from terdit_jax.data.crop import check_crop, decode_crop
 from terdit_jax.data.image_file import read_file
 from terdit_jax.data.listing import is_dangling, is_hidden, is_litter
 from terdit_jax.errors import UserError
@@ -24,7 +24,7 @@ AnyPath = pathlib.Path | epath.Path
 
 
 class Item(NamedTuple):
-    """One picture of a source: its name there and the index of its class, None where only `load` can tell it."""
+    """One image of a source: its name there and the index of its class, None where only `load` can tell it."""
 
     source_id: str
     label: int | None
@@ -32,16 +32,16 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Pictures with classes, listed but not read.
+    """Images with classes, listed but not read.
 
     Each split is ordered by the SHA-256 of `source_id`, so that any stretch of it is a fair sample of the classes.
     """
 
-    description: dict[str, Any]  # JSON values; equal for equal pictures and options
-    shape: tuple[int, int, int]  # H, W, C of a picture
+    description: dict[str, Any]  # JSON values; equal for equal images and options
+    shape: tuple[int, int, int]  # H, W, C of an image
     class_names: tuple[str, ...]
     splits: dict[str, list[Item]]  # "train" and "heldout"
-    # The picture (H, W, C), uint8 or float32 in [-1, 1], and its class; raises PictureError; many threads may call it.
+    # The image (H, W, C), uint8 or float32 in [-1, 1], and its class; raises ImageError; many threads may call it.
     load: Callable[[Item], tuple[np.ndarray, int]]
     # What lies among the images and is not one of them, by name, and why; never a class. `build` says it.
     ignored: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -76,10 +76,10 @@ def make_digits_source(heldout_share: float | None = None) -> Source:
 def make_folder_source(
     path: epath.PathLike, *, image_size: int = 32, channels: int = 3, heldout_share: float | None = None
 ) -> Source:
-    """A folder of class folders of pictures, cropped to (image_size, image_size, channels); classes sorted by name.
+    """A folder of class folders of images, cropped to (image_size, image_size, channels); classes sorted by name.
 
     Where the folder holds `train/` and `val/` (or `test/`) with class folders inside, that is the split; otherwise
-    `heldout_share` (default 0.1) of the pictures is held out, spread over the classes. What lies beside the class
+    `heldout_share` (default 0.1) of the images is held out, spread over the classes. What lies beside the class
     folders, and hidden files, are ignored. Links to nothing are images that cannot be read.
 
     Raises:
@@ -99,7 +99,7 @@ def make_folder_source(
         raise UserError(f"--input={error.filename or root}: cannot be read ({error.strerror or error})") from error
     if held:
         if heldout_share is not None:
-            raise UserError(f"--heldout_share={heldout_share}: {root} brings its own held-out pictures in {held}/")
+            raise UserError(f"--heldout_share={heldout_share}: {root} brings its own held-out images in {held}/")
         train, heldout = listing.items["train/"], listing.items[f"{held}/"]
     else:
         heldout_share = 0.1 if heldout_share is None else heldout_share
@@ -119,12 +119,12 @@ def make_folder_source(
         class_names=listing.class_names,
         splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
         ignored=listing.ignored,
-        load=lambda item: (_load_picture(root / item.source_id, image_size, channels), item.label),
+        load=lambda item: (_load_image(root / item.source_id, image_size, channels), item.label),
     )
 
 
 def split_heldout(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """Splits into (train, heldout): every 1/share-th picture of a list sorted by class and then by hash is held out.
+    """Splits into (train, heldout): every 1/share-th image of a list sorted by class and then by hash is held out.
 
     Raises:
       UserError: a share outside (0, 1), or one that leaves a split empty.
@@ -136,7 +136,7 @@ def split_heldout(items: list[Item], share: float) -> tuple[list[Item], list[Ite
     for rank, item in enumerate(ranked):
         (heldout if math.floor((rank + 1) * share) > math.floor(rank * share) else train).append(item)
     if not train or not heldout:
-        raise UserError(f"--heldout_share={share}: leaves no picture of {len(items)} for one of the splits")
+        raise UserError(f"--heldout_share={share}: leaves no image of {len(items)} for one of the splits")
     return train, heldout
 
 
@@ -154,8 +154,8 @@ def hash_text(text: str) -> str:
         raise UserError(f"{name!a}: rename it, file names must be UTF-8") from error
 
 
-def _load_picture(path: AnyPath, size: int, channels: int) -> np.ndarray:
-    return decode_picture(read_file(path), size, channels)
+def _load_image(path: AnyPath, size: int, channels: int) -> np.ndarray:
+    return decode_crop(read_file(path), size, channels)
 
 
 class _FolderListing:
@@ -183,7 +183,7 @@ class _FolderListing:
         folder = self.root / prefix
         found = _class_folders(folder)
         if not found:
-            raise UserError(f"{folder} holds no class folders: expected one folder of pictures a class")
+            raise UserError(f"{folder} holds no class folders: expected one folder of images a class")
         unknown = sorted(set(found) - set(self.class_names))
         if unknown:
             raise UserError(f"{folder / unknown[0]} is a class that {self.root / 'train'} does not have")
@@ -211,7 +211,7 @@ class _FolderListing:
             else:
                 self.ignored[source_id] = "no regular file"
         if len(self.sizes) == before:
-            raise UserError(f"class folder {folder} holds no pictures")
+            raise UserError(f"class folder {folder} holds no images")
 
     def _ignore(self, prefix: str, reason: str, kept: tuple[str, ...]) -> None:
         """Notes all entries of a folder but those kept; a link to nothing may have been a class, and is refused."""

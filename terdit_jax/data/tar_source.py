@@ -1,6 +1,6 @@
-"""Pictures in tar archives, one archive a class: ImageNet's ILSVRC2012_img_train.tar as it comes, or a folder of tars.
+"""Images in tar archives, one archive a class: ImageNet's ILSVRC2012_img_train.tar as it comes, or a folder of tars.
 
-Headers are read once to learn where each picture lies, nothing is extracted; decoding belongs to the crop, the split
+Headers are read once to learn where each image lies, nothing is extracted; decoding belongs to the crop, the split
 to the sources.
 """
 
@@ -15,15 +15,15 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
-from terdit_jax.data.crop import check_crop, decode_picture
-from terdit_jax.data.image_file import MAX_FILE_BYTES, PictureError
+from terdit_jax.data.crop import check_crop, decode_crop
+from terdit_jax.data.image_file import MAX_FILE_BYTES, ImageError
 from terdit_jax.data.listing import is_hidden, is_image_name, is_litter
 from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import brief
 
 SUFFIX = ".tar"  # in any case
-HELDOUT_SHARE = 0.01  # of ImageNet 12,811 pictures, about 13 a class
+HELDOUT_SHARE = 0.01  # of ImageNet 12,811 images, about 13 a class
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip")
 MAX_HEADER_BYTES = 2**20  # of a long name or a pax header; longer ones are damage
@@ -53,7 +53,7 @@ def make_tar_source(
 ) -> Source:
     """A tar of class tars, or a folder of them, cropped to (image_size, image_size, channels); classes sorted by name.
 
-    A class is called like its archive without `.tar`, in any case; `heldout_share` (default 0.01) of the pictures is
+    A class is called like its archive without `.tar`, in any case; `heldout_share` (default 0.01) of the images is
     held out, spread over the classes. Links, devices and names that begin with a dot are ignored. Of members with one
     name the last counts, as when a tar is extracted.
 
@@ -68,7 +68,7 @@ def make_tar_source(
     try:
         archives, ignored = _find_archives(root)
         with futures.ThreadPoolExecutor(READERS) as pool:
-            listings = list(pool.map(_list_pictures, archives, archives.values()))
+            listings = list(pool.map(_list_images, archives, archives.values()))
     except OSError as error:
         raise UserError(f"--input={error.filename or root}: cannot be read ({error.strerror or error})") from error
     places = {source_id: place for listing, _ in listings for source_id, place in listing.items()}
@@ -79,7 +79,7 @@ def make_tar_source(
     train, heldout = split_heldout(items, share)
 
     def load(item: Item) -> tuple[np.ndarray, int]:
-        return decode_picture(_read(places[item.source_id]), image_size, channels), item.label
+        return decode_crop(_read(places[item.source_id]), image_size, channels), item.label
 
     sizes = sorted((source_id, place.end - place.start) for source_id, place in places.items())
     return Source(
@@ -194,32 +194,32 @@ def _refuse_class(root: pathlib.Path, name: str) -> None:
         )
 
 
-def _list_pictures(class_name: str, archive: Stretch) -> tuple[dict[str, Stretch], dict[str, str]]:
+def _list_images(class_name: str, archive: Stretch) -> tuple[dict[str, Stretch], dict[str, str]]:
     """The images of a class by source_id, and what of its archive is ignored."""
-    pictures, others = {}, {}
+    images, others = {}, {}
     for name, place in list_members(archive, others):
         if is_litter(name):
             continue
         if is_hidden(name):
             others[name] = "hidden"
         else:
-            pictures[f"{class_name}/{name.removeprefix('./').removeprefix(f'{class_name}/')}"] = place
-    if not pictures:
-        raise UserError(f"--input={archive.path}: the archive of class {brief(class_name)} holds no pictures")
-    return pictures, {f"{class_name}{SUFFIX}/{name}": why for name, why in others.items() if not is_litter(name)}
+            images[f"{class_name}/{name.removeprefix('./').removeprefix(f'{class_name}/')}"] = place
+    if not images:
+        raise UserError(f"--input={archive.path}: the archive of class {brief(class_name)} holds no images")
+    return images, {f"{class_name}{SUFFIX}/{name}": why for name, why in others.items() if not is_litter(name)}
 
 
 def _read(place: Stretch) -> bytes:
-    """The bytes of a picture. Opened anew each time, so that any number of threads and archives do."""
+    """The bytes of an image. Opened anew each time, so that any number of threads and archives do."""
     if place.end - place.start > MAX_FILE_BYTES:
-        raise PictureError(f"has {place.end - place.start:,} bytes, too many for an image")
+        raise ImageError(f"has {place.end - place.start:,} bytes, too many for an image")
     try:
         with open(place.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), place.end - place.start, place.start)
     except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror or error}") from error
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
     if len(data) < place.end - place.start:
-        raise PictureError(f"cannot be read: {place.path} has become shorter")
+        raise ImageError(f"cannot be read: {place.path} has become shorter")
     return data
 
 

@@ -1,6 +1,6 @@
-"""Pictures of any TFDS data set that has one picture and one class an example, such as imagenet2012 or cifar10.
+"""Images of any TFDS data set that has one image and one class an example, such as imagenet2012 or cifar10.
 
-TFDS finds the data set, or fetches and prepares it; the pictures leave it as the files that they were and are decoded
+TFDS finds the data set, or fetches and prepares it; the images leave it as the files that they were and are decoded
 like those of every other source, without TensorFlow.
 """
 
@@ -14,8 +14,8 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from terdit_jax.data.crop import check_crop, decode_picture
-from terdit_jax.data.image_file import PictureError
+from terdit_jax.data.crop import check_crop, decode_crop
+from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.schema import MAX_CLASSES
 from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
 from terdit_jax.errors import UserError
@@ -46,7 +46,7 @@ def make_tfds_source(
 
     Raises:
       UserError: no such data set, one that cannot be prepared or read at random, one without a train split, a single
-        picture or a single class label, or an option that cannot be used.
+        image or a single class label, or an option that cannot be used.
     """
     check_crop(image_size, channels)
     if data_dir is not None:
@@ -68,7 +68,7 @@ def make_tfds_source(
         records = {s: builder.as_data_source(s, deserialize_method=raw, file_format="array_record") for s in splits}
     if held:
         if heldout_share is not None:
-            raise UserError(f"--heldout_share={heldout_share}: {name} brings its own held-out pictures, {held}")
+            raise UserError(f"--heldout_share={heldout_share}: {name} brings its own held-out images, {held}")
         train, heldout = _list_items("train", sizes["train"]), _list_items(held, sizes[held])
     else:
         heldout_share = HELDOUT_SHARE if heldout_share is None else heldout_share
@@ -93,10 +93,10 @@ def make_tfds_source(
             example = features.deserialize_example_np(record, decoders=decoders)
             data, label = example[image_key], int(example[label_key])
         except Exception as error:  # of ArrayRecord, protobuf and TFDS, each with its own for a damaged file
-            raise PictureError(f"cannot be read: {' '.join(str(error).split())}") from error
+            raise ImageError(f"cannot be read: {' '.join(str(error).split())}") from error
         if not 0 <= label < len(class_names):
-            raise PictureError(f"its class is {label}, not one of 0 to {len(class_names) - 1}")
-        return decode_picture(data, image_size, channels), label
+            raise ImageError(f"its class is {label}, not one of 0 to {len(class_names) - 1}")
+        return decode_crop(data, image_size, channels), label
 
     return Source(
         description=description,
@@ -165,7 +165,7 @@ def _own_features_only() -> Iterator[None]:
 
 
 def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """The keys of the picture and of its class: those declared for supervised training, else the only ones."""
+    """The keys of the image and of its class: those declared for supervised training, else the only ones."""
     features = info.features
 
     def is_image(key: str) -> bool:
@@ -182,11 +182,11 @@ def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
         images, labels = [declared[0]], [declared[1]]
     if odd := [key for key in (*images, *labels) if not key.isprintable() or "/" in key or key.startswith(".")]:
         raise UserError(f"--input={name}: has a feature called {short(odd[0])}, which names a file elsewhere")
-    for found, what in ((images, "picture"), (labels, "class label")):
+    for found, what in ((images, "image"), (labels, "class label")):
         if len(found) != 1:
             raise UserError(f"--input={name}: has {', '.join(found) or 'none'} where one {what} an example is needed")
     if features[images[0]].np_dtype == np.float32:
-        raise UserError(f"--input={name}: its pictures are float32, only 8 and 16 bits can be used")
+        raise UserError(f"--input={name}: its images are float32, only 8 and 16 bits can be used")
     return images[0], labels[0]
 
 

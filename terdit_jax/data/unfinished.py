@@ -22,7 +22,7 @@ PLAN_FILE = "plan.json"
 
 @dataclasses.dataclass(frozen=True)
 class FinishedShard:
-    """What is remembered of a shard: the metadata's entry, its latents' moments (C numbers each), pictures left out."""
+    """What is remembered of a shard: the metadata's entry, its latents' moments (C numbers each), images left out."""
 
     shard: schema.Shard
     count: int  # latent vectors

@@ -1,6 +1,6 @@
-"""A small convolutional classifier of pictures, trained in seconds: its labels and features judge generated pictures.
+"""A small convolutional classifier of images, trained in seconds: its labels and features judge generated images.
 
-Where the pictures come from and what is computed from its answers is left to others.
+Where the images come from and what is computed from its answers is left to others.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ Params = dict  # nested, of float32 arrays
 
 
 class Network(nnx.Module):
-    """3x3 convolutions that halve the picture while its shorter side is at least 8, one hidden layer, and logits."""
+    """3x3 convolutions that halve the image while its shorter side is at least 8, one hidden layer, and logits."""
 
     def __init__(self, height: int, width: int, channels: int, num_classes: int, rngs: nnx.Rngs):
         convs = [nnx.Conv(channels, 32, (3, 3), rngs=rngs)]
@@ -36,7 +36,7 @@ class Network(nnx.Module):
         self.head = nnx.Linear(FEATURES, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Pictures (B, H, W, C) in [-1, 1] to features (B, 64) and logits (B, K); no dropout without a key."""
+        """Images (B, H, W, C) in [-1, 1] to features (B, 64) and logits (B, K); no dropout without a key."""
         for conv in self.convs:
             x = jax.nn.relu(conv(x))
         x = x.reshape(len(x), -1)
@@ -53,11 +53,11 @@ class Classifier:
         self._graph, self.params = graph, params
 
     def features(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> np.ndarray:
-        """Pictures (N, H, W, C) float32 in [-1, 1] to the hidden layer's activations (N, 64) float32."""
+        """Images (N, H, W, C) float32 in [-1, 1] to the hidden layer's activations (N, 64) float32."""
         return self._batched(images, batch_size)[0]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Pictures (N, H, W, C) float32 in [-1, 1] to logits (N, K) float32."""
+        """Images (N, H, W, C) float32 in [-1, 1] to logits (N, K) float32."""
         return self._batched(images)[1]
 
     def _batched(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ class Classifier:
 
 
 def make_classifier(shape: tuple[int, int, int], num_classes: int, params: Params) -> Classifier:
-    """A classifier of pictures of a shape (H, W, C) from the `params` of one that was trained elsewhere."""
+    """A classifier of images of a shape (H, W, C) from the `params` of one that was trained elsewhere."""
     return Classifier(nnx.split(Network(*shape, num_classes, nnx.Rngs(0)))[0], params)
 
 
@@ -81,17 +81,15 @@ def make_classifier(shape: tuple[int, int, int], num_classes: int, params: Param
 def train_classifier(
     images: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0, num_steps: int = 400
 ) -> Classifier:
-    """Trains on pictures (N, H, W, C) float32 in [-1, 1] with labels (N,) in [0, num_classes).
+    """Trains on images (N, H, W, C) float32 in [-1, 1] with labels (N,) in [0, num_classes).
 
     AdamW on batches of 128 drawn with replacement; the seed decides the start, the batches and the dropout.
 
     Raises:
-        UserError: no pictures, counts that differ, or a label out of range.
+        UserError: no images, counts that differ, or a label out of range.
     """
     if images.ndim != 4 or not len(images) or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"pictures {images.shape} with labels {labels.shape}: expected (N, H, W, C) and (N,), N above 0"
-        )
+        raise UserError(f"images {images.shape} with labels {labels.shape}: expected (N, H, W, C) and (N,), N above 0")
     check_labels(labels, num_classes, owner="the classifier")
 
     graph, state = nnx.split(Network(*images.shape[1:], num_classes, nnx.Rngs(seed)))

@@ -1,4 +1,4 @@
-"""Features of a set of pictures by a network on all devices, portions in flight, and the moments of them on the host.
+"""Features of a set of images by a network on all devices, portions in flight, and the moments of them on the host.
 
 With several processes each takes a part, and all get the whole. The network is `inception`'s.
 """
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.picture_source import PictureSource
+from terdit_jax.evaluation.image_source import ImageSource
 from terdit_jax.evaluation.statistics import CHUNK, Moments
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.training.metrics import format_duration
@@ -24,16 +24,16 @@ REPORT_SECONDS = 10
 
 
 class FeatureNetwork(NamedTuple):
-    """A network that looks at pictures."""
+    """A network that looks at images."""
 
     params: dict
-    extract: Callable[[dict, Array], dict[str, Array]]  # pictures (B, H, W, 3) uint8 -> "pool" (B, D) and others
+    extract: Callable[[dict, Array], dict[str, Array]]  # images (B, H, W, 3) uint8 -> "pool" (B, D) and others
     source: str  # the file of its weights
     sha256: str  # of that file
 
 
-class PictureFeatures(NamedTuple):
-    """What is kept of a set of N pictures."""
+class ImageFeatures(NamedTuple):
+    """What is kept of a set of N images."""
 
     pool: np.ndarray  # (N, D) float32, in order
     moments: dict[str, Moments]  # of every feature that the network gives, "pool" included
@@ -41,39 +41,39 @@ class PictureFeatures(NamedTuple):
 
 def collect_features(
     network: FeatureNetwork,
-    source: PictureSource,
+    source: ImageSource,
     mesh: Mesh,
     batch_size: int = BATCH_SIZE,
     say: Callable[[str], None] = lambda line: None,
-) -> PictureFeatures:
-    """The features of all pictures; every process returns those of all processes.
+) -> ImageFeatures:
+    """The features of all images; every process returns those of all processes.
 
     Host memory holds the pool features (410 MB for 50,000 of Inception's) and a few thousand rows of the others.
 
     Args:
       network: whose features.
-      source: the pictures.
+      source: the images.
       mesh: of this process's devices, as `parallel.mesh.local_mesh` makes it.
-      batch_size: pictures a device at once.
+      batch_size: images a device at once.
       say: takes lines about progress.
 
     Raises:
-      UserError: fewer pictures than processes, or features that are not finite.
+      UserError: fewer images than processes, or features that are not finite.
     """
     index, processes = jax.process_index(), jax.process_count()
     if source.count < processes:
-        raise UserError(f"{source.name}: {source.count} pictures for {processes} processes: use fewer processes")
+        raise UserError(f"{source.name}: {source.count} images for {processes} processes: use fewer processes")
     first, stop = (source.count * i // processes for i in (index, index + 1))
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
     extract = jax.jit(network.extract, out_shardings=sharding)
     rows = _Rows(source.name, stop - first, say)
     size, in_flight = min(batch_size, -(-source.count // mesh.size)) * mesh.size, None
-    for pictures in source.stream(first, stop, size):
-        count = len(pictures)
+    for images in source.stream(first, stop, size):
+        count = len(images)
         if count < size:  # the last ones are filled up, so that one shape is compiled
-            pictures = np.pad(pictures, [(0, size - count), (0, 0), (0, 0), (0, 0)])
-        dispatched = extract(params, jax.device_put(pictures, sharding)), count
+            images = np.pad(images, [(0, size - count), (0, 0), (0, 0), (0, 0)])
+        dispatched = extract(params, jax.device_put(images, sharding)), count
         if in_flight:  # the devices work on the next portion while the host takes this one
             rows.add(*in_flight)
         in_flight = dispatched
@@ -111,14 +111,14 @@ class _Rows:
             rate = self._done / max(1e-9, self._last - self._begin)
             left = format_duration((self._count - self._done) / rate)
             self._say(
-                f"{self._name}: features of {self._done:,}/{self._count:,} pictures  {rate:,.1f} a second  {left} left"
+                f"{self._name}: features of {self._done:,}/{self._count:,} images  {rate:,.1f} a second  {left} left"
             )
 
-    def finish(self) -> PictureFeatures:
+    def finish(self) -> ImageFeatures:
         """Of everything taken."""
         for name in self._waiting:
             self._take(name)
-        return PictureFeatures(np.concatenate(self._pool), self._moments)
+        return ImageFeatures(np.concatenate(self._pool), self._moments)
 
     def _take(self, name: str) -> None:
         if self._waiting[name]:
@@ -126,7 +126,7 @@ class _Rows:
             self._waiting[name] = []
 
 
-def _gathered(mine: PictureFeatures) -> PictureFeatures:
+def _gathered(mine: ImageFeatures) -> ImageFeatures:
     """The features of all processes, in their order."""
     if jax.process_count() == 1:
         return mine
@@ -134,7 +134,7 @@ def _gathered(mine: PictureFeatures) -> PictureFeatures:
     padded = np.pad(mine.pool, [(0, counts.max() - len(mine.pool)), (0, 0)])
     parts = multihost_utils.process_allgather(padded)
     pool = np.concatenate([part[:count] for part, count in zip(parts, counts, strict=True)])
-    return PictureFeatures(pool, {name: _merged(moments) for name, moments in mine.moments.items()})
+    return ImageFeatures(pool, {name: _merged(moments) for name, moments in mine.moments.items()})
 
 
 def _merged(mine: Moments) -> Moments:

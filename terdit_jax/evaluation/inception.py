@@ -1,6 +1,6 @@
-"""The FID Inception network (TensorFlow's graph of 2015-12-05), pictures in, pool and spatial features and logits out.
+"""The FID Inception network (TensorFlow's graph of 2015-12-05), images in, pool and spatial features and logits out.
 
-Pictures are resized within it, as the graph does. Where the weights come from is `inception_weights`'s. Parameters are
+Images are resized within it, as the graph does. Where the weights come from is `inception_weights`'s. Parameters are
 nested dicts under the names of the common PyTorch port, each convolution with its batch norm folded in.
 """
 
@@ -31,9 +31,9 @@ class Features(NamedTuple):
     logits: Array  # (B, 1008) float32, without the bias, of the inception score
 
 
-def extract(params: dict, pictures: Array) -> Features:
-    """Features of pictures (B, H, W, 3) of any size, uint8 or float in [0, 255], as the ADM evaluator feeds them."""
-    x = legacy_bilinear(pictures.astype(jnp.float32), SIDE, SIDE)
+def extract(params: dict, images: Array) -> Features:
+    """Features of images (B, H, W, 3) of any size, uint8 or float in [0, 255], as the ADM evaluator feeds them."""
+    x = legacy_bilinear(images.astype(jnp.float32), SIDE, SIDE)
     return network(params, (x - 128) / 128)
 
 

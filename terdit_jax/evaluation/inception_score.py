@@ -7,7 +7,7 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 
-SPLIT = 5000  # pictures, in the order in which they come
+SPLIT = 5000  # images, in the order in which they come
 
 
 class InceptionScore:
@@ -41,7 +41,7 @@ class InceptionScore:
         if self._count:
             self._finish()
         if not self._scores:
-            raise UserError("no probabilities: an inception score needs pictures")
+            raise UserError("no probabilities: an inception score needs images")
         return float(np.mean(self._scores))
 
     def _start(self) -> None:

@@ -1,7 +1,7 @@
 """Precision and recall by manifolds of nearest neighbours (Kynkäänniemi et al., arXiv 1904.06991), block by block.
 
 A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one. Precision is
-the share of samples within the reference's manifold, recall the share of reference pictures within the samples'.
+the share of samples within the reference's manifold, recall the share of reference images within the samples'.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, block: int = BL
     `block` by `block` float32 and of two blocks of features, whatever N and M are.
 
     Args:
-      block: pictures on either side of a block.
+      block: images on either side of a block.
 
     Raises:
       UserError: other widths, values that are not finite, or too few rows for the k-th neighbour.
@@ -40,7 +40,7 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, block: int = BL
         if features.ndim != 2 or len(features) <= NEIGHBOURS:
             raise UserError(
                 f"{name}: features of shape {features.shape}, but the {NEIGHBOURS} nearest neighbours of precision and"
-                f" recall take at least {NEIGHBOURS + 1} pictures"
+                f" recall take at least {NEIGHBOURS + 1} images"
             )
         if not np.isfinite(features).all():
             raise UserError(f"{name}: {(~np.isfinite(features)).sum()} of {features.size} features are not finite")

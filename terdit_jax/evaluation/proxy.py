@@ -1,4 +1,4 @@
-"""Scores of generated pictures by a classifier trained on the real ones, for data sets and machines without Inception.
+"""Scores of generated images by a classifier trained on the real ones, for data sets and machines without Inception.
 
 Drawing the samples and reading the data set is left to the command; the scores are comparable only among samples
 judged on one data set with one seed, and are never an FID.
@@ -15,15 +15,15 @@ from terdit_jax.evaluation.statistics import statistics
 from terdit_jax.labels import check_labels
 
 
-class Pictures(NamedTuple):
-    """Pictures and their classes."""
+class LabelledImages(NamedTuple):
+    """Images and their classes."""
 
     images: np.ndarray  # (N, H, W, C) float32 in [-1, 1]
     labels: np.ndarray  # (N,) integers
 
 
 def sample_labels(heldout_labels: np.ndarray, num_samples: int) -> np.ndarray:
-    """Labels (num_samples,) to draw, sorted, each class as frequent as among the held-out pictures.
+    """Labels (num_samples,) to draw, sorted, each class as frequent as among the held-out images.
 
     Class counts that differ by chance would move the means of the two sets apart and drown everything else in the
     Frechet distance of a classifier's features, in which classes are far apart.
@@ -33,9 +33,9 @@ def sample_labels(heldout_labels: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 def proxy_metrics(
-    train: Pictures,
-    heldout: Pictures,
-    samples: Pictures,
+    train: LabelledImages,
+    heldout: LabelledImages,
+    samples: LabelledImages,
     num_classes: int,
     seed: int = 0,
     num_steps: int | None = None,
@@ -43,26 +43,26 @@ def proxy_metrics(
 ) -> dict[str, float]:
     """Trains a classifier on `train` and judges `samples` against `heldout` with it.
 
-    A Frechet distance between N and M pictures has a bias that falls as 1/N + 1/M, so the distance of the samples is
-    given beside two of real pictures: between two halves of all of them, and with training pictures of the same classes
+    A Frechet distance between N and M images has a bias that falls as 1/N + 1/M, so the distance of the samples is
+    given beside two of real images: between two halves of all of them, and with training images of the same classes
     in the samples' place, as far as there are enough. The last is what perfect samples would score.
 
     Args:
-      train: real pictures that the classifier learns.
-      heldout: real pictures that it does not.
-      samples: generated pictures with the labels that were asked for; see `sample_labels`.
+      train: real images that the classifier learns.
+      heldout: real images that it does not.
+      samples: generated images with the labels that were asked for; see `sample_labels`.
       num_classes: labels lie in [0, num_classes).
-      seed: of the classifier and of the splits of real pictures.
-      num_steps: of the classifier; None chooses 400 to 2,000 by the number of training pictures.
+      seed: of the classifier and of the splits of real images.
+      num_steps: of the classifier; None chooses 400 to 2,000 by the number of training images.
       classifier: one that was trained so before, to judge more samples with it.
 
     Returns:
       `classifier_heldout_accuracy` and `classifier_agreement` (share of samples read as the label asked for), in
-      [0, 1]; `classifier_frechet_distance` (samples and held-out), `..._floor` (training and held-out pictures) and
+      [0, 1]; `classifier_frechet_distance` (samples and held-out), `..._floor` (training and held-out images) and
       `..._halves`; `classifier_frechet_ratio` = distance / halves; `classifier_frechet_ratio_floor` = floor / halves.
 
     Raises:
-      UserError: samples of another shape than the real pictures, values that are not finite, labels that do not fit.
+      UserError: samples of another shape than the real images, values that are not finite, labels that do not fit.
     """
     check_samples(samples, train.images.shape[1:], num_classes)
     rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def proxy_metrics(
     alike = _same_classes(train.labels, samples.labels, rng)
     if min(len(alike), len(heldout.labels), len(second)) < 2:
         raise UserError(
-            f"{len(heldout.labels)} held-out pictures and {len(alike)} training pictures of the samples' classes: a "
+            f"{len(heldout.labels)} held-out images and {len(alike)} training images of the samples' classes: a "
             "comparison needs at least 2 of each"
         )
 
@@ -78,15 +78,15 @@ def proxy_metrics(
         num_steps = num_steps or classifier_steps(len(train.images))
         classifier = train_classifier(train.images, train.labels, num_classes, seed, num_steps)
     features = {
-        name: classifier.features(pictures.images)
-        for name, pictures in (("train", train), ("heldout", heldout), ("samples", samples))
+        name: classifier.features(images.images)
+        for name, images in (("train", train), ("heldout", heldout), ("samples", samples))
     }
     real = np.concatenate([features["train"], features["heldout"]])
     distance = _distance(features["samples"], features["heldout"])
     floor = _distance(features["train"][alike], features["heldout"])
     halves = _distance(real[first], real[second])
     if not halves:
-        raise UserError("the data set's pictures all look the same to the classifier: nothing can be judged by them")
+        raise UserError("the data set's images all look the same to the classifier: nothing can be judged by them")
     return {
         "classifier_heldout_accuracy": _share_read_as_labelled(classifier, heldout),
         "classifier_agreement": _share_read_as_labelled(classifier, samples),
@@ -98,11 +98,11 @@ def proxy_metrics(
     }
 
 
-def check_samples(samples: Pictures, shape: tuple[int, ...], num_classes: int, prefix: str = "") -> None:
-    """Raises UserError unless samples have the `shape` (H, W, C) of real pictures, finite values and a class each."""
+def check_samples(samples: LabelledImages, shape: tuple[int, ...], num_classes: int, prefix: str = "") -> None:
+    """Raises UserError unless samples have the `shape` (H, W, C) of real images, finite values and a class each."""
     images, labels = samples
     if images.shape[1:] != tuple(shape):
-        raise UserError(f"{prefix}samples are {images.shape[1:]}, the data set's pictures {tuple(shape)} (H, W, C)")
+        raise UserError(f"{prefix}samples are {images.shape[1:]}, the data set's images {tuple(shape)} (H, W, C)")
     if labels.shape != images.shape[:1]:
         raise UserError(f"{prefix}{len(images)} samples with labels of shape {labels.shape}: expected one each")
     if len(images) < 2:
@@ -112,13 +112,13 @@ def check_samples(samples: Pictures, shape: tuple[int, ...], num_classes: int, p
         raise UserError(f"{prefix}{(~np.isfinite(images)).sum()} of {images.size} sample values are not finite")
 
 
-def classifier_steps(num_pictures: int) -> int:
-    """How long a classifier is trained on so many pictures."""
-    return min(2000, max(400, num_pictures // 10))
+def classifier_steps(num_images: int) -> int:
+    """How long a classifier is trained on so many images."""
+    return min(2000, max(400, num_images // 10))
 
 
-def _share_read_as_labelled(classifier: Classifier, pictures: Pictures) -> float:
-    return float(np.mean(classifier.logits(pictures.images).argmax(axis=1) == pictures.labels))
+def _share_read_as_labelled(classifier: Classifier, images: LabelledImages) -> float:
+    return float(np.mean(classifier.logits(images.images).argmax(axis=1) == images.labels))
 
 
 def _distance(features: np.ndarray, others: np.ndarray) -> float:
@@ -132,7 +132,7 @@ def _halves(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 def _same_classes(labels: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of random pictures, of each class as many as `wanted` has, or all where there are fewer."""
+    """Indices of random images, of each class as many as `wanted` has, or all where there are fewer."""
     classes, counts = np.unique(wanted, return_counts=True)
     chosen = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in zip(classes, counts, strict=True)]
     return np.concatenate(chosen)

@@ -1,6 +1,6 @@
 """Reference statistics in the ADM evaluator's npz: read, checked, and written.
 
-`mu` and `sigma` are of Inception's pool features, `mu_s` and `sigma_s` of its spatial ones, `arr_0` is pictures, of
+`mu` and `sigma` are of Inception's pool features, `mu_s` and `sigma_s` of its spatial ones, `arr_0` is images, of
 which precision and recall take the features.
 """
 
@@ -10,14 +10,14 @@ import zipfile
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.evaluation.image_source import ARRAY
 from terdit_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
-from terdit_jax.evaluation.picture_source import ARRAY
 from terdit_jax.evaluation.statistics import Statistics
 from terdit_jax.files import new_file, refusing
 from terdit_jax.untrusted import load_arrays, reading
 
 KEYS = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
-STORED_PICTURES = 10_000  # that a reference keeps, as the published ones do
+STORED_IMAGES = 10_000  # that a reference keeps, as the published ones do
 _LARGEST = 1e9  # no mean or covariance of Inception's features comes near it
 _ASYMMETRY = 1e-6  # of a covariance, over its largest value: float32 files are off by rounding
 
@@ -49,9 +49,9 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
     return found
 
 
-def save_reference(path: str | os.PathLike, statistics: dict[str, Statistics], pictures: np.ndarray) -> None:
-    """Writes the statistics and the pictures (N, H, W, 3) uint8; the file appears whole or not at all."""
-    arrays = {ARRAY: pictures}
+def save_reference(path: str | os.PathLike, statistics: dict[str, Statistics], images: np.ndarray) -> None:
+    """Writes the statistics and the images (N, H, W, 3) uint8; the file appears whole or not at all."""
+    arrays = {ARRAY: images}
     for feature, (mean_key, covariance_key, _) in KEYS.items():
         arrays |= {mean_key: statistics[feature].mean, covariance_key: statistics[feature].covariance}
     with refusing(path, "--save_reference"), new_file(path, replace=False) as temporary, temporary.open("wb") as file:
@@ -59,8 +59,8 @@ def save_reference(path: str | os.PathLike, statistics: dict[str, Statistics], p
 
 
 def stored_indices(count: int) -> np.ndarray:
-    """Which of `count` pictures a reference keeps: all, or `STORED_PICTURES` at equal distances."""
-    kept = min(count, STORED_PICTURES)
+    """Which of `count` images a reference keeps: all, or `STORED_IMAGES` at equal distances."""
+    kept = min(count, STORED_IMAGES)
     return np.arange(kept) * count // kept
 
 

@@ -1,7 +1,7 @@
 """Bilinear resizing as TensorFlow 1 did it by default, which the FID graph has inside.
 
 It differs from every other library's: output pixel i lies at i * in / out, the grids' first pixels on each other, and
-no filter widens when a picture shrinks (`align_corners=False`, `half_pixel_centers=False`).
+no filter widens when an image shrinks (`align_corners=False`, `half_pixel_centers=False`).
 """
 
 from jax import Array

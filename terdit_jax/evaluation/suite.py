@@ -13,25 +13,25 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import inception
-from terdit_jax.evaluation.features import BATCH_SIZE, FeatureNetwork, PictureFeatures, collect_features
+from terdit_jax.evaluation.features import BATCH_SIZE, FeatureNetwork, ImageFeatures, collect_features
 from terdit_jax.evaluation.frechet import frechet_distance
+from terdit_jax.evaluation.image_source import ARRAY, ImageSource, open_images
 from terdit_jax.evaluation.inception_score import SPLIT, InceptionScore
 from terdit_jax.evaluation.inception_weights import load_inception
 from terdit_jax.evaluation.manifold import NEIGHBOURS, precision_recall
-from terdit_jax.evaluation.picture_source import ARRAY, PictureSource, open_pictures
 from terdit_jax.evaluation.reference import read_statistics, stored_keys
 from terdit_jax.evaluation.statistics import Statistics
 
-MIN_PICTURES = NEIGHBOURS + 1
+MIN_IMAGES = NEIGHBOURS + 1
 PUBLISHED_COUNT = 50_000  # samples that published figures are of
 
 
 class StoredReference(NamedTuple):
-    """A reference as it is found, before a network looks at its pictures."""
+    """A reference as it is found, before a network looks at its images."""
 
     name: str
     statistics: dict[str, Statistics]  # by feature
-    pictures: PictureSource | None
+    images: ImageSource | None
 
 
 class Reference(NamedTuple):
@@ -39,7 +39,7 @@ class Reference(NamedTuple):
 
     name: str
     statistics: dict[str, Statistics]  # by feature
-    pool: np.ndarray | None  # (N, D) float32; None if there are no pictures
+    pool: np.ndarray | None  # (N, D) float32; None if there are no images
 
 
 def inception_network(path: str | os.PathLike | None = None) -> FeatureNetwork:
@@ -48,19 +48,19 @@ def inception_network(path: str | os.PathLike | None = None) -> FeatureNetwork:
     return FeatureNetwork(loaded.params, inception_extract, loaded.source, loaded.sha256)
 
 
-def inception_extract(params: dict, pictures: Array) -> dict[str, Array]:
-    """Of pictures (B, H, W, 3), what the suite keeps: `pool` and `spatial`. Classes follow from the first."""
-    features = inception.extract(params, pictures)
+def inception_extract(params: dict, images: Array) -> dict[str, Array]:
+    """Of images (B, H, W, 3), what the suite keeps: `pool` and `spatial`. Classes follow from the first."""
+    features = inception.extract(params, images)
     return {"pool": features.pool, "spatial": features.spatial}
 
 
 def find_reference(path: str | os.PathLike) -> StoredReference:
-    """The reference at a path: an npz of statistics, pictures or both, a folder of pictures, or a prepared data set.
+    """The reference at a path: an npz of statistics, images or both, a folder of images, or a prepared data set.
 
     Statistics in a file are taken as they are.
 
     Raises:
-      UserError: as `open_pictures` and `read_statistics`; too few pictures.
+      UserError: as `open_images` and `read_statistics`; too few images.
     """
     statistics: dict[str, Statistics] = {}
     if Path(path).is_file():
@@ -69,9 +69,9 @@ def find_reference(path: str | os.PathLike) -> StoredReference:
         if ARRAY not in keys:
             if not statistics:
                 there = sorted(key[:20] for key in keys)[:8]
-                raise UserError(f"{path} holds neither pictures in {ARRAY} nor statistics of Inception, only {there}")
+                raise UserError(f"{path} holds neither images in {ARRAY} nor statistics of Inception, only {there}")
             return StoredReference(str(path), statistics, None)
-    return StoredReference(str(path), statistics, check_count(open_pictures(path)))
+    return StoredReference(str(path), statistics, check_count(open_images(path)))
 
 
 def look_at(
@@ -81,29 +81,29 @@ def look_at(
     batch_size: int = BATCH_SIZE,
     say: Callable[[str], None] = lambda line: None,
 ) -> Reference:
-    """The reference with the statistics that it lacks, those of its pictures, and with their features."""
-    if stored.pictures is None:
+    """The reference with the statistics that it lacks, those of its images, and with their features."""
+    if stored.images is None:
         return Reference(stored.name, stored.statistics, None)
-    features = collect_features(network, stored.pictures, mesh, batch_size, say)
+    features = collect_features(network, stored.images, mesh, batch_size, say)
     return Reference(stored.name, feature_statistics(features) | stored.statistics, features.pool)
 
 
-def feature_statistics(features: PictureFeatures) -> dict[str, Statistics]:
+def feature_statistics(features: ImageFeatures) -> dict[str, Statistics]:
     """The statistics of every feature."""
     return {name: moments.statistics() for name, moments in features.moments.items()}
 
 
-def check_count(source: PictureSource) -> PictureSource:
-    """The source itself. Raises UserError if it has too few pictures for any figure."""
-    if source.count < MIN_PICTURES:
+def check_count(source: ImageSource) -> ImageSource:
+    """The source itself. Raises UserError if it has too few images for any figure."""
+    if source.count < MIN_IMAGES:
         raise UserError(
-            f"{source.name}: {source.count} pictures are too few, the least is {MIN_PICTURES} and published figures are"
+            f"{source.name}: {source.count} images are too few, the least is {MIN_IMAGES} and published figures are"
             f" of {PUBLISHED_COUNT:,}"
         )
     return source
 
 
-def suite_metrics(network: FeatureNetwork, samples: PictureFeatures, reference: Reference) -> dict[str, float]:
+def suite_metrics(network: FeatureNetwork, samples: ImageFeatures, reference: Reference) -> dict[str, float]:
     """The figures of samples.
 
     Args:
@@ -112,7 +112,7 @@ def suite_metrics(network: FeatureNetwork, samples: PictureFeatures, reference: 
       reference: of the same network.
 
     Returns:
-      `fid`, `sfid`, `inception_score`, `precision`, `recall`; of a reference without pictures not the last two.
+      `fid`, `sfid`, `inception_score`, `precision`, `recall`; of a reference without images not the last two.
 
     Raises:
       UserError: features of other widths, or too few.

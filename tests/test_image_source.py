@@ -1,4 +1,4 @@
-"""Pictures come in order and whole from each kind of place, and what is no set of pictures is refused in one line."""
+"""Images come in order and whole from each kind of place, and what is no set of images is refused in one line."""
 
 import numpy as np
 from PIL import Image
@@ -6,11 +6,11 @@ import pytest
 
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.picture_source import open_pictures
+from terdit_jax.evaluation.image_source import open_images
 from tests.runs import prepare_digits
 
 
-def pictures(count=11, channels=3):
+def draw_images(count=11, channels=3):
     return np.random.default_rng(0).integers(0, 256, (count, 6, 5, channels), np.uint8)
 
 
@@ -29,44 +29,44 @@ def streamed(source, first, stop, size):
 @pytest.fixture(params=["npz", "compressed", "folder"])
 def place(request, tmp_path):
     if request.param == "folder":
-        return write_folder(tmp_path / "samples", pictures())
+        return write_folder(tmp_path / "samples", draw_images())
     save = np.savez if request.param == "npz" else np.savez_compressed
-    save(tmp_path / "samples.npz", labels=np.arange(11), arr_0=pictures())
+    save(tmp_path / "samples.npz", labels=np.arange(11), arr_0=draw_images())
     return tmp_path / "samples.npz"
 
 
 @pytest.mark.parametrize("size", [1, 4, 11, 50])
-def test_pictures_come_in_order_in_portions(place, size):
-    source = open_pictures(place)
+def test_images_come_in_order_in_portions(place, size):
+    source = open_images(place)
     assert (source.count, source.shape) == (11, (6, 5, 3))
     portions = list(source.stream(0, 11, size))
     assert [len(portion) for portion in portions] == [min(size, 11 - first) for first in range(0, 11, size)]
-    np.testing.assert_array_equal(np.concatenate(portions), pictures())
+    np.testing.assert_array_equal(np.concatenate(portions), draw_images())
     assert all(portion.dtype == np.uint8 for portion in portions)
 
 
 def test_a_part_is_read_alone(place):
-    source = open_pictures(place)
-    np.testing.assert_array_equal(streamed(source, 4, 9, 2), pictures()[4:9])
-    np.testing.assert_array_equal(source.take(np.array([0, 3, 10])), pictures()[[0, 3, 10]])
+    source = open_images(place)
+    np.testing.assert_array_equal(streamed(source, 4, 9, 2), draw_images()[4:9])
+    np.testing.assert_array_equal(source.take(np.array([0, 3, 10])), draw_images()[[0, 3, 10]])
 
 
-def test_grey_pictures_get_three_channels(tmp_path):
-    grey = pictures(channels=1)
+def test_grey_images_get_three_channels(tmp_path):
+    grey = draw_images(channels=1)
     np.savez(tmp_path / "a.npz", arr_0=grey)
-    source = open_pictures(tmp_path / "a.npz")
+    source = open_images(tmp_path / "a.npz")
     assert source.shape == (6, 5, 3)
     np.testing.assert_array_equal(streamed(source, 0, 11, 4), grey.repeat(3, axis=-1))
-    source = open_pictures(write_folder(tmp_path / "grey", grey[..., 0]))
+    source = open_images(write_folder(tmp_path / "grey", grey[..., 0]))
     np.testing.assert_array_equal(streamed(source, 0, 11, 4), grey.repeat(3, axis=-1))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_column_major_arrays_are_read_as_what_they_are(tmp_path, save, channels):
-    expected = pictures(channels=channels).repeat(3 // channels, axis=-1)
-    save(tmp_path / "a.npz", arr_0=np.asfortranarray(pictures(channels=channels)))
-    source = open_pictures(tmp_path / "a.npz")
+    expected = draw_images(channels=channels).repeat(3 // channels, axis=-1)
+    save(tmp_path / "a.npz", arr_0=np.asfortranarray(draw_images(channels=channels)))
+    source = open_images(tmp_path / "a.npz")
     assert source.shape == (6, 5, 3)
     for first, stop, size in ((0, 11, 4), (0, 11, 50), (3, 9, 2), (10, 11, 1)):
         portions = list(source.stream(first, stop, size))
@@ -76,7 +76,7 @@ def test_column_major_arrays_are_read_as_what_they_are(tmp_path, save, channels)
     path, sound = tmp_path / "a.npz", (tmp_path / "a.npz").read_bytes()
     path.write_bytes(sound[:200] + bytes(value ^ 85 for value in sound[200:220]) + sound[220:])
     with pytest.raises(UserError, match="a.npz: "):
-        streamed(open_pictures(path), 0, 11, 4)
+        streamed(open_images(path), 0, 11, 4)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_every_image_of_a_folder_counts_or_is_named(tmp_path, caplog, names, ign
     litter = ("._", ".DS_Store", "__MACOSX", "Thumbs.db", "labels.json", "settings.json")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(pictures()[0]).save(tmp_path / name, "PNG")
-    source = open_pictures(tmp_path)
+        Image.fromarray(draw_images()[0]).save(tmp_path / name, "PNG")
+    source = open_images(tmp_path)
     assert source.count == sum(name not in ignored and not name.startswith(litter) for name in names)
     assert streamed(source, 0, source.count, 2).shape == (source.count, 6, 5, 3)
     said = [record.getMessage() for record in caplog.records if "IGNORED" in record.getMessage()]
@@ -106,47 +106,47 @@ def test_every_image_of_a_folder_counts_or_is_named(tmp_path, caplog, names, ign
 
 
 def test_a_long_list_of_what_is_ignored_is_one_line_with_a_count(tmp_path, caplog):
-    write_folder(tmp_path / "a", pictures(3))
+    write_folder(tmp_path / "a", draw_images(3))
     for k in range(2000):
         (tmp_path / "a" / f"{k}.npy").touch()
-    open_pictures(tmp_path / "a")
+    open_images(tmp_path / "a")
     (line,) = [record.getMessage() for record in caplog.records]
     assert "2,000 entries are IGNORED: 0.npy (no image by its suffix), " in line and line.endswith(", 1,997 more")
 
 
 def test_folders_of_which_it_is_unclear_what_counts_are_refused(tmp_path):
-    write_folder(tmp_path / "a", pictures(3))
-    write_folder(tmp_path / "a" / "originals", pictures(2))
+    write_folder(tmp_path / "a", draw_images(3))
+    write_folder(tmp_path / "a" / "originals", draw_images(2))
     with pytest.raises(UserError, match=r"holds 00000\d.png and, a folder deeper, originals/00000\d.png: name"):
-        open_pictures(tmp_path / "a")
-    write_folder(tmp_path / "b", pictures(3))
+        open_images(tmp_path / "a")
+    write_folder(tmp_path / "b", draw_images(3))
     (tmp_path / "b" / "again").symlink_to(tmp_path / "b")
     with pytest.raises(UserError, match="again is a link to a folder above it"):
-        open_pictures(tmp_path / "b")
+        open_images(tmp_path / "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="x.png is no picture that can be read .cannot be read: No such file"):
-        open_pictures(tmp_path / "c")
+    with pytest.raises(UserError, match="x.png is no image that can be read .cannot be read: No such file"):
+        open_images(tmp_path / "c")
 
 
 def test_linked_folders_count(tmp_path):
-    write_folder(tmp_path / "a", pictures(3))
+    write_folder(tmp_path / "a", draw_images(3))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "cat").symlink_to(tmp_path / "a")
     (tmp_path / "b" / "dog").symlink_to(tmp_path / "a")
-    assert open_pictures(tmp_path / "b").count == 6
+    assert open_images(tmp_path / "b").count == 6
 
 
 def test_other_arrays_of_an_npz_are_named(tmp_path, caplog):
-    np.savez(tmp_path / "a.npz", pictures(), pictures(), labels=np.arange(11), mu=np.zeros(2))
-    assert open_pictures(tmp_path / "a.npz").count == 11
+    np.savez(tmp_path / "a.npz", draw_images(), draw_images(), labels=np.arange(11), mu=np.zeros(2))
+    assert open_images(tmp_path / "a.npz").count == 11
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith("a.npz: 1 entry is IGNORED: arr_1 (not arr_0)")
 
 
-def test_a_prepared_data_set_gives_its_training_pictures(tmp_path):
+def test_a_prepared_data_set_gives_its_training_images(tmp_path):
     path = prepare_digits(tmp_path / "digits")
-    source, records = open_pictures(path), open_dataset(path).records("train")
+    source, records = open_images(path), open_dataset(path).records("train")
     assert source.count == len(records) and source.shape == (8, 8, 3)
     expected = records.read(np.array([5, 6]))["mean"].astype(np.float64)
     found = streamed(source, 5, 7, 2)
@@ -169,27 +169,27 @@ def test_a_prepared_data_set_gives_its_training_pictures(tmp_path):
 def test_other_arrays_are_refused(tmp_path, array, message):
     np.savez(tmp_path / "a.npz", arr_0=array)
     with pytest.raises(UserError, match=message):
-        open_pictures(tmp_path / "a.npz")
+        open_images(tmp_path / "a.npz")
 
 
-def test_what_holds_no_pictures_is_refused(tmp_path):
+def test_what_holds_no_images_is_refused(tmp_path):
     np.savez(tmp_path / "labels.npz", labels=np.zeros(3))
     (tmp_path / "text.npz").write_text("text")
     (tmp_path / "empty").mkdir()
     for name, message in {
-        "labels.npz": "not an npz with pictures in arr_0",
-        "text.npz": "not an npz with pictures in arr_0",
+        "labels.npz": "not an npz with images in arr_0",
+        "text.npz": "not an npz with images in arr_0",
         "empty": "holds no .bmp, .gif, .*, .webp",
         "none": "does not exist",
     }.items():
         with pytest.raises(UserError, match=message):
-            open_pictures(tmp_path / name)
+            open_images(tmp_path / name)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_damaged_npz_is_refused_when_it_is_read(tmp_path, save):
     """Wherever it is damaged: what numpy's parser makes of a header is an exception of many kinds."""
-    path, images = tmp_path / "a.npz", pictures(3000) // 64  # of few values, which deflate does not just store
+    path, images = tmp_path / "a.npz", draw_images(3000) // 64  # of few values, which deflate does not just store
     save(path, arr_0=images)
     sound = path.read_bytes()
     refused = 0
@@ -199,7 +199,7 @@ def test_a_damaged_npz_is_refused_when_it_is_read(tmp_path, save):
         damaged[start : start + 5] = bytes(value ^ 85 for value in damaged[start : start + 5])
         path.write_bytes(damaged)
         try:
-            assert (streamed(open_pictures(path), 0, 3000, 100) == images).all()  # none of its bytes matters
+            assert (streamed(open_images(path), 0, 3000, 100) == images).all()  # none of its bytes matters
         except UserError as error:
             assert str(error).startswith(f"{path}: ")
             refused += 1
@@ -207,10 +207,10 @@ def test_a_damaged_npz_is_refused_when_it_is_read(tmp_path, save):
 
 
 def test_files_of_several_sizes_and_damaged_ones_are_named(tmp_path):
-    folder = write_folder(tmp_path / "a", pictures())
-    Image.fromarray(pictures()[0, :4]).save(folder / "000007.png")
+    folder = write_folder(tmp_path / "a", draw_images())
+    Image.fromarray(draw_images()[0, :4]).save(folder / "000007.png")
     with pytest.raises(UserError, match=r"000007.png is \(4, 5\) .* others are \(6, 5\)"):
-        streamed(open_pictures(folder), 0, 11, 4)
-    (folder / "000007.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="000007.png is no picture"):
-        streamed(open_pictures(folder), 0, 11, 4)
+        streamed(open_images(folder), 0, 11, 4)
+    (folder / "000007.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="000007.png is no image"):
+        streamed(open_images(folder), 0, 11, 4)

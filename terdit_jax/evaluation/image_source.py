@@ -1,4 +1,4 @@
-"""Pictures to be judged, as uint8 in portions and in order: from an npz, a folder of files, or a prepared data set.
+"""Images to be judged, as uint8 in portions and in order: from an npz, a folder of files, or a prepared data set.
 
 A set larger than memory passes through portion by portion. What is computed of them is left to others.
 """
@@ -15,7 +15,7 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from terdit_jax.data.image_file import PictureError, decode_image, read_file
+from terdit_jax.data.image_file import ImageError, decode_image, read_file
 from terdit_jax.data.listing import IMAGE_SUFFIXES, describe_ignored, is_hidden, is_image_name, is_litter
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
@@ -33,13 +33,13 @@ _THREADS = 16  # that decode files
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSource:
-    """A set of pictures in a fixed order. Attributes:
+class ImageSource:
+    """A set of images in a fixed order. Attributes:
 
     name: where it is, for messages.
-    count: pictures.
+    count: images.
     shape: (H, W, 3) of each.
-    stream: called with the first picture, one past the last and a size: yields (n, H, W, 3) uint8, n that size or, at
+    stream: called with the first image, one past the last and a size: yields (n, H, W, 3) uint8, n that size or, at
       the end, less.
     """
 
@@ -49,7 +49,7 @@ class PictureSource:
     stream: Callable[[int, int, int], Iterator[np.ndarray]]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """The pictures at sorted `indices` (N,), in one pass over all."""
+        """The images at sorted `indices` (N,), in one pass over all."""
         taken, first = [], 0
         for portion in self.stream(0, self.count, _READ_AT_ONCE):
             taken.append(portion[indices[(indices >= first) & (indices < first + len(portion))] - first])
@@ -57,7 +57,7 @@ class PictureSource:
         return np.concatenate(taken)
 
 
-def open_pictures(path: str | os.PathLike) -> PictureSource:
+def open_images(path: str | os.PathLike) -> ImageSource:
     """The images at a path: `arr_0` of an .npz, a prepared data set's training split, or a folder of image files.
 
     A folder may hold its images in folders of its own, such as one a class. What is ignored is named loudly.
@@ -70,19 +70,19 @@ def open_pictures(path: str | os.PathLike) -> PictureSource:
     if path.is_dir():
         return _open_dataset(path) if (path / METADATA_FILE).exists() else _open_folder(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist: give an .npz with {ARRAY}, a folder of pictures, or a data set")
+        raise UserError(f"{path} does not exist: give an .npz with {ARRAY}, a folder of images, or a data set")
     return _open_npz(path)
 
 
-def _open_npz(path: Path) -> PictureSource:
-    with reading(f"{path}: not an npz with pictures in {ARRAY}"):
+def _open_npz(path: Path) -> ImageSource:
+    with reading(f"{path}: not an npz with images in {ARRAY}"):
         with zipfile.ZipFile(path) as archive:
             shape, column_major, dtype = find_array(archive, ARRAY)
             names = [name.removesuffix(".npy") for name in archive.namelist()]
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not is_possible(shape) or 0 in shape:
         raise UserError(
             f"{path}: {ARRAY} is {str(dtype)[:60]} {str(shape)[:60]}, expected uint8 (N, H, W, 3) with values from 0 to"
-            " 255: pictures in [-1, 1] become that as round((x + 1) * 127.5)"
+            " 255: images in [-1, 1] become that as round((x + 1) * 127.5)"
         )
     if ignored := {name: f"not {ARRAY}" for name in names if name not in (ARRAY, *_SIDE_ARRAYS)}:
         logging.warning("%s", describe_ignored(path, ignored))
@@ -92,10 +92,10 @@ def _open_npz(path: Path) -> PictureSource:
         with reading(f"{path}: {ARRAY} is damaged"):
             with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
                 read_array_header(member)
-                for pictures in read(member, shape, first, stop, size):
-                    yield _in_color(pictures)
+                for images in read(member, shape, first, stop, size):
+                    yield _in_color(images)
 
-    return PictureSource(str(path), shape[0], (*shape[1:3], 3), stream)
+    return ImageSource(str(path), shape[0], (*shape[1:3], 3), stream)
 
 
 def _read_rows(
@@ -128,21 +128,21 @@ def _read_exactly(member: IO[bytes], size: int) -> bytes:
     return content
 
 
-def _open_folder(path: Path) -> PictureSource:
+def _open_folder(path: Path) -> ImageSource:
     files = _list_images(path)
-    shape = _read_picture(files[0]).shape
+    shape = _read_image(files[0]).shape
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(first, stop, size):
                 part = files[start : min(start + size, stop)]
-                pictures = list(pool.map(_read_picture, part))
-                for file, picture in zip(part, pictures, strict=True):
-                    if picture.shape != shape:
-                        raise UserError(f"{file} is {picture.shape[:2]} (height, width), others are {shape[:2]}")
-                yield np.stack(pictures)
+                images = list(pool.map(_read_image, part))
+                for file, image in zip(part, images, strict=True):
+                    if image.shape != shape:
+                        raise UserError(f"{file} is {image.shape[:2]} (height, width), others are {shape[:2]}")
+                yield np.stack(images)
 
-    return PictureSource(str(path), len(files), shape, stream)
+    return ImageSource(str(path), len(files), shape, stream)
 
 
 def _list_images(path: Path) -> list[Path]:
@@ -186,17 +186,17 @@ def _refuse_unreadable(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
-def _read_picture(file: Path) -> np.ndarray:
+def _read_image(file: Path) -> np.ndarray:
     try:
         return np.asarray(decode_image(read_file(file), channels=3))
-    except PictureError as error:
-        raise UserError(f"{file} is no picture that can be read ({error})") from error
+    except ImageError as error:
+        raise UserError(f"{file} is no image that can be read ({error})") from error
 
 
-def _open_dataset(path: Path) -> PictureSource:
+def _open_dataset(path: Path) -> ImageSource:
     dataset = open_dataset(path)
     if dataset.metadata.codec != "none":
-        raise UserError(f"{path} holds latents ({dataset.metadata.codec}): give pictures, which a reference is made of")
+        raise UserError(f"{path} holds latents ({dataset.metadata.codec}): give images, which a reference is made of")
     records, (height, width, _) = dataset.records("train"), dataset.metadata.shape
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -204,8 +204,8 @@ def _open_dataset(path: Path) -> PictureSource:
             batch = records.read(np.arange(start, min(start + size, stop)))
             yield _in_color(to_uint8(batch["mean"].astype(np.float32)))
 
-    return PictureSource(str(path), len(records), (height, width, 3), stream)
+    return ImageSource(str(path), len(records), (height, width, 3), stream)
 
 
-def _in_color(pictures: np.ndarray) -> np.ndarray:
-    return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
+def _in_color(images: np.ndarray) -> np.ndarray:
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
