@@ -27,85 +27,43 @@ _PREFIX_CHARACTERS = 40  # of the final name that a temporary one repeats: toget
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES)
 
 
-class PendingFile:
-    """A file under construction: `temporary` is a local path to write to, `place` gives it its name.
-
-    Attributes:
-      temporary: a path that no other writer uses; the file is there, and empty.
-    """
-
-    def __init__(self, path: epath.PathLike, *, scratch: epath.PathLike | None = None):
-        """Makes the folders on the way to `path`, and the temporary file.
-
-        Args:
-          path: where the file shall stand.
-          scratch: the folder of the temporary file, on the same file system; that of `path` if left out.
-
-        Raises:
-          OSError: one of them cannot be made.
-        """
-        self._path = epath.Path(path)
-        self._cleanup = contextlib.ExitStack()
-        if is_remote(path):
-            folder = self._cleanup.enter_context(tempfile.TemporaryDirectory())
-            self.temporary = epath.Path(folder) / self._path.name
-            self.temporary.touch()
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(scratch or self._path.parent)
-        beside.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(beside, self._path.name)
-        self.temporary, lock = _reserve(beside, self._path.name, folder=False)
-        self._cleanup.callback(os.close, lock)
-        self._cleanup.callback(self.temporary.unlink, missing_ok=True)
-
-    def place(self, *, replace: bool = True, sync: bool = True) -> None:
-        """Gives the file its name.
-
-        Args:
-          replace: whether it may take the place of a file that is there, or has come to be there meanwhile.
-          sync: whether it is on disk when this returns, also after a loss of power.
-
-        Raises:
-          OSError: it cannot be written; FileExistsError, without `replace`, if there is something at the path.
-        """
-        if is_remote(self._path):
-            if not replace and self._path.exists():
-                raise _exists(self._path)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary.copy(self._path, overwrite=replace)
-            return
-        if sync:
-            _sync(self.temporary)
-        if replace:
-            os.replace(self.temporary, self._path)
-        else:
-            _move_without_replacing(self.temporary, self._path)
-        if sync:
-            _sync(self._path.parent)
-
-    def discard(self) -> None:
-        """Removes what is left of it; without effect on a file that has its name."""
-        self._cleanup.close()
-
-
 @contextlib.contextmanager
 def new_file(
     path: epath.PathLike, *, replace: bool = True, sync: bool = True, scratch: epath.PathLike | None = None
 ) -> Iterator[epath.Path]:
-    """A local path to write to; when the body ends its content is moved to `path`, and removed if the body raises.
+    """A local path to write to, an empty file; when the body ends it is renamed to `path`, and removed if it raises.
 
-    The arguments are those of `PendingFile`.
+    Args:
+      path: where the file shall stand; folders on the way are made. To an object store it is copied.
+      replace: whether it may take the place of a file that is there, or has come to be there meanwhile.
+      sync: whether it is on disk when the body has ended, also after a loss of power.
+      scratch: the folder of the temporary file, on the same file system; that of `path` if left out.
 
     Raises:
       OSError: it cannot be written; FileExistsError, without `replace`, if there is something at `path`.
     """
-    pending = PendingFile(path, scratch=scratch)
-    try:
-        yield pending.temporary
-        pending.place(replace=replace, sync=sync)
-    finally:
-        pending.discard()
+    path = epath.Path(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = epath.Path(folder) / path.name
+            temporary.touch()
+            yield temporary
+            if not replace and path.exists():
+                raise _exists(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.copy(path, overwrite=replace)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _reserved(Path(scratch or path.parent), path.name, folder=False) as temporary:
+        yield temporary
+        if sync:
+            _sync(temporary)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _move_without_replacing(temporary, path)
+        if sync:
+            _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -127,10 +85,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
             for file in epath.Path(scratch).iterdir():
                 file.copy(path / file.name)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path.parent, path.name)
-    temporary, lock = _reserve(path.parent, path.name, folder=True)
-    try:
+    with _reserved(Path(path.parent), path.name, folder=True) as temporary:
         yield temporary
         for file in (*Path(temporary).rglob("*"), temporary):
             _sync(file)
@@ -141,9 +96,6 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         except OSError as error:  # another writer was faster by a moment
             raise _exists(path) if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) else error from error
         _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
 
 
 def write_bytes(path: epath.PathLike, content: bytes, *, replace: bool = True, sync: bool = True) -> None:
@@ -252,10 +204,16 @@ def _check_takes_files(folder: Path, path: epath.PathLike, flag: str) -> None:
         raise UserError(f"{flag}={os.fspath(path)}: {folder} takes no files ({error.strerror or error})") from error
 
 
-def _reserve(place: epath.PathLike, name: str, *, folder: bool) -> tuple[epath.Path, int]:
-    """A new file or folder in `place` for what will be called `name`, and a descriptor that holds a lock on it: what
-    nobody locks is left from a writer that was killed."""
-    while True:
+@contextlib.contextmanager
+def _reserved(place: Path, name: str, *, folder: bool) -> Iterator[epath.Path]:
+    """A new file or folder in `place` for what will be called `name`; what is left of it in the end is removed.
+
+    It is locked: what nobody locks is left from a writer that was killed.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    _remove_orphans(place, name)
+    is_ours = False
+    while not is_ours:
         temporary = epath.Path(place) / f".{name[:_PREFIX_CHARACTERS]}.{uuid.uuid4().hex}{_SUFFIX}"
         if folder:
             temporary.mkdir()
@@ -265,13 +223,18 @@ def _reserve(place: epath.PathLike, name: str, *, folder: bool) -> tuple[epath.P
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = temporary.exists()
-        except BlockingIOError:
-            is_ours = False
-        except OSError:  # a file system without locks: its orphans are not removed
-            is_ours = True
-        if is_ours:
-            return temporary, descriptor
-        os.close(descriptor)  # another writer took it for an orphan before it was locked
+        except OSError as error:  # a file system without locks: its orphans are not removed
+            is_ours = not isinstance(error, BlockingIOError)
+        if not is_ours:
+            os.close(descriptor)  # another writer took it for an orphan before it was locked
+    try:
+        yield temporary
+    finally:
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _remove_orphans(place: Path, name: str) -> None:

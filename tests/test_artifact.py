@@ -145,8 +145,8 @@ def test_the_reason_names_what_is_damaged(artifacts, tmp_path):
     last[-1] ^= 1
     name = list(Parts(content).tensors)[-1]
     assert refusal(tmp_path / "a", bytes(last)) == f"tensor {name!r} does not match its SHA-256: the file is damaged"
-    assert refusal(tmp_path / "a", content[:-1]).endswith("does not lie in the file, which is cut off or damaged")
-    assert refusal(tmp_path / "a", content + b"x") == "1 bytes belong to no tensor"
+    for other in (content[:-1], content + b"x"):
+        assert refusal(tmp_path / "a", other).startswith("not a safetensors file, or cut off or damaged")
 
 
 def set_metadata(**values):
@@ -167,7 +167,7 @@ def drop_metadata(name):
         (drop_metadata("zlib"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
         (drop_metadata("header_sha256"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
         (set_metadata(format="other"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
-        (set_metadata(header_sha256="\ud800"), "its header does not match its SHA-256: the file is damaged"),
+        (set_metadata(header_sha256="\ud800"), "not a safetensors file, or cut off or damaged"),
         (set_metadata(header_sha256=""), "its header does not match its SHA-256: the file is damaged"),
         (set_metadata(zlib="[]"), "the zlib list is not a JSON dict"),
         (set_metadata(zlib='{"x":["U8",[4]]}'), "deflated tensor 'x' is not in the file"),

@@ -21,7 +21,6 @@ from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
 from terdit_jax.errors import UserError
 from terdit_jax.inference.pictures import to_uint8
-from terdit_jax.interop.safetensors import is_possible
 from terdit_jax.paths import as_path
 from terdit_jax.untrusted import find_array, read_array_header, reading
 
@@ -79,7 +78,7 @@ def _open_npz(path: Path) -> ImageSource:
         with zipfile.ZipFile(path) as archive:
             shape, column_major, dtype = find_array(archive, ARRAY)
             names = [name.removesuffix(".npy") for name in archive.namelist()]
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not is_possible(shape) or 0 in shape:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
         raise UserError(
             f"{path}: {ARRAY} is {str(dtype)[:60]} {str(shape)[:60]}, expected uint8 (N, H, W, 3) with values from 0 to"
             " 255: images in [-1, 1] become that as round((x + 1) * 127.5)"

@@ -3,10 +3,11 @@
 docs/format.md gives it byte for byte; a tensor is verified when it is read, so that loading goes through the file once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import hashlib
 import json
 import math
+import operator
 import os
 import zlib
 
@@ -16,15 +17,15 @@ from terdit_jax.errors import UserError
 from terdit_jax.interop.description import Description, check_architecture
 from terdit_jax.interop.published import Layout, StateDict
 from terdit_jax.interop.safetensors import (
+    DTYPES,
     Container,
-    Writer,
     array_type,
     as_bytes,
     entry,
-    parse_array_type,
     render_header,
+    write_container,
 )
-from terdit_jax.untrusted import parse_json
+from terdit_jax.untrusted import parse_json, reading
 
 FORMAT, VERSION = "terdit_jax", "1"
 # No reader has to allocate more than this many times a tensor's stored bytes: what zlib shrinks further stays plain.
@@ -61,28 +62,28 @@ def write_artifact(
     Raises:
       UserError: the path exists or cannot be written.
     """
-    every = {name: list(array_type(dtype, shape).values()) for name, (dtype, shape) in layout.items()}
-    fullest = _metadata(description, dict.fromkeys(layout, _ZEROS), every if compress else {})
-    with Writer(path, _header_bound(layout, fullest)) as writer:
-        checksums, deflated = {}, {}
+    checksums, deflated = {}, {}
+
+    def stored_tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, array in tensors:
             stored = _deflate(array) if compress and array.dtype == np.uint8 else array
             if stored is not array:
-                deflated[name] = list(array_type(array.dtype, array.shape).values())
+                deflated[name] = array_type(array.dtype, array.shape)
             checksums[name] = hashlib.sha256(as_bytes(stored)).hexdigest()
-            writer.add(name, stored)
-        writer.finish(_metadata(description, checksums, deflated), seal=_SEAL)
+            yield name, stored
+
+    every = {name: array_type(dtype, shape) for name, (dtype, shape) in layout.items()}
+    fullest = _metadata(description, dict.fromkeys(layout, _ZEROS), every if compress else {})
+    room = _header_bound(layout, fullest)
+    write_container(path, stored_tensors(), lambda: _metadata(description, checksums, deflated), room=room, seal=_SEAL)
 
 
 def write_plain(
     path: str | os.PathLike, description: Description, layout: Layout, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """As `write_artifact`, but as other software writes safetensors: nothing but the description is added."""
+    """Writes safetensors as other software does, with the description alone added; else as `write_artifact`."""
     metadata = {"description": _dump(description.to_dict())}
-    with Writer(path, _header_bound(layout, metadata)) as writer:
-        for name, array in tensors:
-            writer.add(name, array)
-        writer.finish(metadata)
+    write_container(path, tensors, lambda: metadata, room=_header_bound(layout, metadata))
 
 
 def open_artifact(container: Container, source: str) -> tuple[Description, StateDict]:
@@ -100,7 +101,7 @@ def open_artifact(container: Container, source: str) -> tuple[Description, State
     if metadata.keys() != expected or metadata["format"] != FORMAT:
         raise UserError(f"{source}: its metadata must hold exactly {', '.join(sorted(expected))}")
     digest = metadata[_SEAL]
-    blank = container.header.replace(digest.encode(errors="replace"), _ZEROS.encode(), 1)
+    blank = container.header.replace(digest.encode(), _ZEROS.encode(), 1)
     if hashlib.sha256(blank).hexdigest() != digest:
         raise UserError(f"{source}: its header does not match its SHA-256: the file is damaged, fetch it again")
     checksums = parse_json(metadata["sha256"], f"{source}: the list of checksums", dict)
@@ -152,7 +153,7 @@ def _deflate(array: np.ndarray) -> np.ndarray:
     """A zlib stream as (n,) uint8, or the array itself where that is longer, or so short that readers would refuse."""
     # Codes do not repeat in runs, so matching finds nothing: Huffman codes alone are as small and fast.
     encoder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-    stream = encoder.compress(np.ascontiguousarray(array)) + encoder.flush()
+    stream = encoder.compress(as_bytes(array)) + encoder.flush()
     if not array.nbytes / MAX_EXPANSION <= len(stream) < array.nbytes:
         return array
     return np.frombuffer(stream, np.uint8)
@@ -162,7 +163,7 @@ def _inflate(stored: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], what: 
     size = math.prod(shape) * dtype.itemsize
     decoder = zlib.decompressobj()
     try:
-        content = decoder.decompress(stored, size + 1)  # a byte more than it should have shows that there is more
+        content = decoder.decompress(as_bytes(stored), size + 1)  # a byte more shows that there is more
     except zlib.error as error:
         raise UserError(f"{what} does not inflate: {error}") from error
     if len(content) != size or not decoder.eof or decoder.unused_data:
@@ -174,13 +175,12 @@ def _parse_deflated(listed: dict, container: Container, source: str) -> dict[str
     deflated = {}
     for name, kind in listed.items():
         what = f"{source}: deflated tensor {name[:60]!r}"
-        if name not in container.arrays or not isinstance(kind, list) or len(kind) != 2:
-            raise UserError(f"{what} is not in the file, or is not described by dtype and shape")
-        stored = container.arrays[name]
+        with reading(f"{what} is not in the file, or is not described by dtype and shape"):
+            stored, (code, sizes) = container.arrays[name], kind
+            dtype, shape = DTYPES[code], tuple(map(operator.index, sizes))
         if stored.dtype != np.uint8 or stored.ndim != 1:
             raise UserError(f"{what} is no row of bytes")
-        dtype, shape = parse_array_type(*kind, what)
-        if math.prod(shape) * dtype.itemsize > MAX_EXPANSION * stored.nbytes:
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > MAX_EXPANSION * stored.nbytes:
             raise UserError(f"{what} would expand more than {MAX_EXPANSION} times")
         deflated[name] = dtype, shape
     return deflated
