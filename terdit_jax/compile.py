@@ -32,9 +32,9 @@ from terdit_jax.paths import define_path
 _CONFIG = define_config("File with get_config(), as configs/terdit_4b.py, or a run's config.json.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"The machine: {EXAMPLES}.")
 _MESH = flags.DEFINE_list("mesh", None, "Mesh axes instead of the configuration's, as data=2,fsdp=128,tensor=1.")
-_WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or the drawing of pictures.")
+_WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or the drawing of images.")
 _MODE = flags.DEFINE_enum("mode", "exact", list(MODES), "Of inference, with --what=sample.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures a chip, with --what=sample.", 1, MAX_BATCH)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images a chip, with --what=sample.", 1, MAX_BATCH)
 _SUGGEST = flags.DEFINE_bool("suggest", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
 _TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute or more each.", 1, 1000)
 _TABLE = define_path("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
@@ -97,15 +97,16 @@ def _be_on_cpu(topology: Topology) -> None:
     """Compiling needs no accelerator, and must not take one that others use; `cpu:N` needs N devices."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
-    if topology.chip is None:
+    if topology.is_cpu:
         jax.config.update("jax_num_cpu_devices", topology.num_chips)
 
 
 def _set_mesh(config: ConfigDict) -> None:
-    for part in [""] if _MESH.value == [] else _MESH.value or []:
+    given = ",".join(_MESH.value or [])
+    for part in given.split(",") if _MESH.present else []:
         axis, _, size = part.partition("=")
         if axis not in AXES or not re.fullmatch(r"-1|[0-9]{1,7}", size):
-            raise UserError(f"--mesh={','.join(_MESH.value)}: give sizes of {', '.join(AXES)}, as data=2,fsdp=128")
+            raise UserError(f"--mesh={given}: give sizes of {', '.join(AXES)}, as data=2,fsdp=128")
         config.mesh[axis] = int(size)
 
 

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from terdit_jax.aot.hlo import Array, read_arrays, search, split_computations, trip_counts
+from terdit_jax.aot.hlo import Array, read_arrays, read_ints, search, split_computations, trip_counts
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -146,7 +146,7 @@ def _groups(line: str, num_devices: int) -> Groups:
         groups = tuple(tuple(int(i) for i in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
         return groups or (tuple(range(num_devices)),)
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
-        return _rows(_iota(match[2]).reshape(_ints(match[1])))
+        return _rows(_iota(match[2]).reshape(read_ints(match[1])))
     if match := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
         axes, order, along = match.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
@@ -157,7 +157,8 @@ def _groups(line: str, num_devices: int) -> Groups:
 
 def _along(places: np.ndarray, sizes: dict[str, int], along: str) -> np.ndarray:
     """(groups, members) of places laid out over named axes; `along` names whole axes 'a' or parts 'a':(before)size."""
-    dims, members = [], []
+    dims: list[int] = []
+    members: list[int] = []
     wanted = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)}
     for name, total in sizes.items():
         if name in wanted and wanted[name][1]:
@@ -175,13 +176,9 @@ def _along(places: np.ndarray, sizes: dict[str, int], along: str) -> np.ndarray:
 def _iota(text: str) -> np.ndarray:
     """[4,2]T(1,0): counting along a shape, transposed, flat."""
     shape, _, order = text.partition("T")
-    places = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
-    return (places.transpose(_ints(order)) if order else places).ravel()
+    places = np.arange(math.prod(read_ints(shape))).reshape(read_ints(shape))
+    return (places.transpose(read_ints(order)) if order else places).ravel()
 
 
 def _rows(places: np.ndarray) -> Groups:
     return tuple(tuple(int(place) for place in row) for row in places)
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text))

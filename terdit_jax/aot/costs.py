@@ -3,7 +3,8 @@
 The compilers' own cost analysis counts a loop's body once, so the HLO text is read instead.
 """
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from terdit_jax.aot.hlo import (
     Array,
     Instruction,
     read_instruction,
+    read_ints,
     search,
     split_computations,
     trip_counts,
@@ -21,7 +23,7 @@ from terdit_jax.aot.hlo import (
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one chip, each time the program runs. Attributes:
+    """Work of one chip, each time the program runs. Attributes:
 
     flops: multiplications and additions of matrix products, by the dtype that is multiplied (as HLO writes it).
     memory_bytes: read from and written to the chip's main memory.
@@ -51,19 +53,17 @@ def read_costs(hlo: str) -> Costs:
     program = {
         name: {i.name: i for line in lines if (i := read_instruction(line))} for name, lines in computations.items()
     }
-    flops = Counter()
+    flops: dict[str, float] = defaultdict(float)
+    traffic, sequential = 0.0, _sequential(program, entry)
+    on_tpu = ":T(" in hlo  # only TPU layouts are tiled, and only there does S(1) mean the chip's own memory
     for name, instructions in program.items():
-        if not trips[name]:
-            continue
-        for instruction in instructions.values():
+        for instruction in instructions.values() if trips[name] else ():
             dtype, count = _flops(instruction, instructions)
             if count:
                 flops[dtype] += trips[name] * count
-    on_tpu = ":T(" in hlo  # only TPU layouts are tiled, and only there does S(1) mean the chip's own memory
-    traffic = {name: 0.0 for name in program}
-    for name in _sequential(program, entry):
-        traffic[name] = trips[name] * sum(_traffic(i, program[name], program, on_tpu) for i in program[name].values())
-    return Costs(dict(flops), sum(traffic.values()))
+            if name in sequential:
+                traffic += trips[name] * _traffic(instruction, instructions, program, on_tpu)
+    return Costs(dict(flops), traffic)
 
 
 def _sequential(program: Program, entry: str) -> set[str]:
@@ -85,11 +85,11 @@ def _flops(instruction: Instruction, known: dict[str, Instruction]) -> tuple[str
     """(dtype, FLOPs) of a matrix product, whatever the compiler made of it; ("", 0) for anything else."""
     opcode, attributes = instruction.opcode, instruction.attributes
     if opcode == "dot":
-        contracted = _ints(attributes, "lhs_contracting_dims")
+        contracted = read_ints(search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes, ""))
     elif opcode == "custom-call" and "__cublas$" in attributes:
         field = '"dot_dimension_numbers":'
         numbers, _ = json.JSONDecoder().raw_decode(attributes, attributes.index(field) + len(field))
-        contracted = [int(i) for i in numbers["lhs_contracting_dimensions"]]
+        contracted = tuple(int(i) for i in numbers["lhs_contracting_dimensions"])
     elif opcode == "convolution":
         return _convolution(instruction, known)
     else:
@@ -149,7 +149,7 @@ def _traffic(instruction: Instruction, known: dict[str, Instruction], program: P
     if opcode in _FREE or opcode.endswith("-done") or _NO_TRAFFIC_CALLS.search(instruction.attributes):
         return 0.0
 
-    def size(arrays: tuple[Array, ...] | list[Array]) -> float:
+    def size(arrays: Sequence[Array]) -> float:
         return sum(array.bytes for array in arrays if not (on_tpu and re.search(r"S\([1-9]\d*\)", array.layout)))
 
     operands = [known[name] for name in instruction.operands if name in known]
@@ -165,7 +165,9 @@ def _traffic(instruction: Instruction, known: dict[str, Instruction], program: P
     return _fusion_traffic(instruction, operands, program, size)
 
 
-def _fusion_traffic(fusion: Instruction, operands: list[Instruction], program: Program, size) -> float:
+def _fusion_traffic(
+    fusion: Instruction, operands: list[Instruction], program: Program, size: Callable[[Sequence[Array]], float]
+) -> float:
     inside = program.get(search(r"calls=%?([\w.\-]+)", fusion.attributes, ""), {})
     parameters = {int(i.arguments): i for i in inside.values() if i.opcode == "parameter"}
     uses: dict[str, list[Instruction]] = {}
@@ -192,7 +194,7 @@ _RENAMES = ("bitcast", "reshape", "copy", "transpose", "convert")
 
 def _sliced(name: str, uses: dict[str, list[Instruction]], inside: dict[str, Instruction]) -> list[Array] | None:
     """What is really read of a fusion's parameter that is only sliced or updated in place; None if all of it is."""
-    read = []
+    read: list[Array] = []
     for use in uses.get(name, []):
         if use.opcode in ("dynamic-slice", "slice", "gather"):
             read += use.arrays
@@ -223,7 +225,3 @@ def _operand(instruction: Instruction, place: int, known: dict[str, Instruction]
     if place >= len(names) or names[place] not in known:
         return None
     return known[names[place]].arrays[0]
-
-
-def _ints(attributes: str, field: str) -> list[int]:
-    return [int(i) for i in re.findall(r"\d+", search(field + r"=\{([\d,]*)\}", attributes, ""))]

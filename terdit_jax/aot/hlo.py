@@ -8,8 +8,9 @@ import dataclasses
 import math
 import re
 
-# dtype[dims], and the layout behind it if there is one.
+# dtype[dims], and the layout after it if there is one.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_OPCODE = re.compile(r"(?:[^\s{]+(?:\{[^}]*\})?)? *([\w\-]+)\(")  # after the type, unless that is a tuple
 _CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLEES = re.compile(r"\b(?:calls|branch_computations|called_computations)=\{([^}]*)\}")
 
@@ -31,7 +32,7 @@ class Array:
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """One line: name, the arrays of its result, opcode, what stands in its parentheses, the names of instructions among
-    that, and all that stands behind them."""
+    that, and all that stands after them."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -48,12 +49,14 @@ def search(pattern: str, text: str, default: str) -> str:
     return match[1] if match else default
 
 
+def read_ints(text: str) -> tuple[int, ...]:
+    """Every number in a piece of text."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
 def read_arrays(text: str) -> tuple[Array, ...]:
     """Every array type in a piece of text."""
-    return tuple(
-        Array(dtype, tuple(int(size) for size in dims.split(",")) if dims else (), layout)
-        for dtype, dims, layout in _ARRAY.findall(text)
-    )
+    return tuple(Array(dtype, read_ints(dims), layout) for dtype, dims, layout in _ARRAY.findall(text))
 
 
 def dtype_bits(dtype: str) -> int:
@@ -72,7 +75,8 @@ def split_computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     Raises:
       ValueError: text without an entry computation.
     """
-    computations, entry, lines = {}, "", None
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", None
     for line in hlo.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
         if header:
@@ -93,18 +97,18 @@ def read_instruction(line: str) -> Instruction | None:
     if head is None:
         return None
     rest = line[head.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else re.match(r"[^\s{]+(\{[^}]*\})?", rest).end()
-    opcode = re.match(r" *([\w\-]+)\(", rest[end:])
+    opcode = _OPCODE.match(rest, _closing(rest, 0) + 1 if rest.startswith("(") else 0)
     if opcode is None:
         return None
-    begin = end + opcode.end()
+    begin = opcode.end()
     close = _closing(rest, begin - 1)
     # Operands are %names, or bare names where the printer leaves the sign out; types may stand before them.
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[begin:close])) or tuple(
         re.findall(r"(?:^|, )([a-zA-Z_][\w.\-]*)", rest[begin:close])
     )
     arguments, attributes = rest[begin:close], rest[close + 1 :]
-    return Instruction(head[2], read_arrays(rest[:end]), opcode[1], arguments, operands, attributes, bool(head[1]))
+    arrays = read_arrays(rest[: opcode.start(1)])
+    return Instruction(head[2], arrays, opcode[1], arguments, operands, attributes, bool(head[1]))
 
 
 def _closing(text: str, opening: int) -> int:

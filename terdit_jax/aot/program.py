@@ -1,4 +1,4 @@
-"""The programs that runs consist of, a training step or a drawing of pictures, lowered for devices that may be absent.
+"""The programs that runs consist of, a training step or a drawing of images, lowered for devices that may be absent.
 
 Nothing is allocated: state, batch and weights are shapes with shardings. What comes out of compiling is `report`'s.
 """
@@ -6,6 +6,7 @@ Nothing is allocated: state, batch and weights are shapes with shardings. What c
 import dataclasses
 from functools import lru_cache, partial
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class Program:
     mesh: the devices.
     lowered: the program.
     held: what its arguments hold, by kind, as trees of shapes with shardings.
-    images: pictures that one run of it learns from or draws.
+    images: how many one run of it learns from or draws.
     steps: denoising steps of a drawing; 1 for a training step.
     model_flops: of all chips, what the arithmetic asks for: without rematerialisation or work done twice.
     mode: of inference, where it draws.
@@ -85,10 +86,10 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
             ("label", (), jnp.int32),
         )
     }
-    step = make_train_step(config, model, linear_schedule(), optimizer, mesh, _LATENT_SCALE)
+    step: Any = make_train_step(config, model, linear_schedule(), optimizer, mesh, _LATENT_SCALE)
     with jax.set_mesh(mesh):
         lowered = step.__wrapped__.lower(state, batch)
-    # Large leaves of the optimizer's state are the moments; counters beside them are of no size.
+    # Large leaves of the optimizer's state are the moments; counters beside them have no size to speak of.
     held = {
         "parameters": state["params"],
         "moments": state["opt_state"],
@@ -103,14 +104,14 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
 def lower_sample(
     config: ConfigDict, topology: Topology, devices: list[jax.Device], mode: str, batch_size: int
 ) -> Program:
-    """The drawing of a batch of pictures with the run's `config.sample`, every chip with the whole model.
+    """The drawing of a batch of images with the run's `config.sample`, every chip with the whole model.
 
     Args:
       config: the run's.
       topology: the machine.
       devices: of `open_devices`.
       mode: of `inference.modes.MODES`.
-      batch_size: pictures a chip.
+      batch_size: images a chip.
 
     Raises:
       UserError: a configuration that is not sound, or a mode that the model cannot have.
@@ -126,7 +127,7 @@ def lower_sample(
     operands = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), operands)
     images = batch_size * len(devices)
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
-    draw = make_draw(model, config.sample, 0, partial(bind_schedule, model, numerics) if numerics else None)
+    draw: Any = make_draw(model, config.sample, 0, partial(bind_schedule, model, numerics) if numerics else None)
     with jax.set_mesh(mesh):
         lowered = draw.lower(operands, labels, labels)
     held = {"weights": operands, "batch": [labels, labels]}
@@ -151,7 +152,7 @@ def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) 
     return model, mesh
 
 
-def chip_bytes(tree) -> int:
+def chip_bytes(tree: Any) -> int:
     """Bytes that one chip holds of a tree of shapes with shardings."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

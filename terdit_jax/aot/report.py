@@ -5,11 +5,13 @@ Reports are plain dictionaries, the same in JSON; all sizes are bytes of one chi
 
 from collections import defaultdict
 from collections.abc import Iterator
+import dataclasses
 import datetime
 import os
 import platform
 import re
 import time
+from typing import Any
 
 import jax
 
@@ -34,14 +36,14 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
     begin, begin_processor = time.perf_counter(), time.process_time()
     try:
         # A program for CPUs is only looked at: LLVM need not optimise it.
-        compiled = program.lowered.compile({"xla_backend_optimization_level": 0} if topology.chip is None else None)
+        compiled = program.lowered.compile({"xla_backend_optimization_level": "0"} if topology.is_cpu else None)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed_bytes(str(error))
         if needed is None:
             raise
         raise _does_not_fit(program, topology, needed) from error
     seconds, processor_seconds = time.perf_counter() - begin, time.process_time() - begin_processor
-    hlo = compiled.as_text()
+    hlo = compiled.as_text() or ""
     costs, collectives = read_costs(hlo), read_collectives(hlo)
     number = {device: i for i, device in enumerate(devices)}
     places = [topology.place(number[device], device) for device in program.mesh.devices.flat]
@@ -58,7 +60,7 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
         "compiler_options": program.compiler_options,
         "images": program.images,
         "steps": program.steps,
-        "memory": _memory(program, compiled, topology),
+        "memory": _memory(program, compiled.memory_analysis(), topology),
         "flops": {
             "model": program.model_flops / topology.num_chips,
             "compiled": sum(costs.flops.values()),
@@ -96,8 +98,7 @@ def _options(program: Program) -> dict:
     }
 
 
-def _memory(program: Program, compiled: jax.stages.Compiled, topology: Topology) -> dict:
-    stats = compiled.memory_analysis()
+def _memory(program: Program, stats: Any, topology: Topology) -> dict:
     held = {kind: chip_bytes(tree) for kind, tree in program.held.items()}
     # What the compiler adds to arguments is padding to its tiles.
     arguments = {**held, "padding": max(0, stats.argument_size_in_bytes - sum(held.values()))}
@@ -108,7 +109,7 @@ def _memory(program: Program, compiled: jax.stages.Compiled, topology: Topology)
         "outputs": outputs,  # those that take no argument's place
         "program": stats.generated_code_size_in_bytes,
         "total": sum(arguments.values()) + stats.temp_size_in_bytes + outputs + stats.generated_code_size_in_bytes,
-        "limit": topology.chip.memory if topology.chip else 2**63,
+        "limit": topology.chip.memory,
     }
     if program.what == "train":
         # These two are among the temporaries.
@@ -118,7 +119,7 @@ def _memory(program: Program, compiled: jax.stages.Compiled, topology: Topology)
 
 
 def _gradient_bytes(program: Program) -> int:
-    """Of one set of gradients, cut like the parameters: ternary ones in `grad_dtype`, the others in float32."""
+    """Bytes of one set of gradients, cut like the parameters: ternary ones in `grad_dtype`, others in float32."""
     wide = 4 if program.config.train.accumulation_steps > 1 else None  # sums over microbatches are float32
 
     def size(path: tuple, leaf: jax.ShapeDtypeStruct) -> int:
@@ -149,10 +150,7 @@ def _group(collectives: list[Collective], program: Program, topology: Topology, 
 def _speed(program: Program, topology: Topology, roofline: Roofline) -> dict:
     peak = topology.num_chips * topology.chip.peak_bf16
     images_per_second = program.images / roofline.overlapped
-    speed = {
-        "compute": roofline.compute,
-        "memory": roofline.memory,
-        "network": roofline.network,
+    speed = dataclasses.asdict(roofline) | {
         "bound": roofline.bound,
         "overlapped": roofline.overlapped,
         "in_turn": roofline.in_turn,
@@ -167,7 +165,7 @@ def _speed(program: Program, topology: Topology, roofline: Roofline) -> dict:
 
 
 def _versions(topology: Topology) -> dict[str, str]:
-    compiler = "jaxlib" if topology.chip is None else "jax-cuda13-plugin" if topology.is_gpu else "libtpu"
+    compiler = "jaxlib" if topology.is_cpu else "jax-cuda13-plugin" if topology.is_gpu else "libtpu"
     return versions("jax", "flax", compiler)
 
 

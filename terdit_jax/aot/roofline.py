@@ -5,7 +5,7 @@ rates of data sheets, each at its peak and nothing lost between them. No program
 from collections.abc import Iterable
 import dataclasses
 
-from terdit_jax.aot.collectives import Collective
+from terdit_jax.aot.collectives import Collective, Groups
 from terdit_jax.aot.costs import Costs
 from terdit_jax.aot.topology import Topology
 
@@ -54,18 +54,18 @@ def make_roofline(topology: Topology, costs: Costs, collectives: Iterable[Collec
       collectives: of the program.
       places: of all devices in the machine's grid (`Topology.place`), in the mesh's order.
     """
-    chip = topology.chip
-    if chip is None:
+    if topology.is_cpu:
         return None
     seconds = 0.0
     for dtype, flops in costs.flops.items():
         seconds += flops / _rate(topology, dtype)
-    network, bandwidths = 0.0, {}
+    network = 0.0
+    bandwidths: dict[Groups, float] = {}
     for collective in collectives:
         if collective.groups not in bandwidths:
             bandwidths[collective.groups] = slowest_bandwidth(topology, collective, places)
         network += collective.sent / bandwidths[collective.groups]
-    return Roofline(seconds, costs.memory_bytes / chip.memory_bandwidth, network)
+    return Roofline(seconds, costs.memory_bytes / topology.chip.memory_bandwidth, network)
 
 
 def slowest_bandwidth(topology: Topology, collective: Collective, places: list) -> float:

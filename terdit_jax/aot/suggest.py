@@ -65,7 +65,7 @@ def suggest(config: ConfigDict, topology: Topology, compile_one: Callable[[Confi
     Raises:
       UserError: nothing divides, or nothing should fit.
     """
-    if topology.chip is None:
+    if topology.is_cpu:
         raise UserError(f"--suggest on {topology.name}: the rates of CPUs are not known; give a TPU or h200:N")
     candidates = list(find_candidates(config, topology))
     if not candidates:
@@ -157,7 +157,7 @@ def _seconds(config: ConfigDict, candidate: Candidate, topology: Topology, model
 
 
 def _bandwidth(topology: Topology, size: int) -> float:
-    """Of an axis: its share, in doublings, of the torus's dimensions; of GPUs, NVLink within a node only."""
+    """Bytes/s of an axis: its share, in doublings, of the torus's dimensions; of GPUs, NVLink within a node only."""
     chip = topology.chip
     if not chip.torus_dims:
         return chip.port_bandwidth if size <= chip.node_size else chip.node_size * chip.network_bandwidth

@@ -1,6 +1,6 @@
 """Machines by name, `v5p:8x8x4` or `h200:64`, and their devices, which a program can be compiled for without them.
 
-What chips can do is `parallel.chips`'s, how a mesh is laid over devices `parallel.mesh`'s.
+What chips can do lives in `parallel.chips`, how a mesh is laid over devices in `parallel.mesh`.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -41,6 +42,7 @@ _NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+_CPU = Chip("cpu", (), math.inf, math.inf, 2**63, math.inf, 0, math.inf, 0, math.inf)  # of unknown rates, for tests
 _MOST_CHIPS = 2**17
 _MOST_CPUS = 1024  # each is some threads of this machine
 
@@ -50,12 +52,12 @@ class Topology:
     """A machine. Attributes:
 
     name: as it was given.
-    chip: None for CPUs, which stand in for chips in tests.
+    chip: every device of it.
     grid: its shape: of the torus, or (nodes, chips a node) for GPUs, or (devices,) for CPUs.
     """
 
     name: str
-    chip: Chip | None
+    chip: Chip
     grid: tuple[int, ...]
 
     @property
@@ -63,19 +65,21 @@ class Topology:
         return math.prod(self.grid)
 
     @property
+    def is_cpu(self) -> bool:
+        return self.chip is _CPU
+
+    @property
     def is_gpu(self) -> bool:
-        return self.chip is not None and self.chip.node_size > 0
+        return self.chip.node_size > 0
 
     def place(self, chip: int, device: jax.Device) -> tuple[int, ...]:
         """Where a device lies in the grid; `chip` is its number in the order of `devices`."""
-        if self.chip and self.chip.torus_dims:
+        if self.chip.torus_dims:
             return tuple(device.coords[: len(self.grid)])
         return tuple(int(i) for i in divmod(chip, self.grid[-1]))[-len(self.grid) :]
 
     def bandwidth(self, places: list[tuple[int, ...]]) -> float:
         """Bytes/s that a chip can send in a ring collective over the chips at these places; inf for CPUs."""
-        if self.chip is None:
-            return math.inf
         by_dim = [sorted(set(along)) for along in zip(*places, strict=True)]
         if not self.chip.torus_dims:
             nodes = len(by_dim[0])
@@ -101,15 +105,15 @@ def parse_topology(name: str) -> Topology:
         raise UserError(f"--topology={name}: give a chip and a shape, as {EXAMPLES}")
     family, shape = match[1], tuple(int(size) for size in match[2].split("x"))
     chips = {chip.name: chip for chip in CHIPS if chip.torus_dims or chip.name == "h200"}
-    if family not in (*chips, "cpu"):
+    chip = _CPU if family == "cpu" else chips.get(family)
+    if chip is None:
         raise UserError(f"--topology={name}: no chip {family!r} is known: give one of {', '.join(chips)}")
-    chip = chips.get(family)
-    dims = chip.torus_dims if chip and chip.torus_dims else 1
+    dims = chip.torus_dims or 1
     if len(shape) != dims or not all(shape):
         raise UserError(f"--topology={name}: {family} takes {dims} positive size{'s' * (dims > 1)}, as {EXAMPLES}")
-    if math.prod(shape) > (most := _MOST_CHIPS if chip else _MOST_CPUS):
+    if math.prod(shape) > (most := _MOST_CPUS if chip is _CPU else _MOST_CHIPS):
         raise UserError(f"--topology={name}: has {math.prod(shape):,} devices, give at most {most:,}")
-    if chip and chip.node_size:
+    if chip.node_size:
         per_node = min(shape[0], chip.node_size)
         if shape[0] % per_node:
             raise UserError(f"--topology={name}: beyond {per_node}, give a multiple of {per_node} (whole nodes)")
@@ -123,7 +127,7 @@ def open_devices(topology: Topology) -> list[jax.Device]:
     Raises:
       UserError: the compiler for it is not installed, or knows no such shape.
     """
-    if topology.chip is None:
+    if topology.is_cpu:
         if jax.device_count() < topology.num_chips:
             raise UserError(f"--topology={topology.name}: JAX has {jax.device_count()} CPU devices here")
         return jax.devices()[: topology.num_chips]
@@ -139,7 +143,7 @@ def open_devices(topology: Topology) -> list[jax.Device]:
                     platform="cuda", target_config=_H200_TARGET, topology=f"1x{nodes}x{per_node}"
                 ).devices
             )
-        options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
         if topology.num_chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices)
