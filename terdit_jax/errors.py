@@ -10,6 +10,7 @@ from logging import root as root_logger
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -75,7 +76,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             stream.finish()
 
 
-def exit_with(message: str, status: int = 2) -> None:
+def exit_with(message: str, status: int = 2) -> NoReturn:
     """Prints `error: message` on one line of standard error and ends the process at once with this status."""
     print("error: " + one_line(message), file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -115,7 +116,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # the libraries' notes at INFO would bury our lines
+            logging.set_verbosity(logging.WARNING)  # the libraries' notes at INFO would bury our lines
         return rest
     except SystemExit:
         asked = any(argument.lstrip("-").partition("=")[0] in _HELP for argument in argv[1:])
@@ -125,4 +126,3 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports a config field of another type with these, absl a --flagfile that cannot be read.
         exit_with(str(error) if error.args else type(error).__name__)
-    raise AssertionError("unreachable")

@@ -39,14 +39,15 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if bool(_WORKDIR.value) == bool(_MODEL.value):
         raise UserError("give either --workdir (a run) or --model (an artifact or a published checkpoint)")
-    if not _OUTPUT.value and not _REPORT.value:
+    output = _OUTPUT.value
+    if not output and not _REPORT.value:
         raise UserError("--output is missing: name what to write, e.g. --output=model.safetensors")
-    if _OUTPUT.value and _REPORT.value:
+    if output and _REPORT.value:
         raise UserError("--report writes nothing: leave out --output")
-    if _REPORT.value:
+    if not output:
         refuse_unused((_FORMAT, _MASTERS, _COMPRESS), "with --report")
     else:
-        check_output(_OUTPUT.value)
+        check_output(output)
         check_options(_FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value)
     if _WORKDIR.value and not (epath.Path(_WORKDIR.value) / "checkpoints").is_dir():
         raise UserError(f"--workdir={_WORKDIR.value} holds no run: give the --workdir of a training run that has saved")
@@ -54,12 +55,12 @@ def main(argv: Sequence[str]) -> None:
     _return_freed_memory()
     source = _WORKDIR.value or _MODEL.value
     weights = open_weights(source, ema=_EMA.value, step=_STEP.value, masters=_MASTERS.value)
-    if _REPORT.value:
+    if not output:
         print(size_report(weights.model, file.stat().length if (file := epath.Path(source)).is_file() else None))
         return
-    for remark in export(weights, _OUTPUT.value, _FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value):
+    for remark in export(weights, output, _FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value):
         print(remark)
-    print(_say_what(weights), flush=True)
+    print(_say_what(weights, epath.Path(output)), flush=True)
 
 
 def _return_freed_memory() -> None:
@@ -69,8 +70,8 @@ def _return_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _say_what(weights: Weights) -> str:
-    description, output = weights.description, epath.Path(_OUTPUT.value)
+def _say_what(weights: Weights, output: epath.Path) -> str:
+    description = weights.description
     files = [output] if output.is_file() else sorted(output.iterdir())
     size = sum(file.stat().length for file in files)
     step = "" if description.step is None else f", step {description.step:,}"

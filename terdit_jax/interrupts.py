@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 STATUS = 130  # of a command that Ctrl-C has ended
 _SAID = "error: interrupted by Ctrl-C"
@@ -27,7 +28,7 @@ class SignalWatch:
         handle: Callable[[int, FrameType | None], object],
     ):
         self._numbers, self._answer, self._handle = tuple(numbers), answer, handle
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._outer, self._pipe = -1, -1
 
     def __enter__(self) -> "SignalWatch":

@@ -1,17 +1,15 @@
 """Labels are classes: whole numbers that the model or the data set has. All that takes labels checks them here."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import printable
 
 
-def check_labels(
-    labels: ArrayLike | Iterable[int], num_classes: int, *, owner: str = "the model", prefix: str = ""
-) -> np.ndarray:
+def check_labels(labels: Iterable[Any], num_classes: int, *, owner: str = "the model", prefix: str = "") -> np.ndarray:
     """Returns the labels as an integer array (N,), N above 0.
 
     Args:

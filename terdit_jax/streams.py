@@ -1,8 +1,8 @@
 """Standard output and error that never end the work: a full disk or a closed pipe costs lines only."""
 
+from collections.abc import Iterable
 import contextlib
 import errno
-import io
 import os
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 class SteadyStream:
     """A text stream whose writes do not fail. What a full disk refuses waits in the buffer and is tried again."""
 
-    def __init__(self, stream: io.TextIOBase, name: str):
+    def __init__(self, stream: Any, name: str):
         self._stream, self._name, self._said = stream, name, False
         with contextlib.suppress(AttributeError, ValueError, OSError):
             # Under an ASCII locale, a character that it lacks is written as \xNN rather than raised as an error.
@@ -25,7 +25,7 @@ class SteadyStream:
             self._failed(error)
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         """Writes each of the lines."""
         for line in lines:
             self.write(line)
@@ -52,7 +52,7 @@ class SteadyStream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: OSError | ValueError) -> None:
         if self._said or self._name == "standard error":
             return
         self._said = True
@@ -65,10 +65,7 @@ def steady_streams() -> list[SteadyStream]:
     streams = []
     for name, words in (("stderr", "standard error"), ("stdout", "standard output")):
         stream = getattr(sys, name)
-        if stream is None:  # started with the descriptor closed: Python's print knows that
-            continue
-        if not isinstance(stream, SteadyStream):
-            stream = SteadyStream(stream, words)
-            setattr(sys, name, stream)
-        streams.append(stream)
+        if stream is not None:  # as where the descriptor was closed: Python's print knows that
+            streams.append(stream if isinstance(stream, SteadyStream) else SteadyStream(stream, words))
+            setattr(sys, name, streams[-1])
     return streams

@@ -108,7 +108,7 @@ def short(value: object) -> str:
 
 
 def short_json(value: object) -> str:
-    """As `short`, with the beginning of lists and dicts; of values that JSON holds only."""
+    """Shortens a value of JSON as `short` does, but shows the beginning of lists and dicts."""
     return printable(reprlib.repr(value))
 
 
@@ -124,8 +124,9 @@ def brief(name: str) -> str:
 
 def is_number(value: object, low: float, high: float) -> bool:
     """Whether a value of JSON is a finite number, no truth value, with low <= value <= high."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and low <= value <= high and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return low <= value <= high and abs(value) < math.inf
 
 
 def is_count(value: object, low: int, high: int) -> bool:

@@ -27,25 +27,29 @@ def by_hand(count="2", process="1", address="host:1234"):
     return {name: value for name, value in given.items() if value is not None}
 
 
+def by_hand_call(**arguments):
+    return {"coordinator_address": "host:1234", "num_processes": 2, "process_id": 1} | arguments
+
+
 @pytest.mark.parametrize(
     ("environment", "launch"),
     [
         ({}, None),
         ({"JAX_NUM_PROCESSES": "1"}, None),
         ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
-        (by_hand(), ("host:1234", 2, 1)),
-        (by_hand(count="1", process="0"), ("host:1234", 1, 0)),
-        (by_hand(address="[::1]:1234"), ("[::1]:1234", 2, 1)),
-        (SLURM, ()),
-        (SLURM | {ADDRESS: "host:1234"}, ()),
+        (by_hand(), by_hand_call()),
+        (by_hand(count="1", process="0"), by_hand_call(num_processes=1, process_id=0)),
+        (by_hand(address="[::1]:1234"), by_hand_call(coordinator_address="[::1]:1234")),
+        (SLURM, {}),
+        (SLURM | {ADDRESS: "host:1234"}, {}),
         ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, None),  # an allocation without srun
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        (OPEN_MPI, ()),
+        (OPEN_MPI, {}),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, ()),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"TPU_WORKER_HOSTNAMES": ""}, None),
-        ({"MEGASCALE_COORDINATOR_ADDRESS": "host"}, ()),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host"}, {}),
     ],
 )
 def test_launchers_are_known_by_their_variables(environment, launch):

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from terdit_jax.interop import published, pytorch  # noqa: E402
 from terdit_jax.interop.description import public_model_args  # noqa: E402
 from terdit_jax.interop.exports import export  # noqa: E402
-from terdit_jax.interop.pytorch import TerDiT, load, sample, to_pictures  # noqa: E402
+from terdit_jax.interop.pytorch import TerDiT, load, sample, to_images  # noqa: E402
 from terdit_jax.interop.weights import consolidated_name, open_weights  # noqa: E402
 from terdit_jax.model.transformer import forward, make_operands  # noqa: E402
 from tests.deployed import VARIANTS, assert_same_leaves, random_weights, small_config  # noqa: E402
@@ -122,7 +122,7 @@ def test_golden_forward_and_guidance(name, packed):
 
 def test_planes_unpack_to_codes_that_pack_again(tiny):
     planes = torch.from_numpy(tiny[1][WQ])
-    codes = pytorch._operand(planes, torch.bfloat16)
+    codes = pytorch._unpacked(planes, torch.bfloat16)
     assert codes.shape == (64, 64) and set(codes.unique().tolist()) == {-1, 0, 1}
     assert torch.equal(codes[16:32].float(), (planes >> 4 & 3).float() - 1)
     assert torch.equal(pytorch._ternary_planes(codes), planes)
@@ -263,7 +263,7 @@ def test_master_weights_are_ternarised(tmp_path, tiny):
     master = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     save_file(arrays | {WQ: master}, tmp_path / "m", {"description": json.dumps(described(fields))})
     codes = np.clip(np.round(master / (np.abs(master).mean() + 1e-6)), -1, 1)
-    assert np.array_equal(pytorch._operand(load(tmp_path / "m").state_dict()[WQ], torch.float32).numpy(), codes)
+    assert np.array_equal(pytorch._unpacked(load(tmp_path / "m").state_dict()[WQ], torch.float32).numpy(), codes)
 
 
 def test_published_checkpoints_are_known_by_their_model_args(tmp_path):
@@ -340,14 +340,14 @@ def test_the_last_channels_keep_the_labels_own_noise(tiny):
     assert not torch.allclose(guided[:, :3], plain[:, :3], atol=1e-3)
 
 
-def test_pictures_are_bytes_channels_last():
+def test_images_are_bytes_channels_last():
     x = torch.tensor([-3.0, -2.0, 0.0, 2.0]).reshape(1, 1, 2, 2)
-    pictures = to_pictures(x, 2.0)
-    assert pictures.dtype == torch.uint8 and pictures.tolist() == [[[[0], [0]], [[128], [255]]]]
+    images = to_images(x, 2.0)
+    assert images.dtype == torch.uint8 and images.tolist() == [[[[0], [0]], [[128], [255]]]]
     with pytest.raises(ValueError, match="decode latents"):
-        to_pictures(torch.zeros(1, 4, 2, 2), 1.0)
+        to_images(torch.zeros(1, 4, 2, 2), 1.0)
     with pytest.raises(ValueError, match="1 of 2 images hold values that are not finite"):
-        to_pictures(torch.stack([x[0], x[0] / 0]), 1.0)
+        to_images(torch.stack([x[0], x[0] / 0]), 1.0)
 
 
 def refused(path, match=None):

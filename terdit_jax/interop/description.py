@@ -1,4 +1,4 @@
-"""What a deployed model says of itself: architecture, which weights, of which run, and how its pictures are drawn.
+"""The description of a deployed model: architecture, which weights, of which run, and how its images are drawn.
 
 Every file that we write carries one, as JSON; for checkpoints published without one it is worked out from their
 `model_args` and the shapes of their tensors.
@@ -30,7 +30,7 @@ PUBLISHED_HEADS = 32
 VAES = ("ema", "mse")
 _MAX_EXACT = 1 << 53  # integers up to here are floats without rounding
 _MAX_SIZE = 1 << 20  # no field comes near it; beyond it arithmetic on shapes would be an attack
-_MAX_TOKENS = 1 << 16  # pictures of 4096 px; as many positions are tabulated
+_MAX_TOKENS = 1 << 16  # images of 4096 px; as many positions are tabulated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Description:
     provenance: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The fields as JSON can hold them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         model = {name: getattr(self.model, name) for name in base_config().model}
         return fields | {"model": model, "sample": dict(self.sample), "provenance": dict(self.provenance)}
 
     @classmethod
     def from_dict(cls, fields: object, source: str) -> "Description":
-        """Of untrusted JSON; `source` names it in errors.
+        """Reads untrusted JSON; `source` names it in errors.
 
         Raises:
           UserError: a field that is missing, unknown, of the wrong type, or that makes no model.
@@ -105,7 +105,7 @@ def architecture(config: ConfigDict) -> DiTConfig:
 
 
 def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
-    """Of the JSON that a training checkpoint carries (`terdit_jax.training.resume.describe_run`), which may be forged.
+    """Describes a run by the JSON in its checkpoint (`terdit_jax.training.resume.describe_run`), which may be forged.
 
     Raises:
       UserError: as `Description.from_dict`.
@@ -130,7 +130,7 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
 
 
 def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool, source: str) -> Description:
-    """Of a checkpoint in the published layout: what shapes do not tell comes from `model_args`, or is as published.
+    """Describes a published checkpoint: what shapes do not tell comes from `model_args`, or is as published.
 
     Args:
       layout: the state dict's.
@@ -210,9 +210,9 @@ def check_architecture(model: DiTConfig, layout: Layout, source: str) -> None:
 
 
 def _facts(layout: Layout, source: str) -> dict[str, Any]:
-    """What names and shapes alone say of the architecture."""
+    """Fields of the architecture that names and shapes alone tell."""
     try:
-        (hidden_size, patch_width), _ = layout["x_embedder.weight"][1], None
+        hidden_size, patch_width = layout["x_embedder.weight"][1]
         block = "layers.0."
         return {
             "hidden_size": hidden_size,

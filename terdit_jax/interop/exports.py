@@ -39,7 +39,7 @@ def export(
     Raises:
       UserError: a path that exists or cannot be written, a kind that this model does not have, or no PyTorch.
     """
-    model, path = weights.model, as_path(path, "--output")
+    model, path = weights.model, Path(as_path(path, "--output"))
     check_options(kind, masters=masters, compress=compress)
     if kind == "packed" and not model.ternary:
         raise UserError(f"{weights.source} is full precision, nothing to pack: give --format=torch or safetensors")
@@ -59,7 +59,7 @@ def export(
 
 
 def check_options(kind: str, *, masters: bool, compress: bool) -> None:
-    """Raises UserError for what `export` can do with no model."""
+    """Raises UserError for options that `export` can follow with no model."""
     if kind not in FORMATS:
         raise UserError(f"--format={kind}: choose one of {', '.join(FORMATS)}")
     if kind == "packed" and masters:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 from functools import lru_cache
 import re
+from typing import Any
 
+from flax.traverse_util import unflatten_dict
 import jax
 import ml_dtypes
 import numpy as np
@@ -62,7 +64,7 @@ class StateDict:
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> "StateDict":
-        """Of arrays that are in memory, or mapped, already."""
+        """The state dict of arrays that are in memory, or mapped, already."""
         return cls({name: (array.dtype, array.shape) for name, array in arrays.items()}, arrays.__getitem__)
 
 
@@ -91,8 +93,7 @@ class Leaf:
 def model_leaves(config: DiTConfig) -> tuple[Leaf, ...]:
     """The leaves of a model, those that stay full precision first; from shapes alone."""
     leaves = []
-    for path, target in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        path = path_name(path)
+    for path, target in params_leaves(abstract_params(config)):
         name = published_name(path)
         stacked = "{}" in name
         shape = (target.shape[1:] if stacked else target.shape) or (1,)
@@ -183,17 +184,10 @@ def published_tensors(config: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, 
 
 def params_tree(leaves: Leaves) -> dict:
     """The nested dict of leaves given by path."""
-    tree: dict = {}
-    for path, array in leaves:
-        *parents, name = path.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[name] = array
-    return tree
+    return unflatten_dict(dict(leaves), sep="/")
 
 
-def params_leaves(params: dict) -> Iterator[tuple[str, np.ndarray]]:
+def params_leaves(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The leaves of a nested dict by path; the inverse of `params_tree`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         yield path_name(path), leaf

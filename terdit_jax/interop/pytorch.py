@@ -3,7 +3,7 @@
 Copy it wherever it is needed. Training, other samplers and autoencoders are left to others.
 
     model = load("digits.safetensors", device="cuda")
-    pictures = to_pictures(sample(model, labels=range(10)), model.description["latent_scale"])
+    images = to_images(sample(model, labels=range(10)), model.description["latent_scale"])
 
 Sources: TerDiT (arXiv 2405.14854), DiT (arXiv 2212.09748), RoFormer (arXiv 2104.09864), DDPM (arXiv 2006.11239), DDIM
 (arXiv 2010.02502), learned variances (arXiv 2102.09672), classifier-free guidance (arXiv 2207.12598).
@@ -20,13 +20,14 @@ import mmap
 import operator
 import os
 from pathlib import Path
+from typing import Any
 import zlib
 
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-__all__ = ["TerDiT", "load", "sample", "to_pictures"]
+__all__ = ["TerDiT", "load", "sample", "to_images"]
 
 _INTEGERS = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads",
              "ffn_multiple_of", "num_classes")  # fmt: skip
@@ -46,12 +47,16 @@ class TerDiT(nn.Module):
     Attributes: `fields`, the architecture; `dtype`; `description`, what the file said of the model, or None.
     """
 
+    frequencies: Tensor
+    rope: Tensor
+    positions: Tensor
+
     def __init__(self, fields: Mapping, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True):
         """Args:
           fields: ternary, input_size, in_channels, patch_size, hidden_size, depth, num_heads, num_kv_heads,
             ffn_multiple_of, num_classes, qk_norm, positions ("rope_1d" or "rope_1d_sincos_2d"), adaln_rms_norm.
-          dtype: torch.float32 or torch.bfloat16, of the blocks' activations and matmul operands. Norms, the condition
-            and the output are float32 in both.
+          dtype: torch.float32 or torch.bfloat16, of the blocks' activations and matmuls. Norms, the condition and the
+            output are float32 in both.
           packed: keep the blocks' weights as they are stored (2-bit planes; float32 in Large-DiT) and turn them into
             `dtype` at each use; otherwise do so once, when a state dict is loaded.
 
@@ -62,10 +67,11 @@ class TerDiT(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}: give torch.float32 or torch.bfloat16")
         _check_fields(fields)
-        self.fields, self.dtype, self.packed, self.description = dict(fields), dtype, packed, None
+        self.fields, self.dtype, self.packed = dict(fields), dtype, packed
+        self.description: dict | None = None
         channels, patch, width = fields["in_channels"], fields["patch_size"], fields["hidden_size"]
         condition = min(width, 1024)
-        self.x_embedder = nn.Linear(patch**2 * channels, width)
+        self.x_embedder = _RoundedLinear(patch**2 * channels, width, dtype)
         mlp = nn.Sequential(nn.Linear(256, condition), nn.SiLU(), nn.Linear(condition, condition))
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         # One row a class, and the last for the null class that guidance subtracts.
@@ -74,7 +80,7 @@ class TerDiT(nn.Module):
         self.layers = nn.ModuleList(_Block(fields, dtype, packed) for _ in range(fields["depth"]))
         head = {
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(condition, 2 * width)),
-            "linear": nn.Linear(width, patch**2 * 2 * channels),
+            "linear": _RoundedLinear(width, patch**2 * 2 * channels, dtype),
         }
         self.final_layer = nn.ModuleDict(head)
         self._make_tables(torch.get_default_device())
@@ -108,7 +114,7 @@ class TerDiT(nn.Module):
         patch, grid = self.fields["patch_size"], self.fields["input_size"] // self.fields["patch_size"]
         x = x.unflatten(3, (grid, patch)).unflatten(2, (grid, patch))  # (B, C, g, p, g, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C p p)
-        x = _rounded_linear(self.x_embedder, x, self.dtype)
+        x = self.x_embedder(x)
         if self.fields["positions"] == "rope_1d_sincos_2d":
             x = x + self.positions
         x = x.to(self.dtype)
@@ -120,7 +126,7 @@ class TerDiT(nn.Module):
         shift, scale = self.final_layer["adaLN_modulation"](c)[:, None].chunk(2, -1)
         # Rounded to `dtype`, as the norms of the blocks are, before it is modulated in float32.
         x = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(self.dtype).float() * (1 + scale) + shift
-        x = _rounded_linear(self.final_layer["linear"], x, self.dtype)
+        x = self.final_layer["linear"](x)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))  # (B, g, g, p, p, 2C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -192,14 +198,14 @@ class _BlockLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         name = prefix + "weight"
         if not self.packed and name in state_dict:
-            state_dict[name] = _operand(state_dict[name], self.dtype)
+            state_dict[name] = _unpacked(state_dict[name], self.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in `dtype`, or in float32 where there is a bias to add."""
-        y = F.linear(x.to(self.dtype), _operand(self.weight, self.dtype))
+        y = F.linear(x.to(self.dtype), _unpacked(self.weight, self.dtype))
         if self.alphas is not None:
-            # Codes are exact in every float dtype; scaled in float32 behind the sum, only activations round.
+            # Codes are exact in every float dtype; scaled in float32 after the sum, only activations round.
             y = (y.float() * self.alphas).to(self.dtype)
         return y if self.bias is None else y.float() + self.bias
 
@@ -216,9 +222,15 @@ class _LayerNorm(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def _rounded_linear(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Operands rounded to `dtype`, their products summed and returned in float32."""
-    return F.linear(x.to(dtype).float(), layer.weight.to(dtype).float(), layer.bias)
+class _RoundedLinear(nn.Linear):
+    def __init__(self, width_in: int, width_out: int, dtype: torch.dtype):
+        super().__init__(width_in, width_out)
+        self.rounded_to = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounds x and the weight to a dtype; sums their products, and returns them, in float32."""
+        x, weight = (a.to(self.rounded_to).float() for a in (x, self.weight))
+        return F.linear(x, weight, self.bias)
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -238,8 +250,8 @@ def _mlp_width(fields: Mapping) -> int:
     return math.ceil(int(8 * fields["hidden_size"] / 3) / multiple) * multiple
 
 
-def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a matmul reads: planes (out / 4, in) unpacked to (out, in) codes -1, 0 and 1; floats as they are."""
+def _unpacked(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as matmuls read it: planes (out / 4, in) unpacked to (out, in) codes -1, 0 and 1; floats as they are."""
     if weight.dtype != torch.uint8:
         return weight.to(dtype)
     return torch.cat([(weight >> shift & 3).to(dtype) - 1 for shift in _SHIFTS])
@@ -374,13 +386,13 @@ def _read_safetensors(view: mmap.mmap) -> tuple[dict[str, Tensor], dict, dict]:
             raise ValueError(f"tensor {name!r} is not where it should be: the file is damaged or cut short")
         tensors[name], end = _tensor(name, entry, data[start:stop]), stop
     if end != len(data):
-        raise ValueError(f"has {len(data) - end} bytes behind its last tensor")
+        raise ValueError(f"has {len(data) - end} bytes after its last tensor")
     description = json.loads(metadata["description"])
     return tensors, dict(description["model"]), description
 
 
 def _unwrap(header: bytes, entries: dict, metadata: dict, data: memoryview) -> None:
-    """Verifies an artifact, and tells the entries of compressed tensors the dtype and shape behind the stream."""
+    """Verifies an artifact, and gives the entries of compressed tensors the dtype and shape that they inflate to."""
     if (metadata["format"], metadata["version"]) != ("terdit_jax", "1"):
         raise ValueError(f"has format {metadata['format']!r}, version {metadata['version']!r}, not terdit_jax 1")
     digest = metadata["header_sha256"]
@@ -395,7 +407,7 @@ def _unwrap(header: bytes, entries: dict, metadata: dict, data: memoryview) -> N
         entries[name] |= {"dtype": dtype, "shape": shape, "zlib": True}
 
 
-def _tensor(name: str, entry: dict, stored: memoryview) -> Tensor:
+def _tensor(name: str, entry: dict, stored: memoryview | bytearray) -> Tensor:
     dtype, shape = entry["dtype"], entry["shape"]
     if dtype not in _DTYPES or any(type(n) is not int or n < 1 for n in shape):
         raise ValueError(f"tensor {name!r} has dtype {dtype} and shape {shape}, which no model has")
@@ -469,7 +481,7 @@ def _torch_load(path: Path) -> object:
         raise ValueError(f"{path.name} cannot be read as plain tensors: {reason}") from error
 
 
-def _class_of(label: object) -> int:
+def _class_of(label: Any) -> int:
     if not isinstance(label, bool) and getattr(label, "dtype", None) != torch.bool:
         with contextlib.suppress(TypeError):
             return operator.index(label)
@@ -516,7 +528,8 @@ def sample(
     Raises:
       ValueError: labels or settings that cannot be.
     """
-    settings = _SAMPLE | (model.description or {}).get("sample", {})
+    described: dict[str, Any] = model.description or {}
+    settings: dict[str, Any] = _SAMPLE | described.get("sample", {})
     given = {"method": method, "num_steps": num_steps, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
     settings |= {name: value for name, value in given.items() if value is not None}
     method, num_steps, scale, mixed = (settings[name] for name in _SAMPLE)
@@ -544,14 +557,14 @@ def sample(
     return _reverse(denoise, draw(), draw, _spaced(num_steps), method)
 
 
-def to_pictures(x: Tensor, latent_scale: float) -> Tensor:
+def to_images(x: Tensor, latent_scale: float) -> Tensor:
     """Pixels of a pixel-space model, (N, 1 or 3, H, W) float in [-latent_scale, latent_scale], as (N, H, W, C) uint8.
 
     What lies outside is clipped. Raises ValueError for another number of channels, since latents need their decoder,
     and for values that are not finite.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"shape {tuple(x.shape)} is not that of pictures: decode latents with their autoencoder")
+        raise ValueError(f"shape {tuple(x.shape)} is not that of images: decode latents with their autoencoder")
     if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
         raise ValueError(f"{bad} of {len(x)} images hold values that are not finite: is cfg_scale too large?")
     return ((x.float() / latent_scale + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -3,11 +3,11 @@
 import math
 
 import jax
+import numpy as np
 
-from terdit_jax.interop.published import Leaf, model_leaves
+from terdit_jax.interop.published import model_leaves, params_leaves
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, make_operands
-from terdit_jax.parallel.sharding import path_name
 
 # (hidden_size, depth) -> lines of the paper's deployment table (arXiv 2405.14854) on models of this shape.
 _PAPER = {
@@ -37,17 +37,19 @@ def size_report(model: DiTConfig, file_bytes: int | None = None) -> str:
       Text. On disk: tensors of an artifact without its header, planes not compressed. In memory: what
       `terdit_jax.load_model` holds on its devices.
     """
-    leaves, operands = model_leaves(model), _operand_bytes(model)
-    rows = []
-    for part, _ in _PARTS:
-        own = [leaf for leaf in leaves if _part_of(leaf.path) == part]
-        parameters = sum(map(_size, own))
-        ternary = sum(_size(leaf) for leaf in own if leaf.ternary)
-        memory = sum(size for path, size in operands if _part_of(path) == part)
-        rows.append([part, parameters, ternary, sum(map(_stored_bytes, own)), memory])
-    rows.append(["total", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))])
+    rows = {part: np.zeros(4, np.int64) for part, _ in _PARTS}  # parameters, ternary ones, bytes on disk, in memory
+    for leaf in model_leaves(model):
+        dtype, shape = leaf.stored(packed=True)
+        layers = leaf.depth or 1
+        size, stored = layers * math.prod(leaf.shape), layers * math.prod(shape) * dtype.itemsize
+        rows[_part_of(leaf.path)] += (size, size if leaf.ternary else 0, stored, 0)
+    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
+    for path, array in params_leaves(operands):
+        rows[_part_of(path)][3] += array.size * array.dtype.itemsize
+    rows["total"] = np.sum(list(rows.values()), axis=0)
     lines = [_line(_COLUMNS)]
-    for part, parameters, ternary, disk, memory in rows:
+    for part, row in rows.items():
+        parameters, ternary, disk, memory = map(int, row)
         share = f"{ternary / parameters:.1%}" if parameters else "-"
         sizes = (_megabytes(size) for size in (disk, memory, 2 * parameters, 4 * parameters))
         lines.append(_line((part, f"{parameters:,}", share, *sizes)))
@@ -59,21 +61,6 @@ def size_report(model: DiTConfig, file_bytes: int | None = None) -> str:
 
 def _part_of(path: str) -> str:
     return next(part for part, prefix in sorted(_PARTS, key=lambda entry: -len(entry[1])) if path.startswith(prefix))
-
-
-def _size(leaf: Leaf) -> int:
-    return math.prod(leaf.shape) * (leaf.depth or 1)
-
-
-def _stored_bytes(leaf: Leaf) -> int:
-    dtype, shape = leaf.stored(packed=True)
-    return math.prod(shape) * dtype.itemsize * (leaf.depth or 1)
-
-
-def _operand_bytes(model: DiTConfig) -> list[tuple[str, int]]:
-    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
-    leaves = jax.tree_util.tree_leaves_with_path(operands)
-    return [(path_name(path), leaf.size * leaf.dtype.itemsize) for path, leaf in leaves]
 
 
 def _megabytes(size: int) -> str:

@@ -127,7 +127,7 @@ def vae_identity(config: VAEConfig, params: Mapping[str, Any]) -> str:
         array = np.asarray(leaf, "<f4")
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2) if array.ndim == 4 else array)
         digest.update(f"\n{name} {','.join(map(str, array.shape))}\n".encode())
-        digest.update(array)
+        digest.update(array.data)
     return digest.hexdigest()[:12]
 
 

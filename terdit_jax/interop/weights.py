@@ -1,7 +1,7 @@
 """Weights from wherever they are: a training run, our artifact, the published checkpoints, safetensors.
 
-All become the same thing, a description and a stream of parameter leaves; placing them on devices is `inference`'s,
-starting a training from them `main`'s.
+All become the same thing, a description and a stream of parameter leaves; `inference` places them on devices, `main`
+starts a training from them.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
 
 # What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
-# not the size of the pictures (512 px may start from 256 px) nor what training alone reads.
+# not the size of the images (512 px may start from 256 px) nor what training alone reads.
 _MUST_AGREE = (
     "ternary", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads", "mlp_width",
     "num_classes", "qk_norm", "positions", "adaln_rms_norm",

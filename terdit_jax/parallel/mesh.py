@@ -1,6 +1,6 @@
 """The device mesh (data, fsdp, tensor): this module only arranges the devices.
 
-How arrays lie on the mesh is `sharding`'s, how processes meet `processes`'s.
+How arrays lie on the mesh is said in `sharding`, how processes meet in `processes`.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
     slices = mesh.get("slices", 1)
     if slices < 1 or sizes[0] % slices:
         raise UserError(f"config.mesh.slices={slices} must divide mesh axis data={sizes[0]}: slices share its batch")
-    return tuple(sizes)
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
 
 
 def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -93,7 +94,8 @@ def fsdp_rings(mesh: Mesh) -> tuple[int, ...]:
     if not all(hasattr(device, "core_on_chip") for device in devices):  # GPUs may have coordinates too
         return (len(devices),)
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
-    rings, done = [], 1
+    rings: list[int] = []
+    done = 1
     while done < len(devices):
         moves = places[done] != places[0]
         steps = places[::done]

@@ -3,21 +3,21 @@
 What launchers say through variables of the environment is checked here, before `jax.distributed` believes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import functools
 import os
 import re
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import jax
 
 from terdit_jax.errors import UserError, exit_with, in_a_line
 
 JOIN_SECONDS = 90
-# A process that dies must end the others in less than two minutes; by default they would wait for up to five.
-_PATIENCE = {"heartbeat_timeout_seconds": 45, "shutdown_timeout_seconds": 60}
 
 _COUNT, _ID, _ADDRESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"
 # Any of these says that a cluster has started several processes of this program; jax.distributed finds the rest.
@@ -49,15 +49,17 @@ def initialize_processes() -> None:
     arguments = read_launch(os.environ)
     if arguments is None:
         return
-    with _Patience(os.environ):
+    # A process that dies must end the others in less than two minutes; by default they would wait for up to five.
+    arguments |= {"heartbeat_timeout_seconds": 45, "shutdown_timeout_seconds": 60}
+    with _time_limit(os.environ.get(_ADDRESS, "the address that its launcher gave")):
         try:
-            jax.distributed.initialize(*arguments, initialization_timeout=10 * JOIN_SECONDS, **_PATIENCE)
+            jax.distributed.initialize(**arguments, initialization_timeout=10 * JOIN_SECONDS)
         except Exception as error:  # whatever a launcher's module or the coordination service raises
             raise UserError(f"cannot join the run's other processes ({in_a_line(error)}): {_BY_HAND}") from error
 
 
-def read_launch(environment: Mapping[str, str]) -> tuple[str, int, int] | tuple[()] | None:
-    """What to call `jax.distributed.initialize` with; () where it finds all by itself, None for a single process.
+def read_launch(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize`; {} where it finds all by itself, None for a single process.
 
     Raises:
       UserError: a variable without the others that it needs, or with a value that cannot be.
@@ -80,7 +82,7 @@ def read_launch(environment: Mapping[str, str]) -> tuple[str, int, int] | tuple[
         if worker >= len(hosts):
             raise UserError(f"TPU_WORKER_ID={worker}: TPU_WORKER_HOSTNAMES names {len(hosts)}, numbered from 0")
         several = True
-    return () if several or any(name in environment for name in _CLUSTER_ADDRESSES) else None
+    return {} if several or any(name in environment for name in _CLUSTER_ADDRESSES) else None
 
 
 def check_devices() -> None:
@@ -96,29 +98,23 @@ def check_devices() -> None:
         raise UserError(f"{what}; leave it out or name another ({' '.join(reason.split())[:200]})") from error
 
 
-class _Patience:
+@contextlib.contextmanager
+def _time_limit(address: str) -> Iterator[None]:
     """Ends the process with one line if its body takes longer than JOIN_SECONDS; XLA would abort with its own stack."""
-
-    def __init__(self, environment: Mapping[str, str]):
-        address = environment.get(_ADDRESS, "the address that its launcher gave")
-        self._timer = threading.Timer(JOIN_SECONDS, self._give_up, (address,))
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self._timer.cancel()
-
-    def _give_up(self, address: str) -> None:
-        exit_with(
-            f"the run's processes have not met at {address} within {JOIN_SECONDS} s: start all of them, and check that "
-            "this host reaches that address",
-            status=1,
-        )
+    line = (
+        f"the run's processes have not met at {address} within {JOIN_SECONDS} s: start all of them, and check that "
+        "this host reaches that address"
+    )
+    timer = threading.Timer(JOIN_SECONDS, exit_with, (line, 1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-def _read_jax(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+def _read_jax(environment: Mapping[str, str]) -> dict[str, Any] | None:
     for name, other in ((_COUNT, _ID), (_ID, _COUNT)):
         if name not in environment and not (name == _ID and environment[_COUNT] == "1"):
             raise UserError(f"{other}={environment[other]} without {name}: {_BY_HAND}")
@@ -133,7 +129,7 @@ def _read_jax(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
             return None
         raise UserError(f"{_COUNT}={count} without {_ADDRESS}: set it to HOST:PORT of process 0")
     _check_address(_ADDRESS, environment[_ADDRESS], port_needed=True)
-    return environment[_ADDRESS], count, process
+    return {"coordinator_address": environment[_ADDRESS], "num_processes": count, "process_id": process}
 
 
 def _check_launcher(
