@@ -143,8 +143,11 @@ def _alike(features: ImageFeatures, seed: int) -> ImageFeatures:
     pool = features.pool[rng.permutation(len(features.pool))]
     pool = pool + rng.standard_normal(pool.shape, np.float32) * (0.1 * pool.std(axis=0) + np.float32(1e-3))
     for name, ours in features.moments.items():
-        count, width = ours.count, len(ours.mean)
-        moments[name] = Moments(width).add(pool) if name == "pool" else Moments.of(count, ours.mean + 0.1, ours.scatter)
+        moments[name] = Moments(len(ours.mean))
+        if name == "pool":
+            moments[name].add(pool)
+        else:
+            moments[name].merge(ours.count, ours.mean + 0.1, ours.scatter)
     return ImageFeatures(pool, moments)
 
 

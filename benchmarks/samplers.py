@@ -141,7 +141,7 @@ class Mixture:
         mean = self.weights @ self.means
         centred = self.means - mean
         within = np.einsum("k,kij,kj,klj->il", self.weights, self.axes, self.variances, self.axes)
-        return Statistics(mean, within + np.einsum("k,ki,kj->ij", self.weights, centred, centred), sys.maxsize)
+        return Statistics(mean, within + np.einsum("k,ki,kj->ij", self.weights, centred, centred))
 
     def denoiser(self, schedule: Schedule) -> Callable[[Array, Array], Array]:
         """x_t (B, 1, 1, D), t (B,) -> (B, 1, 1, 2D): the expected noise, and the variance of each coordinate of the

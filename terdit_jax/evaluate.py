@@ -7,8 +7,9 @@ python -m terdit_jax.evaluate --workdir=runs/digits --num_samples=2000 --cfg_sca
 The last one, without a reference, gives no FID (docs/evaluation.md). Flags and the report only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import time
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -25,7 +26,6 @@ from terdit_jax.evaluation.image_source import ImageSource, open_images
 from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.proxy import LabelledImages, check_samples, proxy_metrics, sample_labels
 from terdit_jax.evaluation.reference import save_reference, stored_indices
-from terdit_jax.evaluation.statistics import Statistics
 from terdit_jax.evaluation.suite import (
     PUBLISHED_COUNT,
     check_count,
@@ -36,8 +36,8 @@ from terdit_jax.evaluation.suite import (
 )
 from terdit_jax.files import check_output, refusing, write_json
 from terdit_jax.inference.picture_set import make_labels
-from terdit_jax.inference.pictures import to_uint8
-from terdit_jax.inference.runtime import load_model
+from terdit_jax.inference.pictures import in_color, to_uint8
+from terdit_jax.inference.runtime import Denoiser, load_model
 from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.memory import check_host
@@ -82,18 +82,19 @@ def main(argv: Sequence[str]) -> None:
     # Many small steps: on CPUs, queueing them makes the threads of one step fight those of the next.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if _REFERENCE.value:
-        _judge_by_suite()
+        _judge_by_suite(_REFERENCE.value)
     elif _WORKDIR.value:
-        _judge_by_classifier()
+        _judge_by_classifier(_WORKDIR.value)
     elif _SAMPLES.value or _SAVE_REFERENCE.value:
         raise UserError("--reference is missing: name an npz of statistics, a folder of images, or a data set")
     else:
         raise UserError("--workdir is missing: name the directory of a run, such as --workdir=runs/digits")
 
 
-def _judge_by_suite() -> None:
-    samples_path = _SAMPLES.value or _WORKDIR.value
-    if bool(samples_path) != bool(_OUTPUT.value) or not (samples_path or _SAVE_REFERENCE.value):
+def _judge_by_suite(reference_path: str) -> None:
+    """Compares samples with the reference, or writes its statistics, or both."""
+    samples_path, saved_path = _SAMPLES.value or _WORKDIR.value, _SAVE_REFERENCE.value
+    if bool(samples_path) != bool(_OUTPUT.value) or not (samples_path or saved_path):
         raise UserError(
             "--reference takes --samples and --output=metrics.json, or --save_reference=REFERENCE.npz, or all of them"
         )
@@ -103,32 +104,28 @@ def _judge_by_suite() -> None:
         refuse_unused(_HOW_TO_DRAW, "where no run draws the samples")
     initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
-    stored = find_reference(_REFERENCE.value)
-    if _SAVE_REFERENCE.value and stored.images is None:
+    stored = find_reference(reference_path)
+    if saved_path and stored.images is None:
         raise UserError(f"--save_reference needs images, and {stored.name} holds statistics alone")
     samples = check_count(_open_samples(samples_path)) if samples_path else None
     network = inception_network(_INCEPTION.value)
     reference = look_at(stored, network, mesh, _BATCH_SIZE.value, _say)
-    if _SAVE_REFERENCE.value and jax.process_index() == 0:
-        _write_reference(reference.statistics, stored.images)
+    if saved_path and stored.images and jax.process_index() == 0:
+        save_reference(saved_path, reference.statistics, stored.images.take(stored_indices(stored.images.count)))
+        print(f"reference of {stored.images.count:,} images written to {saved_path}")
     if samples is None:
         return
     features = collect_features(network, samples, mesh, _BATCH_SIZE.value, _say)
     metrics = suite_metrics(network, features, reference)
     if jax.process_index():
         return
-    for name, value in metrics.items():
-        print(f"{name:36} {value:9.4f}")
     facts = {
         "num_samples": samples.count, "num_reference_pictures": 0 if reference.pool is None else len(reference.pool),
         "network": {"name": "inception", "file": network.source, "sha256": network.sha256},
         "versions": versions("terdit-jax", "jax", "numpy"),
         "device": jax.devices()[0].device_kind, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
-    flag_values = (_SAMPLES, _WORKDIR, _REFERENCE)
-    _write_json(
-        epath.Path(_OUTPUT.value), {**metrics, **facts, "flags": {flag.name: flag.value for flag in flag_values}}
-    )
+    _report(epath.Path(_OUTPUT.value), metrics, facts, (_SAMPLES, _WORKDIR, _REFERENCE))
     if reference.pool is None:
         print(f"{reference.name} holds no images, so there is no precision and no recall")
     if samples.count != PUBLISHED_COUNT:
@@ -145,54 +142,43 @@ def _open_samples(path: str) -> ImageSource:
     if not (pixels or vae):
         raise UserError(f"--samples={path}: this run draws latents: give --vae")
     labels = make_labels(range(model.config.num_classes), _NUM_SAMPLES.value, "balanced", _SEED.value)
-    options = {"seed": _SEED.value, "num_steps": _NUM_STEPS.value, "cfg_scale": _CFG_SCALE.value, "vae": vae}
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         for start in range(first, stop, size):
-            of_portion = labels[start : min(start + size, stop)]
-            images = model.draw(
-                of_portion, first=start, method=_METHOD.value, batch_size=min(size, _DRAWN_AT_ONCE), **options
-            )
-            images = to_uint8(images)
-            yield images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+            of_portion, at_once = labels[start : min(start + size, stop)], min(size, _DRAWN_AT_ONCE)
+            yield in_color(to_uint8(_draw(model, of_portion, first=start, batch_size=at_once, vae=vae)))
 
     side = model.config.input_size * (vae[0].downsampling if vae else 1)
     return ImageSource(path, len(labels), (side, side, 3), stream)
 
 
-def _write_reference(statistics: dict[str, Statistics], source: ImageSource) -> None:
-    save_reference(_SAVE_REFERENCE.value, statistics, source.take(stored_indices(source.count)))
-    print(f"reference of {source.count:,} images written to {_SAVE_REFERENCE.value}")
+def _draw(model: Denoiser, labels: np.ndarray, **options: Any) -> np.ndarray:
+    """Images (N, H, W, C) in [-1, 1] as the flags ask for them; `options` are those of `Denoiser.draw`."""
+    options |= {"seed": _SEED.value, "num_steps": _NUM_STEPS.value, "cfg_scale": _CFG_SCALE.value}
+    return model.draw(labels, method=_METHOD.value, **options)
 
 
-def _judge_by_classifier() -> None:
+def _judge_by_classifier(workdir: str) -> None:
     """Draws samples or reads them, judges them, prints the scores and writes them."""
     refuse_unused((_SAVE_REFERENCE, _INCEPTION, _BATCH_SIZE, _VAE), "without --reference")
     if _SAMPLES.value:
         refuse_unused([flag for flag in _HOW_TO_DRAW if flag is not _SEED], "beside --samples: those are judged")
-    output = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.value) / DEFAULT_OUTPUT)
+    output = epath.Path(_OUTPUT.value or epath.Path(workdir) / DEFAULT_OUTPUT)
     check_output(output, replace=not _OUTPUT.value)
-    dataset = _open_images(_find_data(_WORKDIR.value))
+    dataset = _open_images(_find_data(workdir))
     samples = _load_samples(_SAMPLES.value, dataset) if _SAMPLES.value else None
     train, heldout = (read_images(dataset, split) for split in ("train", "heldout"))
     if samples is None:
         size = 8 * int(np.prod(dataset.metadata.shape))  # bytes of an image, and of what is computed of it
         check_host(size * _NUM_SAMPLES.value, f"--num_samples={_NUM_SAMPLES.value}", "draw fewer")
-        model = load_model(_WORKDIR.value, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
+        model = load_model(workdir, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
-        images = model.draw(
-            labels, seed=_SEED.value, num_steps=_NUM_STEPS.value, cfg_scale=_CFG_SCALE.value, method=_METHOD.value
-        )
-        samples = LabelledImages(images, labels)
+        samples = LabelledImages(_draw(model, labels), labels)
     # Minutes on a CPU where images are many.
     print(f"training a classifier of {len(train.labels):,} images to judge {len(samples.labels):,} by", flush=True)
     metrics = proxy_metrics(train, heldout, samples, dataset.metadata.num_classes, _SEED.value)
-
-    for name, value in metrics.items():
-        print(f"{name:36} {value:9.4f}")
-    flag_values = (_WORKDIR, _CFG_SCALE, _NUM_STEPS, _METHOD, _SEED, _WEIGHTS, _SAMPLES)
     counts = {"num_samples": len(samples.labels), "num_train": len(train.labels), "num_heldout": len(heldout.labels)}
-    _write_json(output, {**metrics, **counts, "flags": {flag.name: flag.value for flag in flag_values}})
+    _report(output, metrics, counts, (_WORKDIR, _CFG_SCALE, _NUM_STEPS, _METHOD, _SEED, _WEIGHTS, _SAMPLES))
     print(f"written to {output}; judged by a classifier of this data set, so not an FID")
 
 
@@ -229,7 +215,13 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _write_json(path: epath.Path, content: dict) -> None:
+def _report(
+    path: epath.Path, metrics: Mapping[str, float], facts: Mapping[str, Any], asked: Iterable[flags.FlagHolder]
+) -> None:
+    """Prints the metrics, and writes them with the facts and the values of the flags `asked`."""
+    for name, value in metrics.items():
+        print(f"{name:36} {value:9.4f}")
+    content = {**metrics, **facts, "flags": {flag.name: flag.value for flag in asked}}
     with refusing(path):
         write_json(path, content, indent=2, replace=_OUTPUT.value is None)
 

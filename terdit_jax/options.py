@@ -5,7 +5,7 @@ Flags that name a place are `paths`'s, the configuration's `config_file`'s.
 
 from collections.abc import Iterable
 import math
-from typing import Any
+from typing import Any, overload
 
 from absl import flags
 
@@ -16,9 +16,17 @@ MAX_BATCH = 65_536
 _LARGEST = 3e38  # of float32, rounded down
 
 
+@overload
+def define_float(
+    name: str, default: float, help: str, *, low: float = ..., high: float = ...
+) -> flags.FlagHolder[float]: ...
+@overload
+def define_float(
+    name: str, default: None, help: str, *, low: float = ..., high: float = ...
+) -> flags.FlagHolder[float | None]: ...
 def define_float(
     name: str, default: float | None, help: str, *, low: float = -_LARGEST, high: float = _LARGEST
-) -> flags.FlagHolder[float | None]:
+) -> flags.FlagHolder[float] | flags.FlagHolder[float | None]:
     """A flag that holds a number from `low` to `high`. absl's own lets nan pass, and with no bound infinity."""
     return flags.DEFINE(_FloatParser(low, high), name, default, help, serializer=flags.ArgumentSerializer())
 

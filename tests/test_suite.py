@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_parts(places):
     expected = {
         "fid": frechet_distance(statistics(pool), statistics(real)),
         "sfid": frechet_distance(statistics(spatial), statistics(real_spatial)),
-        "inception_score": inception_score(logits / logits.sum(axis=1, keepdims=True)),
+        "inception_score": inception_score([logits / logits.sum(axis=1, keepdims=True)]),
         **precision_recall(real, pool)._asdict(),
     }
     assert list(metrics) == list(expected)
@@ -89,7 +89,7 @@ def test_stored_statistics_are_taken_as_they_are(places):
 
 def test_a_reference_without_images_gives_no_precision(places):
     samples = features(places / "samples.npz")
-    mean, covariance, _ = statistics(RNG.normal(size=(20, 6)))
+    mean, covariance = statistics(RNG.normal(size=(20, 6)))
     np.savez(places / "bare.npz", mu=mean, sigma=covariance)
     metrics = suite_metrics(make_network(), samples, open_reference(places / "bare.npz"))
     assert list(metrics) == ["fid", "inception_score"]

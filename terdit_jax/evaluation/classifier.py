@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from terdit_jax.batches import fill_up
 from terdit_jax.errors import UserError
 from terdit_jax.labels import check_labels
 from terdit_jax.reproducible import make_key, pinned
@@ -64,10 +65,8 @@ class Classifier:
         answers = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            # The last batch is filled up, so that one shape is compiled.
-            padding = [(0, batch_size - len(batch))] + [(0, 0)] * (images.ndim - 1)
-            padded = np.pad(batch, padding)
-            answers.append([np.asarray(answer)[: len(batch)] for answer in _apply(self._graph, self.params, padded)])
+            answer = _apply(self._graph, self.params, fill_up(batch, batch_size))
+            answers.append([np.asarray(rows)[: len(batch)] for rows in answer])
         features, logits = zip(*answers, strict=True)
         return np.concatenate(features), np.concatenate(logits)
 
@@ -92,7 +91,8 @@ def train_classifier(
         raise UserError(f"images {images.shape} with labels {labels.shape}: expected (N, H, W, C) and (N,), N above 0")
     check_labels(labels, num_classes, owner="the classifier")
 
-    graph, state = nnx.split(Network(*images.shape[1:], num_classes, nnx.Rngs(seed)))
+    _, height, width, channels = images.shape
+    graph, state = nnx.split(Network(height, width, channels, num_classes, nnx.Rngs(seed)))
     params = nnx.to_pure_dict(state)
     opt_state = _make_optimizer(num_steps).init(params)
     rng, key = np.random.default_rng(seed), make_key(seed)

@@ -1,6 +1,6 @@
-"""Features of a set of images by a network on all devices, portions in flight, and the moments of them on the host.
+"""Features of a set of images by a network on all devices, and the moments of them on the host.
 
-With several processes each takes a part, and all get the whole. The network is `inception`'s.
+With several processes each takes a part, and all get the whole. The network belongs to `inception`.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from terdit_jax.batches import fill_up, in_flight
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.image_source import ImageSource
 from terdit_jax.evaluation.statistics import CHUNK, Moments
@@ -24,7 +25,7 @@ REPORT_SECONDS = 10
 
 
 class FeatureNetwork(NamedTuple):
-    """A network that looks at images."""
+    """A network that looks at images, and where its weights come from."""
 
     params: dict
     extract: Callable[[dict, Array], dict[str, Array]]  # images (B, H, W, 3) uint8 -> "pool" (B, D) and others
@@ -33,10 +34,10 @@ class FeatureNetwork(NamedTuple):
 
 
 class ImageFeatures(NamedTuple):
-    """What is kept of a set of N images."""
+    """The features of N images, as far as they are kept."""
 
     pool: np.ndarray  # (N, D) float32, in order
-    moments: dict[str, Moments]  # of every feature that the network gives, "pool" included
+    moments: dict[str, Moments]  # by feature, "pool" included
 
 
 def collect_features(
@@ -68,22 +69,18 @@ def collect_features(
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
     extract = jax.jit(network.extract, out_shardings=sharding)
     rows = _Rows(source.name, stop - first, say)
-    size, in_flight = min(batch_size, -(-source.count // mesh.size)) * mesh.size, None
-    for images in source.stream(first, stop, size):
-        count = len(images)
-        if count < size:  # the last ones are filled up, so that one shape is compiled
-            images = np.pad(images, [(0, size - count), (0, 0), (0, 0), (0, 0)])
-        dispatched = extract(params, jax.device_put(images, sharding)), count
-        if in_flight:  # the devices work on the next portion while the host takes this one
-            rows.add(*in_flight)
-        in_flight = dispatched
-    if in_flight:
-        rows.add(*in_flight)
+    size = min(batch_size, -(-source.count // mesh.size)) * mesh.size
+    dispatched = (
+        (extract(params, jax.device_put(fill_up(images, size), sharding)), len(images))
+        for images in source.stream(first, stop, size)
+    )
+    for features, count in in_flight(dispatched):
+        rows.add(features, count)
     return _gathered(rows.finish())
 
 
 class _Rows:
-    """Takes portions of features, keeps the pool features and turns all of them into moments."""
+    """Takes portions of features, keeps the pool features, turns all into moments and tells how far it is."""
 
     def __init__(self, name: str, count: int, say: Callable[[str], None]):
         self._name, self._count, self._say = name, count, say
@@ -115,7 +112,7 @@ class _Rows:
             )
 
     def finish(self) -> ImageFeatures:
-        """Of everything taken."""
+        """The features of everything taken."""
         for name in self._waiting:
             self._take(name)
         return ImageFeatures(np.concatenate(self._pool), self._moments)
@@ -131,17 +128,16 @@ def _gathered(mine: ImageFeatures) -> ImageFeatures:
     if jax.process_count() == 1:
         return mine
     counts = multihost_utils.process_allgather(np.array(len(mine.pool)))
-    padded = np.pad(mine.pool, [(0, counts.max() - len(mine.pool)), (0, 0)])
-    parts = multihost_utils.process_allgather(padded)
+    parts = multihost_utils.process_allgather(fill_up(mine.pool, counts.max()))
     pool = np.concatenate([part[:count] for part, count in zip(parts, counts, strict=True)])
     return ImageFeatures(pool, {name: _merged(moments) for name, moments in mine.moments.items()})
 
 
 def _merged(mine: Moments) -> Moments:
-    """Of all processes. As bytes, for JAX would round float64 on its way."""
+    """The moments of all processes, sent as bytes, for JAX would round float64 on its way."""
     packed = np.concatenate([[mine.count], mine.mean, mine.scatter.ravel()])
     whole = Moments(len(mine.mean))
     for content in multihost_utils.process_allgather(packed.view(np.uint8)):
         count, mean, scatter = np.split(content.view(np.float64), [1, 1 + len(mine.mean)])
-        whole.merge(Moments.of(int(count[0]), mean, scatter.reshape(mine.scatter.shape)))
+        whole.merge(int(count[0]), mean, scatter.reshape(mine.scatter.shape))
     return whole

@@ -1,6 +1,6 @@
 """Images to be judged, as uint8 in portions and in order: from an npz, a folder of files, or a prepared data set.
 
-A set larger than memory passes through portion by portion. What is computed of them is left to others.
+A set larger than memory passes through portion by portion. What is computed of it belongs to others.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from typing import IO
 import zipfile
 
 from absl import logging
+from etils import epath
 import numpy as np
 
 from terdit_jax.data.image_file import ImageError, decode_image, read_file
@@ -20,7 +21,7 @@ from terdit_jax.data.listing import IMAGE_SUFFIXES, describe_ignored, is_hidden,
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
 from terdit_jax.errors import UserError
-from terdit_jax.inference.pictures import to_uint8
+from terdit_jax.inference.pictures import in_color, to_uint8
 from terdit_jax.paths import as_path
 from terdit_jax.untrusted import find_array, read_array_header, reading
 
@@ -65,12 +66,14 @@ def open_images(path: str | os.PathLike) -> ImageSource:
       UserError: nothing there, values that are not uint8, another shape than (N, H, W, 3), images of several sizes, a
         damaged file, a folder with images beside folders of images, or a data set of latents.
     """
-    path = as_path(path)
-    if path.is_dir():
-        return _open_dataset(path) if (path / METADATA_FILE).exists() else _open_folder(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give an .npz with {ARRAY}, a folder of images, or a data set")
-    return _open_npz(path)
+    place = as_path(path)
+    if (place / METADATA_FILE).exists():
+        return _open_dataset(place)
+    if place.is_dir():
+        return _open_folder(Path(place))
+    if not place.exists():
+        raise UserError(f"{place} does not exist: give an .npz with {ARRAY}, a folder of images, or a data set")
+    return _open_npz(Path(place))
 
 
 def _open_npz(path: Path) -> ImageSource:
@@ -92,7 +95,7 @@ def _open_npz(path: Path) -> ImageSource:
             with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as member:
                 read_array_header(member)
                 for images in read(member, shape, first, stop, size):
-                    yield _in_color(images)
+                    yield in_color(images)
 
     return ImageSource(str(path), shape[0], (*shape[1:3], 3), stream)
 
@@ -150,7 +153,8 @@ def _list_images(path: Path) -> list[Path]:
     Raises:
       UserError: none, or images at several depths, of which only one can be meant.
     """
-    files, ignored = [], {}
+    files: list[Path] = []
+    ignored: dict[str, str] = {}
     for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse_unreadable):
         _refuse_loop(path, Path(folder))
         subfolders.sort()
@@ -192,7 +196,7 @@ def _read_image(file: Path) -> np.ndarray:
         raise UserError(f"{file} is no image that can be read ({error})") from error
 
 
-def _open_dataset(path: Path) -> ImageSource:
+def _open_dataset(path: epath.Path) -> ImageSource:
     dataset = open_dataset(path)
     if dataset.metadata.codec != "none":
         raise UserError(f"{path} holds latents ({dataset.metadata.codec}): give images, which a reference is made of")
@@ -201,10 +205,6 @@ def _open_dataset(path: Path) -> ImageSource:
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         for start in range(first, stop, size):
             batch = records.read(np.arange(start, min(start + size, stop)))
-            yield _in_color(to_uint8(batch["mean"].astype(np.float32)))
+            yield in_color(to_uint8(batch["mean"].astype(np.float32)))
 
     return ImageSource(str(path), len(records), (height, width, 3), stream)
-
-
-def _in_color(images: np.ndarray) -> np.ndarray:
-    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images

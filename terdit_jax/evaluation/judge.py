@@ -4,13 +4,14 @@ When that happens and what becomes of it is the training loop's.
 """
 
 from collections.abc import Callable
+import functools
 
 import numpy as np
 
 from terdit_jax.checkpoints.best import Judge, Judgement
 from terdit_jax.data.reader import Dataset
 from terdit_jax.errors import UserError
-from terdit_jax.evaluation.classifier import train_classifier
+from terdit_jax.evaluation.classifier import Classifier, train_classifier
 from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
 
 DrawImages = Callable[[dict, np.ndarray], np.ndarray]  # EMA parameters, labels (N,) -> (N, H, W, C) in [-1, 1]
@@ -34,15 +35,16 @@ def make_proxy_judge(dataset: Dataset, num_samples: int, draw: DrawImages, seed:
         raise UserError("config.log.score_every needs a data set of images, for a classifier judges them: set it to 0")
     train, heldout = (read_images(dataset, split) for split in ("train", "heldout"))
     labels = sample_labels(heldout.labels, num_samples)
-    trained = []
+
+    @functools.cache
+    def trained() -> Classifier:
+        steps = classifier_steps(len(train.images))
+        return train_classifier(train.images, train.labels, metadata.num_classes, seed, steps)
 
     def judge(step: int, ema_params: dict) -> Judgement:
         del step
-        if not trained:
-            steps = classifier_steps(len(train.images))
-            trained.append(train_classifier(train.images, train.labels, metadata.num_classes, seed, steps))
         samples = LabelledImages(draw(ema_params, labels), labels)
-        figures = proxy_metrics(train, heldout, samples, metadata.num_classes, seed, classifier=trained[0])
+        figures = proxy_metrics(train, heldout, samples, metadata.num_classes, seed, classifier=trained())
         return Judgement(figures, figures["classifier_frechet_distance"])
 
     return judge

@@ -11,6 +11,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from terdit_jax.batches import fill_up
 from terdit_jax.errors import UserError
 
 NEIGHBOURS = 3
@@ -96,10 +97,8 @@ def _distances(rows: Array, columns: Array) -> Array:
 
 
 def _padded(rows: np.ndarray, start: int, block: int, value: float = 0.0) -> np.ndarray:
-    """The rows of a block, filled up so that one shape is compiled; sets smaller than a block keep their size."""
-    part = rows[start : start + block]
-    missing = min(block, len(rows)) - len(part)
-    return np.pad(part, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), constant_values=value)
+    """The rows of a block, of one shape; sets smaller than a block keep their size."""
+    return fill_up(rows[start : start + block], min(block, len(rows)), value)
 
 
 def _take_any(within: np.ndarray, start: int, found: Array) -> None:

@@ -1,7 +1,7 @@
 """Scores of generated images by a classifier trained on the real ones, for data sets and machines without Inception.
 
-Drawing the samples and reading the data set is left to the command; the scores are comparable only among samples
-judged on one data set with one seed, and are never an FID.
+The command draws the samples and reads the data set. Scores are comparable only among samples judged on one data set
+with one seed, and are never an FID.
 """
 
 from typing import NamedTuple
@@ -77,13 +77,9 @@ def proxy_metrics(
     if classifier is None:
         num_steps = num_steps or classifier_steps(len(train.images))
         classifier = train_classifier(train.images, train.labels, num_classes, seed, num_steps)
-    features = {
-        name: classifier.features(images.images)
-        for name, images in (("train", train), ("heldout", heldout), ("samples", samples))
-    }
-    real = np.concatenate([features["train"], features["heldout"]])
-    distance = _distance(features["samples"], features["heldout"])
-    floor = _distance(features["train"][alike], features["heldout"])
+    of_train, of_heldout, of_samples = (classifier.features(images) for images, _ in (train, heldout, samples))
+    real = np.concatenate([of_train, of_heldout])
+    distance, floor = _distance(of_samples, of_heldout), _distance(of_train[alike], of_heldout)
     halves = _distance(real[first], real[second])
     if not halves:
         raise UserError("the data set's images all look the same to the classifier: nothing can be judged by them")
@@ -113,12 +109,12 @@ def check_samples(samples: LabelledImages, shape: tuple[int, ...], num_classes: 
 
 
 def classifier_steps(num_images: int) -> int:
-    """How long a classifier is trained on so many images."""
+    """For how many steps a classifier of `num_images` images is trained."""
     return min(2000, max(400, num_images // 10))
 
 
-def _share_read_as_labelled(classifier: Classifier, images: LabelledImages) -> float:
-    return float(np.mean(classifier.logits(images.images).argmax(axis=1) == images.labels))
+def _share_read_as_labelled(classifier: Classifier, labelled: LabelledImages) -> float:
+    return float(np.mean(classifier.logits(labelled.images).argmax(axis=1) == labelled.labels))
 
 
 def _distance(features: np.ndarray, others: np.ndarray) -> float:

@@ -5,6 +5,7 @@ which precision and recall take the features.
 """
 
 import os
+from typing import Any
 import zipfile
 
 import numpy as np
@@ -29,7 +30,7 @@ def stored_keys(path: str | os.PathLike) -> set[str]:
 
 
 def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
-    """ "pool" and "spatial", each as far as the npz has it; counts are unknown, and 0.
+    """ "pool" and "spatial", each as far as the npz has it.
 
     Raises:
       UserError: one array of a pair without the other, other shapes, values that are not finite, or a covariance that
@@ -45,13 +46,13 @@ def read_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
             _check(f"{path}: {mean_key}", mean, (width,))
             _check(f"{path}: {covariance_key}", covariance, (width, width))
             _check_covariance(f"{path}: {covariance_key}", covariance)
-            found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64), 0)
+            found[feature] = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
     return found
 
 
 def save_reference(path: str | os.PathLike, statistics: dict[str, Statistics], images: np.ndarray) -> None:
     """Writes the statistics and the images (N, H, W, 3) uint8; the file appears whole or not at all."""
-    arrays = {ARRAY: images}
+    arrays: dict[str, Any] = {ARRAY: images}  # `savez` takes flags by keyword too, of other types
     for feature, (mean_key, covariance_key, _) in KEYS.items():
         arrays |= {mean_key: statistics[feature].mean, covariance_key: statistics[feature].covariance}
     with refusing(path, "--save_reference"), new_file(path, replace=False) as temporary, temporary.open("wb") as file:

@@ -1,6 +1,6 @@
 """The first two moments of a feature set, in float64 on the host, taken in portions and merged.
 
-Which network the features come from, and what is made of the moments, is left to others.
+Callers decide which network the features come from and what is made of the moments.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,6 @@ class Statistics(NamedTuple):
 
     mean: np.ndarray  # (D,) float64
     covariance: np.ndarray  # (D, D) float64, ddof 1
-    count: int
 
 
 class Moments:
@@ -32,13 +31,6 @@ class Moments:
         self.mean = np.zeros(width)
         self.scatter = np.zeros((width, width))  # sum of outer products around the mean
 
-    @classmethod
-    def of(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
-        """Those with these attributes."""
-        moments = cls(len(mean))
-        moments.count, moments.mean, moments.scatter = count, mean, scatter
-        return moments
-
     def add(self, features: np.ndarray) -> "Moments":
         """Takes (N, D) more rows. Raises UserError for another width or values that are not finite."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
@@ -49,27 +41,24 @@ class Moments:
                 raise UserError(f"{(~np.isfinite(rows)).sum()} of {rows.size} feature values are not finite")
             mean = rows.mean(axis=0)
             centred = rows - mean
-            self._merge(len(rows), mean, centred.T @ centred)
+            self.merge(len(rows), mean, centred.T @ centred)
         return self
 
-    def merge(self, other: "Moments") -> "Moments":
-        """Takes what another has taken."""
-        if other.count:
-            self._merge(other.count, other.mean, other.scatter)
+    def merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
+        """Takes rows by their number, mean (D,) and scatter (D, D), such as another's attributes."""
+        if count:
+            total = self.count + count
+            step = mean - self.mean
+            self.scatter += scatter + np.outer(step, step) * (self.count * count / total)
+            self.mean = self.mean + step * (count / total)
+            self.count = total
         return self
 
     def statistics(self) -> Statistics:
-        """Of everything so far. Raises UserError for fewer than two rows."""
+        """The statistics so far. Raises UserError for fewer than two rows."""
         if self.count < 2:
             raise UserError(f"{self.count} rows of features: a covariance needs at least 2")
-        return Statistics(self.mean.copy(), self.scatter / (self.count - 1), self.count)
-
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        step = mean - self.mean
-        self.scatter += scatter + np.outer(step, step) * (self.count * count / total)
-        self.mean = self.mean + step * (count / total)
-        self.count = total
+        return Statistics(self.mean.copy(), self.scatter / (self.count - 1))
 
 
 def statistics(features: np.ndarray) -> Statistics:

@@ -16,7 +16,7 @@ from terdit_jax.evaluation import inception
 from terdit_jax.evaluation.features import BATCH_SIZE, FeatureNetwork, ImageFeatures, collect_features
 from terdit_jax.evaluation.frechet import frechet_distance
 from terdit_jax.evaluation.image_source import ARRAY, ImageSource, open_images
-from terdit_jax.evaluation.inception_score import SPLIT, InceptionScore
+from terdit_jax.evaluation.inception_score import SPLIT, inception_score
 from terdit_jax.evaluation.inception_weights import load_inception
 from terdit_jax.evaluation.manifold import NEIGHBOURS, precision_recall
 from terdit_jax.evaluation.reference import read_statistics, stored_keys
@@ -130,11 +130,10 @@ def suite_metrics(network: FeatureNetwork, samples: ImageFeatures, reference: Re
 
 
 def _inception_score(params: dict, pool: np.ndarray) -> float:
-    """In portions of a split each, so that no more probabilities are in memory."""
-    score, weight = InceptionScore(), jnp.asarray(params["fc"]["weight"])
-    for start in range(0, len(pool), SPLIT):
-        score.add(np.asarray(_probabilities(weight, pool[start : start + SPLIT])))
-    return score.score()
+    weight = jnp.asarray(params["fc"]["weight"])
+    return inception_score(
+        np.asarray(_probabilities(weight, pool[start : start + SPLIT])) for start in range(0, len(pool), SPLIT)
+    )
 
 
 @jax.jit

@@ -32,6 +32,11 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def in_color(images: np.ndarray) -> np.ndarray:
+    """Images (..., C), grey ones repeated in the three channels that evaluators read."""
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+
+
 def make_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
     """Lays (N, H, W, C) uint8 pictures out in rows on white, small ones enlarged without smoothing.
 
@@ -71,9 +76,7 @@ def save_png(path: epath.PathLike, image: np.ndarray) -> None:
 
 def save_npz(path: epath.PathLike, images: np.ndarray, labels: np.ndarray) -> None:
     """Writes `arr_0` (N, H, W, 3) uint8, as the ADM evaluator reads it, and `labels` (N,)."""
-    if images.shape[-1] == 1:
-        images = images.repeat(3, axis=-1)
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, labels=labels)
+    np.savez(buffer, arr_0=in_color(images), labels=labels)
     with refusing(path):
         write_bytes(path, buffer.getvalue())

@@ -19,7 +19,7 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.files import check_output, new_file, refusing
-from terdit_jax.inference.pictures import encode_png
+from terdit_jax.inference.pictures import encode_png, in_color
 from terdit_jax.paths import as_path, is_remote
 from terdit_jax.untrusted import load_arrays, parse_json, reading, short_json
 
@@ -90,7 +90,7 @@ class Shards:
     def write(self, number: int, pictures: np.ndarray, labels: np.ndarray) -> None:
         """Puts a shard, (S, H, W, 1 or 3) uint8 and (S,), in its place; on disk when this returns."""
         with self._new_file(self._path(number)) as file:
-            np.savez(file, arr_0=_in_color(pictures), labels=labels, fingerprint=np.array(self._fingerprint))
+            np.savez(file, arr_0=in_color(pictures), labels=labels, fingerprint=np.array(self._fingerprint))
 
     def finish(self) -> list[int]:
         """Makes the output of all shards and removes them; the numbers of damaged ones if there are any.
@@ -207,11 +207,6 @@ def check_set(output: epath.Path) -> None:
         raise UserError(f"--output={output}: {error.strerror or error}") from error
     if not output.exists():
         check_output(output)
-
-
-def _in_color(pictures: np.ndarray) -> np.ndarray:
-    """Grey pictures in the three channels that evaluators read."""
-    return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
 
 
 def _differences(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
