@@ -1,7 +1,7 @@
 """Answers Ctrl-C and SIGTERM at once, even while the main thread compiles or restores and Python cannot run in it.
 
 A thread of its own learns of a signal through a pipe into which the interpreter writes. What a run answers belongs to
-`training.interruption`.
+`training.observers`.
 """
 
 from collections.abc import Callable, Iterable

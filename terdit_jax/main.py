@@ -22,9 +22,9 @@ from terdit_jax.interop.weights import check_start, master_params, start_params
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
-from terdit_jax.training.heartbeat import check_heartbeat
-from terdit_jax.training.loop import DrawGrid, train
-from terdit_jax.training.profile import parse_steps
+from terdit_jax.training.actions import DrawGrid
+from terdit_jax.training.observers import check_heartbeat, parse_steps
+from terdit_jax.training.run import train
 from terdit_jax.training.setup import Setup, set_up
 
 _CONFIG = define_config("File with get_config(), as configs/digits.py, or a run's config.json.")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from terdit_jax.training.goodput import GOODPUT_FILE, KINDS, Goodput
+from terdit_jax.training.observers import GOODPUT_FILE, KINDS, Goodput
 
 
 class Clock:
@@ -46,6 +46,20 @@ def test_every_second_is_of_one_kind_and_kinds_nest(tmp_path, clock):
     assert goodput.summary() == (
         "goodput 64.5% of 31s, 0 restart(s): train 20s, save 4s, start 3s, restore 2s, evaluate 2s"
     )
+
+
+def test_steps_a_second_count_training_and_waiting_for_batches_alone(tmp_path, clock):
+    goodput = Goodput(tmp_path, clock)
+    clock.spend(100)
+    goodput.now("train")
+    goodput.lap(5)
+    clock.spend(8)
+    with goodput.spent("input"):
+        clock.spend(2)
+    with goodput.spent("evaluate"):
+        clock.spend(50)
+    assert goodput.lap(25) == 2.0
+    assert goodput.lap(25) == 0.0, "no step since"
 
 
 def test_a_kill_moves_what_it_undid_to_lost_and_counts_the_time_down(tmp_path, clock):
@@ -139,5 +153,5 @@ def test_a_folder_in_its_place_is_set_aside(tmp_path, clock, caplog):
 
 
 def test_an_unknown_kind_is_a_bug(tmp_path):
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError):
         Goodput(tmp_path).now("coffee")

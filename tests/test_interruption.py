@@ -10,8 +10,8 @@ import time
 import pytest
 
 from terdit_jax.interrupts import STATUS
-from terdit_jax.training import interruption
-from terdit_jax.training.interruption import Interruption
+from terdit_jax.training import observers
+from terdit_jax.training.observers import Interruption
 from tests.runs import ROOT
 
 TERM = "SIGTERM: stops after the step under way, once the state is saved"
@@ -20,7 +20,7 @@ ENDED = "error: stopped at once by a second Ctrl-C, what was not saved is lost"
 # One call in C for hours: no handler of Python's comes to run.
 BUSY = """
 import hashlib
-from terdit_jax.training.interruption import Interruption
+from terdit_jax.training.observers import Interruption
 with Interruption() as interruption:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -87,8 +87,8 @@ def test_sigterm_after_ctrl_c_and_the_reverse_are_first_ones(handlers, capfd):
 
 def test_a_second_ctrl_c_ends_the_process_even_after_sigterms(handlers, capfd, monkeypatch):
     ended = []
-    monkeypatch.setattr(interruption.os, "_exit", ended.append)
-    monkeypatch.setattr(interruption, "_ONE_PRESS_SECONDS", 0.01)
+    monkeypatch.setattr(observers.os, "_exit", ended.append)
+    monkeypatch.setattr(observers, "_ONE_PRESS_SECONDS", 0.01)
     with Interruption():
         ask(signal.SIGTERM, times=2)
         ask(signal.SIGINT)
@@ -152,7 +152,7 @@ def test_both_are_answered_at_once_while_the_main_thread_is_in_c(busy):
     busy.send_signal(signal.SIGINT)
     assert busy.stderr.readline() == INT + "\n"
     assert busy.poll() is None
-    time.sleep(interruption._ONE_PRESS_SECONDS + 0.2)
+    time.sleep(observers._ONE_PRESS_SECONDS + 0.2)
     busy.send_signal(signal.SIGINT)
     assert busy.stderr.readline() == ENDED + "\n"
     assert busy.wait(10) == STATUS

@@ -7,8 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from terdit_jax.training import metrics
-from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter, Stopwatch, format_duration
+from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter, format_duration
 
 
 def open_writer(workdir, start_step=0, tensorboard=False):
@@ -148,10 +147,10 @@ def test_a_whole_line_without_its_newline_is_kept(tmp_path):
     assert [line["step"] for line in parse(tmp_path)] == [10, 20]
 
 
-def test_tensorboard_gets_the_same_figures_and_the_pictures(tmp_path):
+def test_tensorboard_gets_the_same_figures_and_the_images(tmp_path):
     writer = open_writer(tmp_path, tensorboard=True)
     writer.write(1, {"loss": 0.5}, {"images_per_second": 12.0})
-    writer.write_picture(1, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.write_image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     writer.close()
     (events,) = tmp_path.glob("events.out.tfevents*")
     content = events.read_bytes()
@@ -161,22 +160,9 @@ def test_tensorboard_gets_the_same_figures_and_the_pictures(tmp_path):
 def test_without_tensorboard_there_are_no_events(tmp_path):
     writer = open_writer(tmp_path)
     writer.write(1, {"loss": 0.5})
-    writer.write_picture(1, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.write_image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     writer.close()
     assert not list(tmp_path.glob("events*"))
-
-
-def test_stopwatch_counts_from_the_last_lap_or_restart(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-    stopwatch = Stopwatch(5)
-    now = 10.0
-    assert stopwatch.lap(25) == 2.0
-    assert stopwatch.lap(25) == 0.0, "no step since"
-    now = 100.0
-    stopwatch.restart(30)
-    now = 104.0
-    assert stopwatch.lap(32) == 0.5
 
 
 @pytest.mark.parametrize(

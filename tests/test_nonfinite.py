@@ -21,7 +21,7 @@ from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import open_weights, start_params
 from terdit_jax.model.transformer import make_operands
-from terdit_jax.training.loop import _Run
+from terdit_jax.training.actions import Actions
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.resume import describe_run
 from terdit_jax.training.state import check_finite, init_state
@@ -125,14 +125,13 @@ def test_a_run_neither_saves_such_a_state_nor_ends_for_images(trained, caplog):
         raise UserError("2 of 4 images")
 
     state, _, _ = trained
-    run = SimpleNamespace(flush=lambda: None, draw_grid=refuse, judge=refuse, stopwatch=SimpleNamespace())
-    run.stopwatch.restart = lambda step: None
-    _Run.sample(run, state, 7)
-    _Run.score(run, state, 7)
+    run = SimpleNamespace()
+    assert Actions.sample(run, refuse, state, {}, 7) is state
+    assert Actions.score(run, refuse, None, state, {}, 7) is state
     assert "step 7: NO SAMPLES (2 of 4 images)" in caplog.text and "step 7: NO SCORES (2 of 4" in caplog.text
     bad = state | {"params": poisoned(state["params"], "x_embedder/bias", np.nan)}
     with pytest.raises(UserError, match="the state after step 9 holds values .* in params/x_embedder/bias .*not saved"):
-        _Run.save(run, bad, 9)
+        Actions.save(run, bad, {}, 9)
 
 
 @pytest.mark.parametrize(("path", "value"), [*POISONS[:2], *POISONS[4:8]])

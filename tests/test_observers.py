@@ -6,8 +6,7 @@ import time
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.training.heartbeat import Heartbeat, check_heartbeat
-from terdit_jax.training.profile import Steps, parse_steps
+from terdit_jax.training.observers import Heartbeat, Steps, check_heartbeat, parse_steps
 from tests.runs import finish, prepare_digits, start, train_arguments
 
 

@@ -13,11 +13,9 @@ import pytest
 from terdit_jax.checkpoints.best import open_best
 from terdit_jax.checkpoints.lock import LOCK_FILE
 from terdit_jax.errors import UserError
-from terdit_jax.training import events, metrics
-from terdit_jax.training.goodput import GOODPUT_FILE
-from terdit_jax.training.heartbeat import HEARTBEAT_FILE, Heartbeat
+from terdit_jax.training import metrics
 from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
-from terdit_jax.training.profile import Profiler, Steps
+from terdit_jax.training.observers import GOODPUT_FILE, HEARTBEAT_FILE, Heartbeat, Profiler, Steps
 from tests.commands import no_flags
 from tests.runs import execute, prepare_digits, train_arguments
 
@@ -39,10 +37,10 @@ def test_events_that_cannot_be_opened_or_written_are_a_line(tmp_path, caplog, mo
         context.setattr(metrics, "Events", refuse)
         MetricsWriter(tmp_path, 0, tensorboard=True).write(1, {"loss": 0.5})
     writer = MetricsWriter(tmp_path, 1, tensorboard=True)
-    monkeypatch.setattr(events.Events, "write", refuse)
+    monkeypatch.setattr(metrics.Events, "write", refuse)
     for step in range(2, 40):  # the library's own writer would block from the eleventh on
         writer.write(step, {"loss": 0.5})
-        writer.write_picture(step, "samples", np.zeros((4, 4, 3), np.uint8))
+        writer.write_image(step, "samples", np.zeros((4, 4, 3), np.uint8))
     writer.close()
     said = "TensorBoard events cannot be written (No space left on device): none until the next start"
     assert errors(caplog) == [said] * 2 and written_steps(tmp_path) == [*range(1, 40)]
@@ -72,7 +70,8 @@ def test_a_trace_that_cannot_be_written_is_a_line(tmp_path, caplog, monkeypatch)
     monkeypatch.setattr(jax.profiler, "stop_trace", stop)
     profiler = Profiler(tmp_path, Steps(1, 1))
     profiler.before(1)
-    assert not profiler.after(1, {}) and not profiler.close() and len(errors(caplog)) == 1
+    profiler.after(1, {})
+    assert not profiler.close() and len(errors(caplog)) == 1
 
 
 def test_a_place_for_the_best_weights_is_needed_to_begin_but_not_to_go_on(tmp_path, caplog):

@@ -1,6 +1,7 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and the progress line.
+"""Where a run's figures go: metrics.jsonl, TensorBoard's events, and the lines that it says.
 
-Figures come in as plain floats; computing them is `window`'s and `heldout`'s.
+Figures come in as plain floats; `window` and `heldout` compute them. tensorboardX is imported where events are written:
+it imports PyTorch where that is installed, for seconds.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,21 +9,25 @@ import contextlib
 import json
 import math
 import time
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
+import jax
 import numpy as np
 
 from terdit_jax.checkpoints import disk
 from terdit_jax.files import set_aside, write_text
 from terdit_jax.paths import is_remote
-from terdit_jax.training.events import Events
+
+if TYPE_CHECKING:
+    from tensorboardX.proto.summary_pb2 import Summary
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote beyond it.
+    """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote after it.
 
     A disk that takes or gives nothing does not end a run: lines are kept and written with the next one that it takes,
     and a file that is not ours to continue is set aside.
@@ -30,8 +35,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, start_step: int, *, tensorboard: bool):
         self._path = epath.Path(workdir) / METRICS_FILE
-        self._is_local = not is_remote(self._path)
-        self._behind = False
+        self._waiting = False
         lines, whole = self._read()
         if not whole:
             self._set_aside()
@@ -39,27 +43,30 @@ class MetricsWriter:
         self._try(self._rewrite)
         self._events: Events | None = None
         if tensorboard:
-            self._with_events(lambda: Events(workdir, start_step))
+            with self._giving_up_events():
+                self._events = Events(workdir, start_step)
 
     def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
-        """One line, on disk when this returns if there is room; `timing` stands apart because it is all that differs
-        between reruns."""
+        """Writes one line, on disk when this returns if there is room; only `timing` may differ between reruns."""
         line = {"step": step, **figures, **({"timing": timing} if timing else {})}
         self._lines.append(json.dumps(_finite(line)))
         # Object stores cannot append: there the whole file, a few megabytes at most, is written again.
-        self._try(self._append if self._is_local and not self._behind else self._rewrite)
-        if self._events:
-            self._with_events(lambda: self._events.write(step, {**figures, **(timing or {})}))
+        self._try(self._rewrite if self._waiting or is_remote(self._path) else self._append)
+        with self._giving_up_events():
+            if self._events:
+                self._events.write(step, figures | (timing or {}))
 
-    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """(H, W, 3) uint8 to TensorBoard."""
-        if self._events:
-            self._with_events(lambda: self._events.write_image(step, name, picture))
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, (H, W, 3) uint8, to TensorBoard."""
+        with self._giving_up_events():
+            if self._events:
+                self._events.write_image(step, name, image)
 
     def close(self) -> None:
         """Releases the files."""
-        if self._events:
-            self._with_events(self._events.close)
+        with self._giving_up_events():
+            if self._events:
+                self._events.close()
 
     def _read(self) -> tuple[list[str], bool]:
         """The lines on disk that are whole, and whether that is all of them but one at the end, cut short by a kill."""
@@ -85,11 +92,11 @@ class MetricsWriter:
     def _try(self, write: Callable[[], None]) -> None:
         try:
             write()
-            self._behind = False
+            self._waiting = False
         except OSError as error:
-            if not self._behind:
+            if not self._waiting:
                 logging.error("%s cannot be written (%s): its lines wait", self._path, disk.reason(error))
-            self._behind = True
+            self._waiting = True
 
     def _append(self) -> None:
         with self._path.open("a") as file:
@@ -98,9 +105,10 @@ class MetricsWriter:
     def _rewrite(self) -> None:
         write_text(self._path, "".join(line + "\n" for line in self._lines))
 
-    def _with_events(self, write: Callable[[], Events | None]) -> None:
+    @contextlib.contextmanager
+    def _giving_up_events(self) -> Iterator[None]:
         try:
-            self._events = write() or self._events
+            yield
         except (OSError, ImportError) as error:  # ImportError: an object store without TensorBoard's package for it
             logging.error("TensorBoard events cannot be written (%s): none until the next start", disk.reason(error))
             self._events = None
@@ -124,35 +132,60 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _finite(value: float | dict) -> float | dict | None:
+def _finite(value: Any) -> Any:
     """JSON knows no NaN: a figure without a value is null."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Stopwatch:
-    """Steps a second between logs, leaving out what is not training (compilation, evaluation, saving)."""
+class Events:
+    """One file of TensorBoard's events; methods raise OSError where it cannot be written, and then it is of no use.
 
-    def __init__(self, step: int):
-        self._step, self._time = step, time.perf_counter()
+    It is written as events come: the library's own thread would die of a full disk unseen.
+    """
 
-    def restart(self, step: int) -> None:
-        """Starts a new interval at `step`, now."""
-        self._step, self._time = step, time.perf_counter()
+    def __init__(self, workdir: epath.PathLike, start_step: int):
+        """Opens a new file, which tells TensorBoard to drop what an earlier one holds after `start_step`."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out the time spent in its body."""
-        begin = time.perf_counter()
-        yield
-        self._time += time.perf_counter() - begin
+        self._file = EventsWriter(str(epath.Path(workdir) / "events"))
+        self._append(start_step + 1, file_version="brain.Event:2")
+        self._append(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._file.flush()
 
-    def lap(self, step: int) -> float:
-        """Steps a second since the last lap or restart, 0 if there was none."""
-        steps, seconds = step - self._step, time.perf_counter() - self._time
-        self.restart(step)
-        return steps / seconds if steps and seconds else 0.0
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Writes figures by name."""
+        from tensorboardX import summary
+
+        self._write(step, [summary.scalar(name, value) for name, value in figures.items()])
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, (H, W, 3) uint8."""
+        from tensorboardX import summary
+
+        self._write(step, [summary.image(name, image, dataformats="HWC")])
+
+    def close(self) -> None:
+        """Releases the file."""
+        self._file.close()
+
+    def _write(self, step: int, summaries: "list[Summary]") -> None:
+        for one in summaries:
+            self._append(step, summary=one)
+        self._file.flush()
+
+    def _append(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
+
+
+def say(line: str) -> None:
+    """Prints a line of the run, on its first process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def format_duration(seconds: float) -> str:

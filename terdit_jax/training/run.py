@@ -1,0 +1,152 @@
+"""A training run from configuration to last checkpoint: begins or resumes, trains, and closes what it opened.
+
+`loop` trains. What a configuration must satisfy belongs to `setup`.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import shlex
+
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+import jax
+
+from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.best import Judge, open_best
+from terdit_jax.checkpoints.lock import WorkdirLock
+from terdit_jax.checkpoints.writer import CheckpointWriter
+from terdit_jax.errors import UserError, end_if_one_of_several
+from terdit_jax.files import refusing, write_json
+from terdit_jax.model.transformer import abstract_params, count_params, packed_bytes
+from terdit_jax.reproducible import pinned
+from terdit_jax.training.actions import Actions, DrawGrid
+from terdit_jax.training.loop import run_steps
+from terdit_jax.training.metrics import MetricsWriter, say
+from terdit_jax.training.observers import Goodput, Observers, Steps
+from terdit_jax.training.resume import check_resumable
+from terdit_jax.training.setup import Setup
+from terdit_jax.training.state import State, abstract_state, check_finite, make_state
+
+
+@pinned()
+def train(
+    setup: Setup,
+    draw_grid: DrawGrid,
+    load_start: Callable[[], dict] | None = None,
+    judge: Judge | None = None,
+    heartbeat: epath.PathLike | None = None,
+    profile: Steps | None = None,
+) -> None:
+    """Runs, or continues, the training that `setup` describes.
+
+    Args:
+      setup: of `set_up`.
+      draw_grid: draws the sample grids.
+      load_start: host parameters for a run that begins with those of another model; fresh ones if left out.
+      judge: judges the averaged weights every `log.score_every` steps; never if left out.
+      heartbeat: the file that every process renews; WORKDIR/heartbeat.json, renewed by the first, if left out.
+      profile: the steps to trace; none if left out.
+
+    Raises:
+      UserError: a workdir of another run or in use by one, too many non-finite steps in a row, or a last state that
+        could not be saved.
+    """
+    config, workdir, num_steps = setup.config, setup.workdir, setup.config.train.num_steps
+    with refusing(workdir, "--workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened, _ending_together():  # closed from the last to the first
+        opened.enter_context(WorkdirLock(workdir))
+        observers = Observers(workdir, heartbeat, profile)
+        checkpoints = CheckpointWriter(workdir, config.checkpoint)
+        state = _resume(setup, checkpoints, observers.goodput) or _begin(setup, load_start)
+        start = step = int(state["step"])
+        _introduce(setup, start)
+        if start >= num_steps:
+            checkpoints.close()
+        else:
+            opened.enter_context(observers.watching(start))
+            opened.callback(checkpoints.close)
+            opened.callback(observers.goodput.now, "save")
+            writer = None
+            if jax.process_index() == 0:
+                _write_config(setup)
+                writer = MetricsWriter(workdir, start, tensorboard=config.log.tensorboard)
+                opened.callback(writer.close)
+            best = open_best(workdir, start) if judge else None
+            if best:
+                opened.callback(best.close)
+            actions = Actions(setup, observers, writer, checkpoints, draw_grid, judge, best)
+            step = run_steps(setup, state, actions, observers)
+            observers.complete = step == num_steps
+    if start >= num_steps:
+        say(f"{workdir} is done: it has trained {start:,} of {num_steps:,} steps")
+    else:
+        say(observers.goodput.summary())
+    if step < num_steps:
+        name = observers.interruption.name
+        say(f"stopped by {name} at step {step:,}, state saved: the same command goes on from there")
+    else:
+        _say_what_to_do_next(setup)
+
+
+def _resume(setup: Setup, checkpoints: CheckpointWriter, goodput: Goodput) -> State | None:
+    """The state to go on from, or None for a run that has saved nothing."""
+    if run := checkpoints.newest_run():
+        for change in check_resumable(run, setup.config, setup.dataset.metadata.fingerprint, str(setup.workdir)):
+            say(f"continuing with a changed configuration: {change}")
+    with goodput.spent("restore"):
+        restored = checkpoints.restore(abstract_state(setup.model, setup.optimizer, setup.mesh))
+        jax.block_until_ready(restored)
+    if restored is None:
+        return None
+    state = restored[0]
+    name = f"checkpoint {int(state['step'])} of {setup.workdir}"
+    check_finite(state, name, "move it out of checkpoints/ to go on from the one before it")
+    return state
+
+
+def _begin(setup: Setup, load_start: Callable[[], dict] | None) -> State:
+    params = load_start() if load_start else None
+    if load_start:
+        say(f"weights from {setup.config.train.init_from}")
+    return make_state(setup.model, setup.optimizer, setup.mesh, setup.config.seed, params)
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Ends this process at once if one of several fails: closing what is open would wait for the others."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        end_if_one_of_several()
+        raise
+
+
+def _write_config(setup: Setup) -> None:
+    path = setup.workdir / "config.json"
+    try:
+        write_json(path, setup.config.to_dict(), indent=1)
+    except OSError as error:  # every checkpoint holds it too
+        logging.error("%s cannot be written: %s", path, disk.reason(error))
+
+
+def _introduce(setup: Setup, start: int) -> None:
+    counts = count_params(setup.model)
+    if not start:
+        say(parameter_overview.get_parameter_overview(abstract_params(setup.model), include_stats=False))
+        say(str(setup.config))
+    kind = f"ternary, {packed_bytes(setup.model) / 1e6:,.1f} MB packed" if setup.model.ternary else "full precision"
+    say(f"{setup.config.name}: {counts['total']:,} parameters ({kind})")
+    axes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}")
+    say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
+
+
+def _say_what_to_do_next(setup: Setup) -> None:
+    say(f"checkpoints, metrics.jsonl, TensorBoard events and samples are in {setup.workdir}")
+    labels = ",".join(map(str, range(min(3, setup.model.num_classes))))
+    command = ["python", "-m", "terdit_jax.sample", f"--model={setup.workdir}", f"--labels={labels}"]
+    say("next: " + shlex.join([*command, "--output=grid.png"]))
