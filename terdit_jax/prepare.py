@@ -6,7 +6,8 @@ python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae
 python -m terdit_jax.prepare --inspect=data/imagenet256 --vae=sd-vae-ft-ema --output=sheet.png
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 import re
 import shlex
 
@@ -78,7 +79,8 @@ def main(argv: Sequence[str]) -> None:
         refuse_unused(_ONLY_BUILD, "with --inspect")
         return _inspect(_INSPECT.value)
     refuse_unused([_NUM_SAMPLES], "without --inspect")
-    if not _OUTPUT.value:
+    output = _OUTPUT.value
+    if not output:
         raise UserError("--output is missing: name the directory of the data set, such as --output=data/digits")
     if _SOURCE.value is None:
         raise UserError("--source is missing: digits, folder, tar or tfds")
@@ -87,15 +89,15 @@ def main(argv: Sequence[str]) -> None:
     if _VAE.value is None:
         refuse_unused([_DTYPE, _BATCH_SIZE], "without --vae")
     worker, wait = _find_worker()
-    source, codec = _make_source(), _make_codec()
+    source, codec = _make_source(_SOURCE.value), _make_codec()
     mirror = _VAE.value is not None if _MIRROR.value is None else _MIRROR.value
-    metadata = builder.find_prepared(source, _OUTPUT.value, codec=codec, mirror=mirror)
+    metadata = builder.find_prepared(source, output, codec=codec, mirror=mirror)
     if metadata is not None:
-        print(f"{_OUTPUT.value} already holds this data set, nothing to do")
+        print(f"{output} already holds this data set, nothing to do")
     else:
         metadata = builder.build(
             source,
-            _OUTPUT.value,
+            output,
             codec=codec,
             mirror=mirror,
             max_bad_share=_MAX_BAD_SHARE.value,
@@ -105,9 +107,9 @@ def main(argv: Sequence[str]) -> None:
             report=lambda line: print(line, flush=True),
         )
     if metadata is None:
-        print(f"worker {_WORKER.value} is done; the last one to be completes {_OUTPUT.value}")
+        print(f"worker {_WORKER.value} is done; the last one to be completes {output}")
     else:
-        _print_summary(metadata)
+        _print_summary(output, metadata)
 
 
 def _find_worker() -> tuple[tuple[int, int], bool]:
@@ -123,23 +125,25 @@ def _find_worker() -> tuple[tuple[int, int], bool]:
     return (worker, count), False
 
 
-def _make_source() -> sources.Source:
-    if _SOURCE.value == "digits":
+def _make_source(kind: str) -> sources.Source:
+    if kind == "digits":
         for flag in (_INPUT, _IMAGE_SIZE, _CHANNELS, _VAE):
             if flag.value is not None:
                 raise UserError(f"--{flag.name}={flag.value}: the digits are embedded, 8x8 and grey; leave it out")
         return sources.make_digits_source(_HELDOUT_SHARE.value)
     if not _INPUT.value:
         raise UserError("--input is missing: name the folder, the archive or the TFDS data set")
-    options = {
-        "image_size": _IMAGE_SIZE.value if _IMAGE_SIZE.value is not None else 256 if _VAE.value else 32,
-        "channels": 3 if _CHANNELS.value is None else _CHANNELS.value,
-        "heldout_share": _HELDOUT_SHARE.value,
+    makers: dict[str, Callable[..., sources.Source]] = {
+        "folder": sources.make_folder_source,
+        "tar": make_tar_source,
+        "tfds": partial(make_tfds_source, data_dir=_DATA_DIR.value),
     }
-    if _SOURCE.value == "tfds":
-        return make_tfds_source(_INPUT.value, data_dir=_DATA_DIR.value, **options)
-    make = sources.make_folder_source if _SOURCE.value == "folder" else make_tar_source
-    return make(_INPUT.value, **options)
+    return makers[kind](
+        _INPUT.value,
+        image_size=_IMAGE_SIZE.value if _IMAGE_SIZE.value is not None else 256 if _VAE.value else 32,
+        channels=3 if _CHANNELS.value is None else _CHANNELS.value,
+        heldout_share=_HELDOUT_SHARE.value,
+    )
 
 
 def _make_codec() -> Codec:
@@ -169,7 +173,7 @@ def _inspect(path: str) -> None:
     print(f"contact sheet: {output}" + ("" if vae or dataset.metadata.codec == "none" else " (latents: --vae decodes)"))
 
 
-def _print_summary(metadata: schema.Metadata) -> None:
+def _print_summary(output: str, metadata: schema.Metadata) -> None:
     train, heldout = (metadata.splits[split] for split in schema.SPLITS)
     shards = (*train.shards, *heldout.shards)
     shape = "x".join(map(str, metadata.shape))
@@ -177,12 +181,12 @@ def _print_summary(metadata: schema.Metadata) -> None:
         f"{train.records:,} training and {heldout.records:,} held-out records of {shape}, "
         f"{metadata.num_classes} classes"
     )
-    if (epath.Path(_OUTPUT.value) / builder.SKIPPED_FILE).exists():
-        print(f"what was left out, and why: {_OUTPUT.value}/{builder.SKIPPED_FILE}")
+    if (epath.Path(output) / builder.SKIPPED_FILE).exists():
+        print(f"what was left out, and why: {output}/{builder.SKIPPED_FILE}")
     print(f"{sum(shard.bytes for shard in shards):,} bytes in {len(shards)} shards, fingerprint {metadata.fingerprint}")
     if note := remark(metadata):
         print(note)
-    print("next: " + shlex.join(training_command(metadata, _OUTPUT.value)))
+    print("next: " + shlex.join(training_command(metadata, output)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Nothing here runs code that a file names. What the values mean is checked by the callers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 import contextlib
 import json
 import math
@@ -112,9 +112,15 @@ def short_json(value: object) -> str:
     return printable(reprlib.repr(value))
 
 
-def difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """In words, how an entry of untrusted JSON differs from ours."""
-    return f"{printable(key[:60])} is {short_json(found.get(key))} and not {short_json(wanted.get(key))}"
+def difference(found: Any, wanted: Any, name: str = "") -> str | None:
+    """The first entry in which untrusted JSON differs from ours, in words and by its dotted name; None without one."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted(found.keys() | wanted.keys())
+        entries = (difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in keys)
+        return next(filter(None, entries), None)
+    if found == wanted:
+        return None
+    return f"{printable(name[:60])} is {short_json(found)} and not {short_json(wanted)}"
 
 
 def brief(name: str) -> str:

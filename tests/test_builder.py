@@ -253,7 +253,7 @@ def test_an_unfinished_data_set_is_not_mixed_with_another(tmp_path):
     before = read_files(tmp_path / "d" / ".unfinished")
     with pytest.raises(UserError, match="unfinished data set, whose mirror is False and not True"):
         builder.build(make_source(), tmp_path / "d", mirror=True, **options)
-    with pytest.raises(UserError, match="unfinished data set, whose shards is"):
+    with pytest.raises(UserError, match="unfinished data set, whose shards.heldout is 3 and not 2"):
         builder.build(make_source(), tmp_path / "d", **options | {"shard_bytes": 2048})
     assert read_files(tmp_path / "d" / ".unfinished") == before
 

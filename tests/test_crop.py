@@ -267,7 +267,7 @@ def damaged_images(count):
         yield bytes(data[: rng.integers(len(data))] if rng.random() < 0.4 else data)
 
 
-def test_damage_gives_a_image_or_a_reason_and_no_noise():
+def test_damage_gives_an_image_or_a_reason_and_no_noise():
     code = "import test_crop; test_crop.survive_damage(650)"  # not here, where pytest takes the warnings
     command = [sys.executable, "-W", "always", "-c", code]
     done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)

@@ -154,7 +154,7 @@ def test_killed_five_times_and_resumed_equals_undisturbed(run, tmp_path):
     out, _ = sample(run, tmp_path / "killed.npz", *flags)
     assert "is complete: it holds the 5,000 pictures" in out
     _, err = sample(run, tmp_path / "killed.npz", *flags, "--seed=1", status=2)
-    assert "its seed is 0, not 1" in err
+    assert "its seed is 0 and not 1" in err
 
 
 @pytest.mark.slow

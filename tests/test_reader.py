@@ -278,7 +278,7 @@ def test_a_label_that_the_data_set_does_not_have_stops_the_run_in_one_line(datas
     features = schema.make_features(dataset.metadata.shape, dataset.metadata.has_mirror)
     shard = dataset.metadata.splits["train"].shards[1]
     writer = ArrayRecordWriter(str(tmp_path / "copy" / shard.file), "group_size:1")
-    stored = dataset.records("train").examples(np.arange(NUM_TRAIN))
+    stored = dataset.stored("train").examples(np.arange(NUM_TRAIN))
     start = dataset.metadata.splits["train"].shards[0].records
     for place, record in enumerate(stored[start : start + shard.records]):
         writer.write(schema.encode_record(features, record | {"label": label} if place == 1 else record))

@@ -99,12 +99,12 @@ def test_settings_are_not_mixed(tmp_path):
     shards = Shards(tmp_path / "a.npz", PLAN)
     write(shards, (0,))
     other = {**PLAN, "sample": {"num_steps": 6}}
-    with pytest.raises(UserError, match=r"a.npz: its sample.num_steps is 5, not 6, and it is unfinished: finish it"):
+    with pytest.raises(UserError, match=r"a.npz: its sample.num_steps is 5 and not 6, and it is unfinished: finish it"):
         Shards(tmp_path / "a.npz", other)
     write(shards, (1, 2))
     shards.finish()
     before = (tmp_path / "a.npz").read_bytes()
-    with pytest.raises(UserError, match=r"a.npz: its sample.num_steps is 5, not 6, and it holds other pictures"):
+    with pytest.raises(UserError, match=r"a.npz: its sample.num_steps is 5 and not 6, and it holds other pictures"):
         Shards(tmp_path / "a.npz", other)
     assert (tmp_path / "a.npz").read_bytes() == before
 

@@ -65,7 +65,7 @@ def test_split_depends_on_names_alone():
 
 
 def test_images_without_labels_are_split_by_their_hashes():
-    items = [sources.Item(f"train/{index}", None) for index in range(40)]
+    items = [sources.Item(f"train/{index}", sources.UNLABELLED) for index in range(40)]
     train, heldout = sources.split_heldout(items, 0.25)
     assert len(heldout) == 10 and sorted(train + heldout) == sorted(items)
     assert (train, heldout) == sources.split_heldout(items[::-1], 0.25)

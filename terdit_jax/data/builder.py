@@ -1,10 +1,9 @@
 """Writes a source as a TFDS data set of latents in ArrayRecord shards: decoded, encoded, counted, hashed.
 
-Sources list and decode images, codecs encode them, the schema says what a record is, `unfinished` remembers what is
-done; reading back is the reader's.
+Sources list and decode images, codecs encode them, `schema` defines a record, `unfinished` remembers what is done, and
+`reader` reads it back.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent import futures
 import dataclasses
@@ -21,6 +20,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
+from terdit_jax.batches import in_flight
 from terdit_jax.data import schema
 from terdit_jax.data.codec import Codec
 from terdit_jax.data.image_file import ImageError
@@ -50,13 +50,10 @@ def find_prepared(source: Source, output: epath.PathLike, *, codec: Codec, mirro
         check_free(output)
         return None
     metadata = schema.read_metadata(output)
-    found, asked = metadata.source, _describe(source, codec, mirror)
-    for key in sorted(found.keys() | asked.keys()):
-        if found.get(key) != asked.get(key):
-            raise UserError(
-                f"--output={output}: holds another data set, whose {difference(key, found, asked)}; "
-                "name another directory or delete that one"
-            )
+    if change := difference(metadata.source, _describe(source, codec, mirror)):
+        raise UserError(
+            f"--output={output}: holds another data set, whose {change}; name another directory or delete that one"
+        )
     return metadata
 
 
@@ -161,9 +158,11 @@ class _Run:
 
     def complete(self) -> schema.Metadata | None:
         """Writes what makes the shards a data set, if none is missing."""
-        finished = {split: [self.unfinished.finished(file) for file in parts] for split, parts in self.parts.items()}
-        if not all(all(shards) for shards in finished.values()):
-            return None
+        finished: dict[str, list[FinishedShard]] = {}
+        for split, parts in self.parts.items():
+            finished[split] = [shard for shard in map(self.unfinished.finished, parts) if shard]
+            if len(finished[split]) < len(parts):
+                return None
         skipped = {split: [entry for shard in shards for entry in shard.skipped] for split, shards in finished.items()}
         self.num_bad = sum(len(entries) for entries in skipped.values())
         if self.num_bad:
@@ -222,13 +221,17 @@ class _Run:
         }
 
     def _write_shard(self, pool: futures.Executor, file: str, items: list[Item]) -> schema.Shard:
-        statistics, skipped, num_records = _Moments(self.shape[-1]), [], 0
+        skipped: list[tuple[str, str]] = []
+        num_records, total, total_square = 0, np.zeros(self.shape[-1]), np.zeros(self.shape[-1])
         with self.unfinished.new_file(file) as path:
             try:
                 writer = ArrayRecordWriter(os.fspath(path), "group_size:1")  # one record a read, for random access
-                for usable, arrays in self._encode_ahead(pool, items, skipped):
+                # While a batch is written, the devices encode the next one and the pool decodes those after it.
+                for usable, arrays in in_flight(self._encode_all(pool, items, skipped)):
                     arrays = {name: np.asarray(array)[: len(usable)] for name, array in arrays.items()}
-                    statistics.add(arrays["mean"], arrays["std"])
+                    mean, std = (arrays[name].astype(np.float64) for name in ("mean", "std"))
+                    total += mean.sum(axis=(0, 1, 2))
+                    total_square += (mean**2 + std**2).sum(axis=(0, 1, 2))
                     for row, (source_id, label) in enumerate(usable):
                         record = {name: array[row] for name, array in arrays.items()}
                         if not all(np.isfinite(array).all() for array in record.values()):
@@ -240,30 +243,23 @@ class _Run:
             except RuntimeError as error:  # ArrayRecord's only exception
                 raise _cannot_write(self.path, error) from error
             shard = schema.Shard(file, num_records, path.stat().length, schema.hash_file(path))
-        self.unfinished.add(
-            FinishedShard(shard, statistics.count, statistics.total, statistics.total_square, tuple(skipped))
-        )
+        count = num_records * int(np.prod(self.shape[:-1]))  # of latent vectors
+        moments = tuple(total.tolist()), tuple(total_square.tolist())
+        self.unfinished.add(FinishedShard(shard, count, *moments, tuple(skipped)))
         return shard
 
-    def _encode_ahead(
+    def _encode_all(
         self, pool: futures.Executor, items: list[Item], skipped: list[tuple[str, str]]
     ) -> Iterator[tuple[list[tuple[str, int]], dict[str, Any]]]:
-        """Yields (source_id, label) of usable images and their arrays, which may still be on their way.
-
-        While a batch is written, the accelerator encodes the next one and the pool decodes those after it.
-        """
-        encoded = None
-        for chunk in _decode_ahead(pool, self.source, items, self.codec.batch_size):
-            usable = list(self._skip_unusable(chunk, skipped))
-            if not usable:
-                continue
-            names = [(item.source_id, label) for item, _, label in usable]
-            following = names, self._encode(np.stack([image for _, image, _ in usable]))
-            if encoded:
-                yield encoded
-            encoded = following
-        if encoded:
-            yield encoded
+        """Yields (source_id, label) of usable images and their arrays, which may still be on their way."""
+        size = self.codec.batch_size
+        chunks = (items[start : start + size] for start in range(0, len(items), size))
+        decoding = ([(item, pool.submit(self.source.load, item)) for item in chunk] for chunk in chunks)
+        for decoded in in_flight(decoding, 2):
+            usable = list(self._skip_unusable(decoded, skipped))
+            if usable:
+                names = [(item.source_id, label) for item, _, label in usable]
+                yield names, self._encode(np.stack([image for _, image, _ in usable]))
 
     def _encode(self, images: np.ndarray) -> dict[str, Any]:
         """Images (B, H, W, C) to the float16 arrays of their records."""
@@ -294,38 +290,6 @@ class _Run:
                 f"{self.num_bad} of {num_images} images cannot be used, more than "
                 f"--max_bad_share={self.max_bad_share}; the last is {source_id} ({reason})"
             )
-
-
-class _Moments:
-    """Running sums, in float64, over draws from the posteriors of a stream of records."""
-
-    def __init__(self, num_channels: int):
-        self.count = 0
-        self.total = (0.0,) * num_channels
-        self.total_square = (0.0,) * num_channels
-
-    def add(self, mean: np.ndarray, std: np.ndarray) -> None:
-        """Adds latents (B, H, W, C)."""
-        mean, std = mean.astype(np.float64), std.astype(np.float64)
-        self.count += mean[..., 0].size
-        self.total = _add(self.total, mean.sum(axis=(0, 1, 2)))
-        self.total_square = _add(self.total_square, (mean**2 + std**2).sum(axis=(0, 1, 2)))
-
-
-def _add(total: tuple[float, ...], values: np.ndarray) -> tuple[float, ...]:
-    return tuple(a + b for a, b in zip(total, values.tolist(), strict=True))
-
-
-def _decode_ahead(
-    pool: futures.Executor, source: Source, items: list[Item], batch_size: int
-) -> Iterator[list[Decoded]]:
-    """Yields the images batch by batch, in order, while the pool decodes the two that follow."""
-    batches = deque()
-    for start in range(0, len(items), batch_size):
-        batches.append([(item, pool.submit(source.load, item)) for item in items[start : start + batch_size]])
-        if len(batches) == 3:
-            yield batches.popleft()
-    yield from batches
 
 
 def _write_tfds_metadata(folder: epath.Path, features: tfds.features.FeaturesDict, metadata: schema.Metadata) -> None:

@@ -1,6 +1,6 @@
-"""What turns images into latents: pixel space, which keeps them as they are, and the Stable Diffusion autoencoder.
+"""Codecs turn images into latents: pixel space, which keeps them, and the Stable Diffusion autoencoder.
 
-The builder calls a codec and stores what it returns; loading weights is interop's and scaling latents is training's.
+The builder calls a codec and stores what it returns. Weights are loaded by interop, latents are scaled by training.
 """
 
 from functools import partial
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.batches import fill_up
 from terdit_jax.errors import UserError
 from terdit_jax.model.vae import VAEConfig, encode, encoder_params
 
@@ -90,8 +91,7 @@ class VAECodec:
 
     def encode(self, images: np.ndarray) -> tuple[Array, Array]:
         """As `Codec.encode`, float16; every batch is filled up to one size, so that one program serves all."""
-        padding = [(0, self.batch_size - len(images))] + [(0, 0)] * 3
-        return self._encode(self._params, jax.device_put(np.pad(images, padding), self._rows))
+        return self._encode(self._params, jax.device_put(fill_up(images, self.batch_size), self._rows))
 
 
 def _encode(config: VAEConfig, params: dict, images: Array, dtype: DTypeLike) -> tuple[Array, Array]:

@@ -28,27 +28,19 @@ def inspect(dataset: Dataset, num_samples: int) -> Inspection:
     Raises:
       UserError: a record that cannot be read.
     """
-    records = dataset.records("train")
+    records = dataset.stored("train")
     chosen = np.unique(np.linspace(0, len(records) - 1, min(num_samples, len(records))).astype(int))
     sample = records.examples(chosen)
     metadata = dataset.metadata
-    arrays = {
-        name: np.stack([record[name] for record in sample]).astype(np.float32)
-        for name in schema.array_names(metadata.has_mirror)
-    }
+    names = schema.array_names(metadata.has_mirror)
+    arrays = [np.stack([record[name] for record in sample]).astype(np.float32) for name in names]
     labels = np.array([record["label"] for record in sample])
     check_labels(labels, metadata.num_classes, owner="the data set", prefix=f"{dataset.path}: ")
     captions = tuple(
         f"{record['label']} {metadata.class_names[record['label']]}: {record['source_id'].decode(errors='replace')}"
         for record in sample
     )
-    suffixes = ("", "_mirror") if metadata.has_mirror else ("",)
-    return Inspection(
-        tuple(arrays[f"mean{suffix}"] for suffix in suffixes),
-        tuple(arrays[f"std{suffix}"] for suffix in suffixes),
-        labels,
-        captions,
-    )
+    return Inspection(tuple(arrays[::2]), tuple(arrays[1::2]), labels, captions)
 
 
 def format_report(metadata: schema.Metadata, inspection: Inspection) -> str:

@@ -1,12 +1,13 @@
 """Reads prepared data sets: training batches through Grain, held-out batches in a fixed order.
 
-What a record holds belongs to `schema`, which records are drawn to `draws`.
+The content of a record belongs to `schema`, the draw of records to `draws`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+from functools import partial
 import os
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
@@ -18,6 +19,7 @@ from terdit_jax.data.draws import ShuffledStream, draw_mirrored
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.paths import as_path
 
+T = TypeVar("T")
 Batch = dict[str, np.ndarray]
 READ_CHUNK = 256  # records at a time when a whole split is read
 MAX_POSITION = 2**52  # of the training stream: no run comes near
@@ -82,15 +84,16 @@ class StoredRecords:
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
         """As `Records.read`. Raises UserError where a shard or a record is damaged."""
-        stored = mirrored is not None and self._metadata.has_mirror
-        which = mirrored.tolist() if stored else [False] * len(indices)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        places = indices - self._starts[shards]
+        shape, has_mirror = self._metadata.shape, self._metadata.has_mirror
+        decoders = [partial(schema.decode_view, shape=shape, has_mirror=has_mirror, mirrored=m) for m in (False, True)]
+        which = mirrored if mirrored is not None and has_mirror else np.zeros(len(indices), bool)
+        shards, places = self._locate(indices)
         # One by one: a read of many starts threads, which costs twice the processor time and, in a shuffled stream over
         # many shards, meets few neighbours.
-        views = [self._read_one(*one) for one in zip(shards.tolist(), places.tolist(), which, strict=True)]
+        rows = zip(shards.tolist(), places.tolist(), which.tolist(), strict=True)
+        views = [self._read_one(shard, place, decoders[view]) for shard, place, view in rows]
         batch = {"mean": self._stack(view.mean for view in views), "std": self._stack(view.std for view in views)}
-        if mirrored is not None and not stored:
+        if mirrored is not None and not has_mirror:
             _mirror_rows(batch, mirrored)
         labels = np.array([view.label for view in views], np.int32)  # decode_view lets none below 0 pass
         if labels.max(initial=0) >= self._metadata.num_classes:  # the next one is the model's null class
@@ -114,35 +117,27 @@ class StoredRecords:
                 loaded.label[indices] = batch["label"]
         return loaded
 
-    def _read_one(self, shard: int, place: int, mirrored: bool) -> schema.View:
-        try:
-            metadata = self._metadata
-            return schema.decode_view(self._read_bytes(shard, place), metadata.shape, metadata.has_mirror, mirrored)
-        except Exception as error:
-            raise self._damage(shard, place, error) from error
-
-    def examples(self, indices: np.ndarray) -> list[dict[str, np.ndarray | bytes | int]]:
+    def examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
         """The whole records at `indices` (B,): the fields of `schema.make_features`, whatever the files of TFDS say."""
-        features = schema.make_features(self._metadata.shape, self._metadata.has_mirror)
-        examples = []
-        for index in indices.tolist():
-            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            place = index - int(self._starts[shard])
-            try:
-                examples.append(features.deserialize_example_np(self._read_bytes(shard, place)))
-            except Exception as error:
-                raise self._damage(shard, place, error) from error
-        return examples
+        decode = schema.make_features(self._metadata.shape, self._metadata.has_mirror).deserialize_example_np
+        shards, places = self._locate(indices)
+        rows = zip(shards.tolist(), places.tolist(), strict=True)
+        return [self._read_one(shard, place, decode) for shard, place in rows]
 
-    def _read_bytes(self, shard: int, place: int) -> bytes:
-        reader = self._readers[shard] or self._open(shard)
-        return reader.read((place,))[0]
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each record, and its place there."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        return shards, indices - self._starts[shards]
 
-    def _damage(self, shard: int, place: int, error: Exception) -> UserError:
-        return UserError(
-            f"{self._path / self._shards[shard].file}: record {place} cannot be read, copy the file again or "
-            f"prepare the data set again: {in_a_line(error)}"
-        )
+    def _read_one(self, shard: int, place: int, decode: Callable[[bytes], T]) -> T:
+        try:
+            reader = self._readers[shard] or self._open(shard)
+            return decode(reader.read((place,))[0])
+        except Exception as error:
+            raise UserError(
+                f"{self._path / self._shards[shard].file}: record {place} cannot be read, copy the file again or "
+                f"prepare the data set again: {in_a_line(error)}"
+            ) from error
 
     def _open(self, shard: int) -> ArrayRecordReader:
         # Nothing is read ahead. Threads that come here together each open the file, and one reader stays.
@@ -154,10 +149,9 @@ class StoredRecords:
         self._readers[shard] = reader
         return reader
 
-    def _stack(self, arrays: Iterable[memoryview]) -> np.ndarray:
-        """Arrays of one shape (H, W, C), little-endian float16, as (B, H, W, C)."""
-        content = bytearray().join(arrays)
-        return np.frombuffer(content, "<f2").reshape(-1, *self._metadata.shape)
+    def _stack(self, arrays: Iterable[bytes]) -> np.ndarray:
+        """Arrays (H, W, C) of little-endian float16 as (B, H, W, C), writable."""
+        return np.frombuffer(bytearray().join(arrays), "<f2").reshape(-1, *self._metadata.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +161,13 @@ class Dataset:
     path: epath.Path
     metadata: schema.Metadata
 
-    def records(self, split: str, *, in_memory: bool = False) -> Records:
+    def stored(self, split: str) -> StoredRecords:
         """The records of a split, in the order of its shards."""
-        stored = StoredRecords(self.path, self.metadata.splits[split], self.metadata)
-        return stored.load() if in_memory else stored
+        return StoredRecords(self.path, self.metadata.splits[split], self.metadata)
+
+    def records(self, split: str, *, in_memory: bool = False) -> Records:
+        """The same, as `AnyDataset.records`."""
+        return self.stored(split).load() if in_memory else self.stored(split)
 
 
 def open_dataset(path: epath.PathLike) -> Dataset:

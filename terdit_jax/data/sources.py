@@ -1,15 +1,15 @@
-"""What a source of images is, and the two plain ones: scikit-learn's digits, and a folder with a folder a class.
+"""Sources of images: their definition, scikit-learn's digits, and a folder with a folder a class.
 
-A source lists its images, splits them and decodes one at a time; archives and TFDS data sets have modules of their
-own, encoding and writing belong to the builder.
+A source lists its images, splits them and decodes one at a time. Archives and TFDS data sets have modules of their own;
+encoding and writing belong to the builder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epath
 import numpy as np
@@ -20,14 +20,15 @@ from terdit_jax.data.listing import is_dangling, is_hidden, is_litter
 from terdit_jax.errors import UserError
 from terdit_jax.paths import as_path, is_remote
 
-AnyPath = pathlib.Path | epath.Path
+AnyPath: TypeAlias = pathlib.Path | epath.Path
+UNLABELLED = -1
 
 
 class Item(NamedTuple):
-    """One image of a source: its name there and the index of its class, None where only `load` can tell it."""
+    """One image of a source: its name there and the index of its class, UNLABELLED where only `load` can tell it."""
 
     source_id: str
-    label: int | None
+    label: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Source:
     splits: dict[str, list[Item]]  # "train" and "heldout"
     # The image (H, W, C), uint8 or float32 in [-1, 1], and its class; raises ImageError; many threads may call it.
     load: Callable[[Item], tuple[np.ndarray, int]]
-    # What lies among the images and is not one of them, by name, and why; never a class. `build` says it.
+    # Names of what lies among the images and is none of them, with the reason; never a class. `build` says it.
     ignored: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -97,30 +98,59 @@ def make_folder_source(
         held = listing.read()
     except OSError as error:
         raise UserError(f"--input={error.filename or root}: cannot be read ({error.strerror or error})") from error
-    if held:
-        if heldout_share is not None:
-            raise UserError(f"--heldout_share={heldout_share}: {root} brings its own held-out images in {held}/")
-        train, heldout = listing.items["train/"], listing.items[f"{held}/"]
-    else:
-        heldout_share = 0.1 if heldout_share is None else heldout_share
-        train, heldout = split_heldout(listing.items[""], heldout_share)
-    sizes = listing.sizes
-    lines = "".join(f"{source_id}\t{sizes[source_id]}\n" for source_id in sorted(sizes))
-    return Source(
-        description={
-            "kind": "folder",
-            "image_size": image_size,
-            "channels": channels,
-            "heldout_share": heldout_share,
-            "pictures": len(sizes),
-            "listing_sha256": hash_text(lines),
-        },
-        shape=(image_size, image_size, channels),
+    return make_crop_source(
+        "folder",
+        listing.items["train/" if held else ""],
+        listing.items[f"{held}/"] if held else None,
+        lambda item: (read_file(root / item.source_id), item.label),
+        image_size=image_size,
+        channels=channels,
+        heldout_share=heldout_share,
         class_names=listing.class_names,
-        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
+        listing=format_sizes(listing.sizes),
         ignored=listing.ignored,
-        load=lambda item: (_load_image(root / item.source_id, image_size, channels), item.label),
     )
+
+
+def make_crop_source(
+    kind: str,
+    train: list[Item],
+    heldout: list[Item] | None,
+    read: Callable[[Item], tuple[bytes, int]],
+    *,
+    image_size: int,
+    channels: int,
+    heldout_share: float | None,
+    default_share: float = 0.1,
+    class_names: tuple[str, ...],
+    listing: str,
+    ignored: dict[str, str],
+    **facts: str,
+) -> Source:
+    """A source of image files, cropped at their centres; without `heldout` a share of `train` is held out.
+
+    `read` gives a file's content and class, or raises ImageError. `listing` is a text that changes with the files;
+    `facts` are added to the description.
+
+    Raises:
+      UserError: a share that leaves a split empty, or that is asked for beside `heldout`.
+    """
+    if heldout is None:
+        heldout_share = default_share if heldout_share is None else heldout_share
+        train, heldout = split_heldout(train, heldout_share)
+    elif heldout_share is not None:
+        raise UserError(f"--heldout_share={heldout_share}: the {kind} brings its own held-out images, leave it out")
+
+    def load(item: Item) -> tuple[np.ndarray, int]:
+        data, label = read(item)
+        return decode_crop(data, image_size, channels), label
+
+    description = {
+        "kind": kind, "image_size": image_size, "channels": channels, "heldout_share": heldout_share, **facts,
+        "pictures": len(train) + len(heldout), "listing_sha256": hash_text(listing),
+    }  # fmt: skip
+    splits = {"train": hash_ordered(train), "heldout": hash_ordered(heldout)}
+    return Source(description, (image_size, image_size, channels), class_names, splits, load, ignored)
 
 
 def split_heldout(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
@@ -132,9 +162,9 @@ def split_heldout(items: list[Item], share: float) -> tuple[list[Item], list[Ite
     if not 0 < share < 1:
         raise UserError(f"--heldout_share={share}: must lie between 0 and 1")
     ranked = sorted(items, key=lambda item: (item.label, hash_text(item.source_id)))
-    train, heldout = [], []
-    for rank, item in enumerate(ranked):
-        (heldout if math.floor((rank + 1) * share) > math.floor(rank * share) else train).append(item)
+    is_heldout = [math.floor((rank + 1) * share) > math.floor(rank * share) for rank in range(len(ranked))]
+    train = [item for item, held in zip(ranked, is_heldout, strict=True) if not held]
+    heldout = [item for item, held in zip(ranked, is_heldout, strict=True) if held]
     if not train or not heldout:
         raise UserError(f"--heldout_share={share}: leaves no image of {len(items)} for one of the splits")
     return train, heldout
@@ -145,6 +175,11 @@ def hash_ordered(items: list[Item]) -> list[Item]:
     return sorted(items, key=lambda item: hash_text(item.source_id))
 
 
+def format_sizes(sizes: Mapping[str, int]) -> str:
+    """A line for each file, in the order of their names: its name and its bytes."""
+    return "".join(f"{source_id}\t{size}\n" for source_id, size in sorted(sizes.items()))
+
+
 def hash_text(text: str) -> str:
     """SHA-256 of a name or a list of names, in hexadecimal. Raises UserError where a name is not UTF-8."""
     try:
@@ -152,10 +187,6 @@ def hash_text(text: str) -> str:
     except UnicodeEncodeError as error:
         name = text[max(error.start - 40, 0) : error.end]
         raise UserError(f"{name!a}: rename it, file names must be UTF-8") from error
-
-
-def _load_image(path: AnyPath, size: int, channels: int) -> np.ndarray:
-    return decode_crop(read_file(path), size, channels)
 
 
 class _FolderListing:
@@ -224,7 +255,7 @@ class _FolderListing:
 
 
 def _size(file: AnyPath) -> int:
-    return file.stat().length if is_remote(file) else file.stat().st_size
+    return file.stat().st_size if isinstance(file, pathlib.Path) else file.stat().length
 
 
 def _class_folders(path: AnyPath) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Images in tar archives, one archive a class: ImageNet's ILSVRC2012_img_train.tar as it comes, or a folder of tars.
 
-Headers are read once to learn where each image lies, nothing is extracted; decoding belongs to the crop, the split
-to the sources.
+Headers are read once to learn where each image lies; nothing is extracted. Cropping and splitting belong to `sources`.
 """
 
 from collections.abc import Iterator
@@ -13,12 +12,11 @@ import tarfile
 from typing import NamedTuple
 
 from etils import epath
-import numpy as np
 
-from terdit_jax.data.crop import check_crop, decode_crop
+from terdit_jax.data.crop import check_crop
 from terdit_jax.data.image_file import MAX_FILE_BYTES, ImageError
 from terdit_jax.data.listing import is_hidden, is_image_name, is_litter
-from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
+from terdit_jax.data.sources import Item, Source, format_sizes, make_crop_source
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import brief
 
@@ -74,27 +72,17 @@ def make_tar_source(
     places = {source_id: place for listing, _ in listings for source_id, place in listing.items()}
     for _, ignored_in_class in listings:
         ignored |= ignored_in_class
-    items = [Item(source_id, label) for label, (listing, _) in enumerate(listings) for source_id in listing]
-    share = HELDOUT_SHARE if heldout_share is None else heldout_share
-    train, heldout = split_heldout(items, share)
-
-    def load(item: Item) -> tuple[np.ndarray, int]:
-        return decode_crop(_read(places[item.source_id]), image_size, channels), item.label
-
-    sizes = sorted((source_id, place.end - place.start) for source_id, place in places.items())
-    return Source(
-        description={
-            "kind": "tar",
-            "image_size": image_size,
-            "channels": channels,
-            "heldout_share": share,
-            "pictures": len(sizes),
-            "listing_sha256": hash_text("".join(f"{source_id}\t{size}\n" for source_id, size in sizes)),
-        },
-        shape=(image_size, image_size, channels),
+    return make_crop_source(
+        "tar",
+        [Item(source_id, label) for label, (listing, _) in enumerate(listings) for source_id in listing],
+        None,
+        lambda item: (_read(places[item.source_id]), item.label),
+        image_size=image_size,
+        channels=channels,
+        heldout_share=heldout_share,
+        default_share=HELDOUT_SHARE,
         class_names=tuple(archives),
-        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
-        load=load,
+        listing=format_sizes({source_id: place.end - place.start for source_id, place in places.items()}),
         ignored=ignored,
     )
 
@@ -196,7 +184,8 @@ def _refuse_class(root: pathlib.Path, name: str) -> None:
 
 def _list_images(class_name: str, archive: Stretch) -> tuple[dict[str, Stretch], dict[str, str]]:
     """The images of a class by source_id, and what of its archive is ignored."""
-    images, others = {}, {}
+    images: dict[str, Stretch] = {}
+    others: dict[str, str] = {}
     for name, place in list_members(archive, others):
         if is_litter(name):
             continue

@@ -6,24 +6,23 @@ like those of every other source, without TensorFlow.
 
 from collections.abc import Iterator
 import contextlib
-import inspect
 import os
 import re
+from typing import Any
 
 from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from terdit_jax.data.crop import check_crop, decode_crop
+from terdit_jax.data.crop import check_crop
 from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.schema import MAX_CLASSES
-from terdit_jax.data.sources import Item, Source, hash_ordered, hash_text, split_heldout
+from terdit_jax.data.sources import UNLABELLED, Item, Source, make_crop_source
 from terdit_jax.errors import UserError
 from terdit_jax.files import check_folder
 from terdit_jax.untrusted import brief, is_count, reading, short
 
 HELDOUT_SPLITS = ("validation", "test")  # the first that the data set has is held out
-HELDOUT_SHARE = 0.1  # where it has neither
 # NAME, NAME/CONFIG, NAME:VERSION or both; not TFDS's namespaces, which run code from elsewhere.
 NAME = re.compile(r"[A-Za-z]\w*(/\w[\w.+-]*)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?")
 PAGES = "https://www.tensorflow.org/datasets/catalog"
@@ -66,25 +65,9 @@ def make_tfds_source(
         listing = "".join(_list_files(name, builder.data_path, info.splits[split]) for split in splits)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         records = {s: builder.as_data_source(s, deserialize_method=raw, file_format="array_record") for s in splits}
-    if held:
-        if heldout_share is not None:
-            raise UserError(f"--heldout_share={heldout_share}: {name} brings its own held-out images, {held}")
-        train, heldout = _list_items("train", sizes["train"]), _list_items(held, sizes[held])
-    else:
-        heldout_share = HELDOUT_SHARE if heldout_share is None else heldout_share
-        train, heldout = split_heldout(_list_items("train", sizes["train"]), heldout_share)
-    description = {
-        "kind": "tfds",
-        "image_size": image_size,
-        "channels": channels,
-        "heldout_share": heldout_share,
-        "data_set": info.full_name,
-        "pictures": sum(sizes[split] for split in splits),
-        "listing_sha256": hash_text(listing),
-    }
     decoders = {image_key: tfds.decode.SkipDecoding()}
 
-    def load(item: Item) -> tuple[np.ndarray, int]:
+    def read(item: Item) -> tuple[bytes, int]:
         split, _, index = item.source_id.rpartition("/")
         try:
             record = records[split][int(index)]
@@ -96,15 +79,20 @@ def make_tfds_source(
             raise ImageError(f"cannot be read: {' '.join(str(error).split())}") from error
         if not 0 <= label < len(class_names):
             raise ImageError(f"its class is {label}, not one of 0 to {len(class_names) - 1}")
-        return decode_crop(data, image_size, channels), label
+        return data, label
 
-    return Source(
-        description=description,
-        shape=(image_size, image_size, channels),
+    return make_crop_source(
+        "tfds",
+        _list_items("train", sizes["train"]),
+        _list_items(held, sizes[held]) if held else None,
+        read,
+        image_size=image_size,
+        channels=channels,
+        heldout_share=heldout_share,
         class_names=class_names,
-        splits={"train": hash_ordered(train), "heldout": hash_ordered(heldout)},
-        load=load,
+        listing=listing,
         ignored={f"split {s}": f"{n:,} examples" for s, n in sizes.items() if n and s not in splits},
+        data_set=info.full_name,
     )
 
 
@@ -127,8 +115,9 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
             f" or run `tfds build {name} --file_format=array_record --data_dir=DIR` elsewhere and name that --data_dir"
         ) from error
     except Exception as error:  # of a builder, which is code of its own: downloads, checksums, versions, full disks
-        by_hand = builder is not None and builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-        hint = f"; its files are fetched by hand, see {PAGES}/{builder.name}" if by_hand else ""
+        hint = ""
+        if builder is not None and builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            hint = f"; its files are fetched by hand, see {PAGES}/{builder.name}"
         raise UserError(f"--input={name}: TFDS cannot prepare it ({_line(error)}){hint}") from error
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
@@ -146,10 +135,9 @@ def _own_features_only() -> Iterator[None]:
     features.json and dataset_info.json name a class for every feature, at any depth; TFDS imports the modules of those
     that it does not know, from the current directory too. All of them pass through this one function of TFDS.
     """
-    connector, known = tfds.features.FeatureConnector, set()
-    for feature in vars(tfds.features).values():
-        if inspect.isclass(feature) and issubclass(feature, connector):
-            known |= {f"{feature.__module__}.{feature.__name__}", *feature.ALIASES}
+    connector: Any = tfds.features.FeatureConnector  # an attribute of it is replaced below
+    own: list[Any] = [f for f in vars(tfds.features).values() if isinstance(f, type) and issubclass(f, connector)]
+    known = {name for feature in own for name in (f"{feature.__module__}.{feature.__name__}", *feature.ALIASES)}
     theirs = connector.__dict__["cls_from_name"]
 
     def cls_from_name(cls: type, python_class_name: str) -> type:
@@ -192,7 +180,7 @@ def _find_keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 def _list_items(split: str, count: int) -> list[Item]:
     """The items of a split, whose `count` the sizes of its files have been found to allow."""
-    return [Item(f"{split}/{index:08d}", None) for index in range(count)]
+    return [Item(f"{split}/{index:08d}", UNLABELLED) for index in range(count)]
 
 
 def _class_names(name: str, feature: tfds.features.ClassLabel) -> tuple[str, ...]:

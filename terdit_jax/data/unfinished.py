@@ -22,7 +22,7 @@ PLAN_FILE = "plan.json"
 
 @dataclasses.dataclass(frozen=True)
 class FinishedShard:
-    """What is remembered of a shard: the metadata's entry, its latents' moments (C numbers each), images left out."""
+    """A shard in its place: the metadata's entry, its latents' moments (C numbers each), images left out."""
 
     shard: schema.Shard
     count: int  # latent vectors
@@ -44,15 +44,13 @@ class Unfinished:
         check_free(path)
         plan = json.loads(json.dumps(plan))
         if found := self._read(PLAN_FILE):
-            for key in sorted(found.keys() | plan.keys()):
-                if found.get(key) != plan.get(key):
-                    raise UserError(
-                        f"--output={path}: holds an unfinished data set, whose {difference(key, found, plan)}; "
-                        "finish that one, delete it or name another directory"
-                    )
+            if change := difference(found, plan):
+                raise UserError(
+                    f"--output={path}: holds an unfinished data set, whose {change}; finish that one, delete it or "
+                    "name another directory"
+                )
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(PLAN_FILE, plan)
+            write_json(self.folder / PLAN_FILE, plan)
 
     def finished(self, file: str) -> FinishedShard | None:
         """The shard of this name, None while it is missing or not as large as it was."""
@@ -71,7 +69,7 @@ class Unfinished:
 
     def add(self, finished: FinishedShard) -> None:
         """Remembers a shard whose file is in its place."""
-        self._write(f"{finished.shard.file}.json", dataclasses.asdict(finished))
+        write_json(self.folder / f"{finished.shard.file}.json", dataclasses.asdict(finished))
 
     def remove(self) -> None:
         """Forgets everything, also what killed workers have left behind; the data set is complete."""
@@ -85,12 +83,9 @@ class Unfinished:
             return None
         return parse_json(content, f"{self.folder / name} is damaged, delete it and run again: it", dict)
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        write_json(self.folder / name, content)
-
 
 def _parse(content: dict[str, Any], file: str) -> FinishedShard:
-    """What is remembered of a shard, of untrusted JSON. Raises ValueError, KeyError or TypeError."""
+    """A finished shard of untrusted JSON. Raises ValueError, KeyError or TypeError."""
     finished = FinishedShard(
         shard=schema.parse_shard(content["shard"]),
         count=content["count"],
@@ -122,6 +117,6 @@ def check_free(path: epath.Path) -> None:
 def totals(shards: Sequence[FinishedShard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation, C numbers each, of draws from the posteriors of all the shards' records."""
     count = sum(shard.count for shard in shards)
-    means = [sum(values) / count for values in zip(*(shard.total for shard in shards), strict=True)]
-    squares = [sum(values) / count for values in zip(*(shard.total_square for shard in shards), strict=True)]
+    sums = ((shard.total for shard in shards), (shard.total_square for shard in shards))
+    means, squares = ([sum(values) / count for values in zip(*columns, strict=True)] for columns in sums)
     return tuple(means), tuple(max(square - mean**2, 0.0) ** 0.5 for mean, square in zip(means, squares, strict=True))

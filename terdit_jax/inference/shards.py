@@ -21,7 +21,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.files import check_output, new_file, refusing
 from terdit_jax.inference.pictures import encode_png, in_color
 from terdit_jax.paths import as_path, is_remote
-from terdit_jax.untrusted import load_arrays, parse_json, reading, short_json
+from terdit_jax.untrusted import difference, load_arrays, parse_json, reading
 
 PLAN_FILE = "plan.json"
 _WRITERS = 16  # threads that compress PNGs
@@ -172,9 +172,8 @@ class Shards:
             found = parse_json(path.read_bytes(), path.name, dict)
         except (OSError, UserError):
             raise UserError(f"--output={self.output}: exists and no {path.name} tells its settings; {what}") from None
-        for key in _differences(found, self.plan):
-            old, new = (short_json(_entry(plan, key)) for plan in (found, self.plan))
-            raise UserError(f"--output={self.output}: its {key[:60]} is {old}, not {new}, and it {what}")
+        if change := difference(found, self.plan):
+            raise UserError(f"--output={self.output}: its {change}, and it {what}")
 
     def _write_json(self, path: epath.Path) -> None:
         with self._new_file(path) as file:
@@ -207,18 +206,3 @@ def check_set(output: epath.Path) -> None:
         raise UserError(f"--output={output}: {error.strerror or error}") from error
     if not output.exists():
         check_output(output)
-
-
-def _differences(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the entries that differ between two plans."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            yield from _differences(found.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
-    elif found != wanted:
-        yield prefix or "plan"
-
-
-def _entry(plan: Any, key: str) -> Any:
-    for name in key.split("."):
-        plan = plan.get(name) if isinstance(plan, dict) else plan
-    return plan
