@@ -4,7 +4,6 @@ import hashlib
 import json
 import zlib
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -22,13 +21,14 @@ from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import params_leaves, published_layout, published_tensors
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.weights import open_weights, packed_leaves
-from tests.deployed import assert_same_leaves, describe, random_params, random_weights, small_config
+from tests.deployed import describe, random_params, random_weights, small_config
 from tests.forged_containers import Parts, render, seal
 
 # The smallest whose planes are all worth compressing.
 MODEL = small_config(hidden_size=32, num_heads=2, input_size=4, num_classes=3, ffn_multiple_of=16)
 PLANES = "layers.1.feed_forward.w2.weight"
 FLOATS = "layers.0.attention_norm.weight"
+METADATA = ["header_sha256", "format", "version", "description", "sha256", "zlib"]
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +80,12 @@ def test_what_is_written_is_read(artifacts, tmp_path, compress):
         assert actual[name].tobytes() == np.asarray(leaf).tobytes(), name
 
 
-def test_compressed_or_not_it_is_the_same_model(artifacts, tmp_path):
-    for compress, content in artifacts[0].items():
-        (tmp_path / str(compress)).write_bytes(content)
-    assert_same_leaves(open_weights(tmp_path / "True"), open_weights(tmp_path / "False"))
-    sizes = {compress: len(Parts(content).data()) for compress, content in artifacts[0].items()}
-    assert 0.7 < sizes[True] / sizes[False] < 1
-
-
 def test_the_header_says_what_the_format_promises(artifacts, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(artifacts[0][False])
     container = open_container(tmp_path / "a.safetensors")
     metadata = container.metadata
     assert is_artifact(container)
-    assert list(metadata) == ["header_sha256", "format", "version", "description", "sha256", "zlib"]
+    assert list(metadata) == METADATA
     assert (metadata["format"], metadata["version"], metadata["zlib"]) == ("terdit_jax", "1", "{}")
     assert json.loads(metadata["description"]) == artifacts[1].description.to_dict()
     for name, digest in json.loads(metadata["sha256"]).items():
@@ -120,15 +112,7 @@ def test_every_flipped_bit_is_refused(artifacts, tmp_path, compress):
 
 def test_a_damaged_mark_does_not_make_it_a_plain_file(artifacts, tmp_path):
     content = artifacts[0][False]
-    for mark in (
-        b'"format"',
-        b'"terdit_jax"',
-        b'"version"',
-        b'"header_sha256"',
-        b'"sha256"',
-        b'"zlib"',
-        b"__metadata__",
-    ):
+    for mark in (*(b'"%b"' % name.encode() for name in METADATA), b'"terdit_jax"', b"__metadata__"):
         place = content.index(mark) + 2
         for bit in range(8):
             changed = bytearray(content)
@@ -163,10 +147,15 @@ def drop_metadata(name):
         (set_metadata(version="2"), "artifact version '2', this code reads '1'"),
         (set_metadata(version="\n" * 99), "artifact version '" + r"\n" * 20 + "', this code reads '1'"),
         (drop_metadata("version"), "artifact version 'none', this code reads '1'"),
-        (set_metadata(more="x"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
-        (drop_metadata("zlib"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
-        (drop_metadata("header_sha256"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
-        (set_metadata(format="other"), "must hold exactly description, format, header_sha256, sha256, version, zlib"),
+        *(
+            (change, f"must hold exactly {', '.join(sorted(METADATA))}")
+            for change in (
+                set_metadata(more="x"),
+                drop_metadata("zlib"),
+                drop_metadata("header_sha256"),
+                set_metadata(format="other"),
+            )
+        ),
         (set_metadata(header_sha256="\ud800"), "not a safetensors file, or cut off or damaged"),
         (set_metadata(header_sha256=""), "its header does not match its SHA-256: the file is damaged"),
         (set_metadata(zlib="[]"), "the zlib list is not a JSON dict"),
@@ -234,47 +223,6 @@ def test_an_empty_shape_does_not_inflate_a_bomb(tmp_path, artifacts):
     _, state_dict = open_artifact(open_container(tmp_path / "a"), "a")
     with pytest.raises(UserError, match="does not inflate to the 0 bytes it should"):
         state_dict.read(PLANES)
-
-
-@pytest.mark.parametrize("code", ["F64", "F32", "F16", "BF16"])
-def test_scales_that_are_not_finite_are_refused(artifacts, tmp_path, code):
-    dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[code]
-    name = "layers.0.attention.wq.alphas"
-    for value in (np.nan, np.inf, -np.inf, *([1e30] if code != "F16" else []), *([1e300] if code == "F64" else [])):
-
-        def change(parts, value=value):
-            parts.tensors[name] = [code, [1], np.array([value], dtype).tobytes()]
-
-        message = refusal(tmp_path / "a", forged(artifacts[0][False], change))
-        assert message == f"checkpoint tensor {name!r} holds values that are not finite, or beyond 2**40"
-
-
-@pytest.mark.parametrize("pair", range(4))
-def test_the_code_that_stands_for_nothing_is_refused(artifacts, tmp_path, pair):
-    def change(parts):
-        content = bytearray(parts.tensors[PLANES][2])
-        content[17] |= 0b11 << 2 * pair
-        parts.tensors[PLANES][2] = bytes(content)
-
-    message = refusal(tmp_path / "a", forged(artifacts[0][False], change))
-    assert message == f"checkpoint tensor {PLANES!r} holds the 2-bit code 11, which stands for no ternary value"
-
-
-def test_an_existing_file_stays_and_a_failure_leaves_nothing(tmp_path):
-    description, layout = describe(MODEL), published_layout(MODEL, packed=True)
-    (tmp_path / "a").write_text("precious")
-    with pytest.raises(UserError, match="exists already"):
-        write_artifact(tmp_path / "a", description, layout, [])
-    assert (tmp_path / "a").read_text() == "precious"
-
-    def broken():
-        yield from list(published_tensors(MODEL, packed_leaves(MODEL, random_weights(MODEL).leaves())))[:5]
-        raise UserError("no more")
-
-    for write in (write_artifact, write_plain):
-        with pytest.raises(UserError, match="no more"):
-            write(tmp_path / "b", description, layout, broken())
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def planes_of(codes_per_row, rows, generator):

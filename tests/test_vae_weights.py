@@ -55,15 +55,12 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def older(tensors, convolutions):
-    """Under the names that diffusers once gave them, optionally with the attention's maps as 1x1 convolutions."""
-
-    def rename(name):
-        return re.sub(r"to_q|to_k|to_v|to_out\.0", lambda match: OLD[match[0]], name)
-
-    attention = re.compile(r"\.to_\w+(\.0)?\.weight$")
+def renamed(tensors, convolutions, older=True):
+    """Names that diffusers once gave them if `older`; the attention's maps as 1x1 convolutions or matrices."""
     return {
-        rename(name): array[:, :, None, None] if convolutions and attention.search(name) else array
+        re.sub(r"to_q|to_k|to_v|to_out\.0", lambda match: OLD[match[0]] if older else match[0], name): (
+            array[:, :, None, None] if convolutions and array.ndim == 2 else array
+        )
         for name, array in tensors.items()
     }
 
@@ -82,18 +79,10 @@ def test_the_tree_is_the_models_own(tensors):
     np.testing.assert_array_equal(params["encoder"]["mid_block"]["attentions"]["0"]["to_q"]["weight"], tensors[QUERY])
 
 
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("convolutions", [False, True])
-def test_older_names_and_shapes_are_the_same_weights(folder, tensors, convolutions):
-    save_file(older(tensors, convolutions), folder / SAFETENSORS)
-    assert_same(load_vae(folder), load_vae(TINY))
-
-
-@pytest.mark.parametrize("convolutions", [False, True])
-def test_todays_names_with_either_shape(folder, tensors, convolutions):
-    arrays = {
-        name: array[:, :, None, None] if convolutions and array.ndim == 2 else array for name, array in tensors.items()
-    }
-    save_file(arrays, folder / SAFETENSORS)
+def test_todays_and_older_names_and_shapes_are_the_same_weights(folder, tensors, older, convolutions):
+    save_file(renamed(tensors, convolutions, older), folder / SAFETENSORS)
     assert_same(load_vae(folder), load_vae(TINY))
 
 
@@ -158,20 +147,12 @@ def test_another_architecture_is_named(folder, name, value):
     assert_refused(folder, f"config.json: .*{known}")
 
 
-def test_nan_in_the_configuration_is_named(folder):
-    (folder / CONFIG).write_text(json.dumps(PUBLISHED | {"scaling_factor": float("nan")}))
-    with pytest.raises(UserError, match="config.json.*NaN"):
-        load_vae(folder)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "not sound JSON"),
         (b"[]", "not a JSON dict"),
-        (b'{"a": 1, "a": 2}', "a key occurs twice"),
-        (b"\xff{}", "not sound JSON"),
-        (b"[" * 60_000, "not sound JSON"),
+        (b'{"scaling_factor": NaN}', "config.json.*NaN"),
         (b" " * 70_000, "larger than 65536 bytes"),
     ],
 )
@@ -189,60 +170,48 @@ def test_files_that_are_not_there(folder):
     assert_refused(folder, "cannot read .*config.json: No such file")
 
 
-@pytest.mark.parametrize("name", [QUERY, "quant_conv.weight", "post_quant_conv.bias", "decoder.conv_norm_out.weight"])
-def test_a_missing_tensor_is_named(folder, tensors, name):
-    del tensors[name]
-    save_file(tensors, folder / SAFETENSORS)
-    assert_refused(folder, f"lacks tensor '{re.escape(name)}'")
+def of_shape(name, *shape):
+    return lambda tensors: {name: tensors[name].reshape(shape)}
 
 
-@pytest.mark.parametrize(
-    "name", ["encoder.conv_in.scale", "model.quant_conv.bias", "decoder.up_blocks.0.query.weight", "x" * 1000, "a\nb"]
-)
-def test_an_unknown_tensor_is_named(folder, tensors, name):
-    save_file(tensors | {name: np.zeros(1, np.float32)}, folder / SAFETENSORS)
-    assert_refused(folder, f"tensor {re.escape(repr(name[:60]))} does not belong")
+def with_value(value):
+    def spoil(tensors):
+        spoiled = tensors[PROJECTION].astype(np.float64)
+        spoiled[3, 4] = value
+        return {PROJECTION: spoiled}
+
+    return spoil
 
 
-def test_a_parameter_under_both_names_is_refused(folder, tensors):
-    old = QUERY.replace("to_q", "query")
-    save_file(tensors | {old: tensors[QUERY]}, folder / SAFETENSORS)
-    assert_refused(folder, "are the same parameter")
+UNFIT = [  # tensors in the place of sound ones, None for one that is missing, and what is said of them
+    *((lambda _, n=name: {n: None}, f"lacks tensor '{name}'") for name in (QUERY, "quant_conv.weight")),
+    *(
+        (lambda _, n=name: {n: np.zeros(1, np.float32)}, f"tensor {re.escape(repr(name[:60]))} does not belong")
+        for name in ("encoder.conv_in.scale", "model.quant_conv.bias", "decoder.up_blocks.0.query.weight", "x" * 1000)
+    ),
+    (lambda _: {"a\nb": np.zeros(1)}, re.escape(r"tensor 'a\nb' does not belong")),
+    (lambda tensors: {QUERY.replace("to_q", "query"): tensors[QUERY]}, "are the same parameter"),
+    (of_shape("encoder.conv_in.weight", 3, 3, 3, 32), r"'encoder.conv_in.weight' has shape \(3, 3, 3, 32\)"),
+    (of_shape("encoder.conv_in.bias", 32, 1), r"'encoder.conv_in.bias' has shape \(32, 1\)"),
+    (of_shape(QUERY, 32, 128), r"to_q.weight' has shape \(32, 128\)"),
+    (of_shape(PROJECTION, 1, 1, 64, 64), r"to_out.0.weight' has shape \(1, 1, 64, 64\)"),
+    (of_shape("quant_conv.weight", 8, 8), r"'quant_conv.weight' has shape \(8, 8\)"),
+    *((with_value(value), "holds values that are not finite") for value in (np.nan, np.inf, -np.inf, 1e300)),
+    (lambda tensors: {QUERY: tensors[QUERY].astype(np.int8)}, "holds int8"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("encoder.conv_in.weight", (3, 3, 3, 32)),
-        ("encoder.conv_in.bias", (32, 1)),
-        (QUERY, (32, 128)),
-        (PROJECTION, (1, 1, 64, 64)),
-        ("quant_conv.weight", (8, 8)),
-    ],
-)
-def test_another_shape_is_named(folder, tensors, name, shape):
-    save_file(tensors | {name: tensors[name].reshape(shape)}, folder / SAFETENSORS)
-    assert_refused(folder, f"'{re.escape(name)}' has shape {re.escape(str(shape))}")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_what_is_not_finite_is_refused(folder, tensors, value):
-    spoiled = tensors[PROJECTION].astype(np.float64)
-    spoiled[3, 4] = value
-    save_file(tensors | {PROJECTION: spoiled}, folder / SAFETENSORS)
-    assert_refused(folder, f"'{re.escape(PROJECTION)}' holds values that are not finite")
-
-
-def test_integers_are_refused(folder, tensors):
-    save_file(tensors | {QUERY: tensors[QUERY].astype(np.int8)}, folder / SAFETENSORS)
-    assert_refused(folder, "holds int8")
+@pytest.mark.parametrize(("change", "message"), UNFIT)
+def test_tensors_that_do_not_fit_are_named(folder, tensors, change, message):
+    changed = tensors | change(tensors)
+    save_file({name: array for name, array in changed.items() if array is not None}, folder / SAFETENSORS)
+    assert_refused(folder, message)
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS, TORCH])
-@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"PK\x03\x04 not a zip"])
-def test_files_of_something_else(folder, name, content):
+def test_files_of_something_else(folder, name):
     (folder / SAFETENSORS).unlink()
-    (folder / name).write_bytes(content)
+    (folder / name).write_bytes(b"PK\x03\x04 not a zip")
     assert_refused(folder, name)
 
 
@@ -334,7 +303,7 @@ def test_the_identity_is_the_weights_whatever_the_file(folder, tensors):
         shape = ",".join(map(str, tensors[name].shape))
         digest.update(f"\n{name} {shape}\n".encode() + tensors[name].astype("<f4").tobytes())
     assert identity == digest.hexdigest()[:12]
-    save_file(older(tensors, True), folder / SAFETENSORS)
+    save_file(renamed(tensors, True), folder / SAFETENSORS)
     assert vae_identity(*load_vae(folder)) == identity
     (folder / SAFETENSORS).unlink()
     save_state_dict(tensors, folder / TORCH)

@@ -14,7 +14,6 @@ from terdit_jax.ternary.packing import pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
 from tests.deployed import (
     assert_same_leaves,
-    describe,
     golden_weights,
     make_workdir,
     random_params,
@@ -22,7 +21,6 @@ from tests.deployed import (
     small_config,
     weights_of,
 )
-from tests.golden_models import GOLDEN
 
 
 @pytest.fixture(scope="module")
@@ -64,45 +62,27 @@ def test_a_workdir_gives_its_raw_or_averaged_weights_of_a_step(workdir, ema, ste
     assert [path for path, _ in weights.leaves()] == [leaf.path for leaf in model_leaves(weights.model)]
 
 
-def test_a_missing_step_is_one_line(workdir):
-    with pytest.raises(UserError, match=r"has no step 5: there are \[1, 2\]"):
-        open_weights(workdir[0], step=5)
-
-
-def test_a_step_of_what_is_no_workdir_is_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere", GOLDEN / "terdit_tiny.safetensors"):
-        with pytest.raises(UserError, match=f"step 3 was asked for, but {path} is no workdir"):
-            open_weights(path, step=3)
-
-
-def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match="nowhere does not exist: give a workdir, an artifact or a published"):
-        open_weights(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(("names", "found"), [([], "nothing"), (["b.txt", "a.txt"], "a.txt, b.txt")])
-def test_a_folder_of_something_else_says_what_it_holds(tmp_path, names, found):
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ([], {"step": 3}, "step 3 was asked for, but .* is no workdir"),
+        ([], {}, "neither a run's checkpoints/ nor consolidated_ema_ternary.* nor consolidated_ema.*is nothing"),
+        (["b.txt", "a.txt"], {}, "nor consolidated_ema.00-of-01.pth: there is a.txt, b.txt"),
+        (
+            ["consolidated_ema_ternary.00-of-01.pth"], {"ema": False},
+            "consolidated_ternary.00-of-01.pth nor consolidated.00-of-01.pth: there is consolidated_ema",
+        ),
+        (
+            [f"consolidated_ema.{i:02}-of-02.pth" for i in range(2)], {},
+            r"several parts \(consolidated_ema.01-of-02.pth\): only 00-of-01",
+        ),
+    ],
+)  # fmt: skip
+def test_a_folder_of_something_else_says_what_it_holds(tmp_path, names, options, message):
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(UserError) as caught:
-        open_weights(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path} holds neither a run's checkpoints/ nor consolidated_ema_ternary.00-of-01.pth nor "
-        f"consolidated_ema.00-of-01.pth: there is {found}"
-    )
-
-
-def test_a_folder_with_the_other_weights_only_is_refused(tmp_path):
-    (tmp_path / consolidated_name(ema=True, ternary=True)).touch()
-    with pytest.raises(UserError, match="consolidated_ternary.00-of-01.pth nor consolidated.00-of-01.pth: there is"):
-        open_weights(tmp_path, ema=False)
-
-
-def test_a_checkpoint_in_several_parts_is_refused(tmp_path):
-    for i in range(2):
-        (tmp_path / f"consolidated_ema.{i:02}-of-02.pth").touch()
-    with pytest.raises(UserError, match=r"several parts \(consolidated_ema.01-of-02.pth\): only 00-of-01"):
-        open_weights(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_weights(tmp_path, **options)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
@@ -149,8 +129,8 @@ def test_model_args_of_another_model_are_refused(folder, tmp_path):
         open_weights(tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model_raw.safetensors"])
-def test_safetensors_of_other_software_are_taken_for_a_published_model(tmp_path, name):
+def test_safetensors_of_other_software_are_taken_for_a_published_model(tmp_path):
+    name = "model.safetensors"
     tensors = dict(published_tensors(small_config(), random_weights(small_config()).leaves()))
     save_file({key: np.array(tensor) for key, tensor in tensors.items()}, tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: width 32 with 2 layers is none of the published models"):
@@ -169,11 +149,6 @@ def test_ternarising_is_the_quantisers_and_leaves_the_rest_alone():
         np.testing.assert_array_equal(packed[leaf.path], expected, err_msg=leaf.path)
     again = dict(packed_leaves(model, packed.items()))
     assert all(again[path] is array for path, array in packed.items()), "what is packed already stays as it is"
-
-
-def test_a_full_precision_model_has_nothing_to_ternarise():
-    model = small_config(ternary=False)
-    assert all(array.dtype == np.float32 for _, array in packed_leaves(model, params_leaves(random_params(model))))
 
 
 def test_master_weights_come_back_bit_for_bit():
@@ -205,8 +180,3 @@ def test_a_matrix_of_nothing_but_zeros_stays_finite():
     leaves[path][0] = 0b01010101
     masters = dict(params_leaves(master_params(model, leaves.items())))[path]
     assert not masters[0].any() and np.isfinite(masters).all() and masters[1].any()
-
-
-def test_the_descriptions_model_is_the_weights_model():
-    weights = random_weights(small_config())
-    assert weights.model is weights.description.model and weights.model == describe(small_config()).model
