@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 def one_line(message: str) -> str:
-    """The message on one line that a terminal can show, without the middle of what exceeds a few lines of a screen."""
+    """The message on one line that a terminal can show, without its middle if it exceeds a few lines of a screen."""
     line = printable(" ".join(message.split()))
     return line if len(line) <= _LONGEST_LINE else f"{line[:_HEAD]} ... {line[-(_LONGEST_LINE - _HEAD - 5) :]}"
 

@@ -117,18 +117,10 @@ def write_json(
 
 
 def set_aside(path: epath.PathLike, place: epath.PathLike | None = None) -> epath.Path:
-    """Moves what cannot be used out of the way, under a name that is free; nothing in it is read or changed.
+    """Moves a file or folder out of the way, under a name that is free, and returns where it is now.
 
-    Args:
-      path: a file or folder.
-      place: the folder to move it into. Where that cannot be (another file system, no permission), or without one, it
-        stays where it is, as NAME.damaged.
-
-    Returns:
-      Where it is now.
-
-    Raises:
-      OSError: it cannot be moved at all.
+    It goes into `place`, a folder. Where that cannot be (another file system, no permission), or without one, it stays
+    where it is, as NAME.damaged. Raises OSError if it cannot be moved at all.
     """
     path = epath.Path(path)
     if place is not None:
@@ -143,7 +135,7 @@ def set_aside(path: epath.PathLike, place: epath.PathLike | None = None) -> epat
 
 @contextlib.contextmanager
 def refusing(path: epath.PathLike, flag: str = "--output") -> Iterator[None]:
-    """Makes a UserError that names `path` of an OSError within, for files that a user asked for."""
+    """Turns an OSError within into a UserError that names `path`, for files that a user asked for."""
     try:
         yield
     except FileExistsError as error:
@@ -163,15 +155,10 @@ def refuse_existing(path: epath.PathLike, flag: str = "--output") -> None:
 
 
 def check_output(path: epath.PathLike, flag: str = "--output", *, replace: bool = False) -> None:
-    """Finds out before the work whether a file can be written behind it; nothing is left of the trial.
-
-    Args:
-      path: of the file to write.
-      flag: that names it.
-      replace: whether it may take the place of a file that is there.
+    """Finds out before the work whether a file can be written after it; nothing is left of the trial.
 
     Raises:
-      UserError: something is there that may not be replaced, or its folder takes no files.
+      UserError: something is there that is no file or, without `replace`, anything; or its folder takes no files.
     """
     if not replace:
         refuse_existing(path, flag)

@@ -18,12 +18,6 @@ def host_memory() -> int:
 
 
 def check_host(size: int, what: str, advice: str) -> None:
-    """Raises UserError if `size` bytes are more than the host has.
-
-    Args:
-      size: bytes that will be held at once.
-      what: the value that asks for them, as "--num_samples=5".
-      advice: what to do.
-    """
+    """Raises UserError if the host has less than `size` bytes; `what` asks for them, as "--num_samples=5"."""
     if size > host_memory():
         raise UserError(f"{what}: needs {size:,} bytes, and there are {host_memory():,} of host memory; {advice}")

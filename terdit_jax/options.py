@@ -1,6 +1,6 @@
 """Flags of the commands beyond absl's own: numbers that are finite, and none that is given for nothing.
 
-Flags that name a place are `paths`'s, the configuration's `config_file`'s.
+Flags that name a place belong to `paths`, those of the configuration to `config_file`.
 """
 
 from collections.abc import Iterable
@@ -32,19 +32,11 @@ def define_float(
 
 
 def refuse_unused(holders: Iterable[flags.FlagHolder[Any]], why: str) -> None:
-    """Raises UserError for the first of the flags that was given, though nothing reads it here.
-
-    Args:
-      holders: flags that take no part.
-      why: what makes them so, as "with --inspect".
-    """
+    """Raises UserError for the first flag that was given though nothing reads it: `why`, as "with --inspect"."""
     for holder in holders:
         if holder.present:
-            raise UserError(f"--{holder.name}={_written(holder.value)}: takes no part {why}, leave it out")
-
-
-def _written(value: Any) -> str:
-    return ",".join(value) if isinstance(value, list) else str(value)
+            value = ",".join(holder.value) if isinstance(holder.value, list) else holder.value
+            raise UserError(f"--{holder.name}={value}: takes no part {why}, leave it out")
 
 
 class _FloatParser(flags.ArgumentParser):

@@ -1,6 +1,6 @@
 """Paths as people write them: relative, with `~`, or as the address of an object store.
 
-Every flag, field and argument that names a place passes through `as_path`; what is written there is `files`'s.
+Every flag, field and argument that names a place passes through `as_path`; `files` writes there.
 """
 
 import importlib.util
@@ -49,11 +49,7 @@ def as_path(value: epath.PathLike, name: str = "path") -> epath.Path:
 
 
 def local_path(value: epath.PathLike, name: str = "path") -> Path:
-    """As `as_path`, for what can be read from a file system only.
-
-    Raises:
-      UserError: as `as_path`; the address of an object store.
-    """
+    """A place on a file system; else as `as_path`. Raises UserError also for the address of an object store."""
     path = as_path(value, name)
     if is_remote(path):
         raise UserError(f"{name}={os.fspath(path)}: cannot be read from an object store; copy it to this machine first")

@@ -99,7 +99,7 @@ def read_array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtyp
 
 
 def short(value: object) -> str:
-    """An untrusted value in a message. Lists and dicts are not looked into: they may be endless, or as good as that."""
+    """An untrusted value for a message. Lists and dicts are not looked into: they may be as good as endless."""
     if isinstance(value, int) and abs(value) >= 1 << 64:
         return "an enormous number"
     if value is None or isinstance(value, int | float | str):

@@ -1,11 +1,11 @@
-"""Which versions of packages a report or a table was made with."""
+"""Versions of the packages that a report or a table was made with."""
 
 import contextlib
 import importlib.metadata
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed, by name; a checkout that runs in place is not."""
+    """Versions by name of those that are installed; a checkout that runs in place is not."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -26,18 +26,17 @@ def test_each_part_is_work_over_rate():
     assert roofline.network == pytest.approx(10 * 0.45 * 7 / 8 / 450)
 
 
-def test_between_nodes_the_network_counts():
+@pytest.mark.parametrize(
+    ("size", "groups", "seconds"),
+    [
+        (400_000_000, (tuple(range(16)),), 0.4 * 15 / 16 / 400),  # between nodes the network counts
+        (100_000_000, ((0, 1), (2, 8)), 0.1 / 2 / 50),  # the slowest group decides
+    ],
+)
+def test_groups_over_two_nodes(size, groups, seconds):
     nodes = parse_topology("h200:16")
-    groups = (tuple(range(16)),)
-    roofline = make_roofline(nodes, Costs({}, 0), [gather(400_000_000, groups=groups)], places(nodes))
-    assert roofline.network == pytest.approx(0.4 * 15 / 16 / 400)
-
-
-def test_the_slowest_group_decides():
-    nodes = parse_topology("h200:16")
-    groups = ((0, 1), (2, 8))
-    roofline = make_roofline(nodes, Costs({}, 0), [gather(100_000_000, groups=groups)], places(nodes))
-    assert roofline.network == pytest.approx(0.1 / 2 / 50)
+    roofline = make_roofline(nodes, Costs({}, 0), [gather(size, groups=groups)], places(nodes))
+    assert roofline.network == pytest.approx(seconds)
 
 
 def test_overlapped_and_in_turn():

@@ -54,10 +54,3 @@ def test_bandwidth_follows_the_dimensions_that_a_group_extends_along():
     assert cube.bandwidth([(1, 2, z) for z in range(4)]) == 100e9
     assert cube.bandwidth([(1, 2, z) for z in range(0, 8, 2)]) == 100e9
     assert math.isinf(parse_topology("cpu:8").bandwidth([(0,), (1,)]))
-
-
-def test_bandwidth_between_nodes_is_the_network_s():
-    nodes = parse_topology("h200:16")
-    assert nodes.bandwidth([nodes.place(i, None) for i in range(8)]) == 450e9
-    assert nodes.bandwidth([nodes.place(i, None) for i in range(16)]) == 400e9
-    assert nodes.bandwidth([nodes.place(i, None) for i in (3, 11)]) == 50e9

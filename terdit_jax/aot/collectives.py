@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text: every collective, its bytes, its mesh axes.
+"""The collectives of a compiled program, read from its HLO text: each one's bytes and mesh axes.
 
 Pure functions of text: nothing is compiled here. Dtypes are reported as the compiler left them; XLA's CPU backend turns
 bfloat16 collectives into float32 ones, so bytes of bfloat16 must be read from a program for an accelerator.
@@ -39,7 +39,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of the whole array, once."""
+        """Size of the whole array, once."""
         return Array(self.dtype, self.shape).bytes
 
     @property

@@ -1,4 +1,4 @@
-"""What a compiled program computes and what it moves between a chip and its memory, loops counted as often as they run.
+"""The FLOPs of a compiled program and its traffic between a chip and its memory, loops counted as often as they run.
 
 The compilers' own cost analysis counts a loop's body once, so the HLO text is read instead.
 """
@@ -102,8 +102,10 @@ def _flops(instruction: Instruction, known: dict[str, Instruction]) -> tuple[str
 
 
 def _convolution(instruction: Instruction, known: dict[str, Instruction]) -> tuple[str, float]:
-    """TPU compilers write matrix products as convolutions, batches and stacks as windows of which most is padding: only
-    places where a kernel meets an input count."""
+    """FLOPs of a convolution, as which TPU compilers write matrix products.
+
+    Batches and stacks become windows of which most is padding: only places where a kernel meets an input count.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     left, kernel = _operand(instruction, 0, known), _operand(instruction, 1, known)
     if labels is None or kernel is None or left is None:
@@ -193,7 +195,7 @@ _RENAMES = ("bitcast", "reshape", "copy", "transpose", "convert")
 
 
 def _sliced(name: str, uses: dict[str, list[Instruction]], inside: dict[str, Instruction]) -> list[Array] | None:
-    """What is really read of a fusion's parameter that is only sliced or updated in place; None if all of it is."""
+    """The parts read of a fusion's parameter that is only sliced or updated in place; None if all of it is."""
     read: list[Array] = []
     for use in uses.get(name, []):
         if use.opcode in ("dynamic-slice", "slice", "gather"):
@@ -211,7 +213,7 @@ def _sliced(name: str, uses: dict[str, list[Instruction]], inside: dict[str, Ins
 
 
 def _updated(result: Instruction | None, inside: dict[str, Instruction]) -> list[Array] | None:
-    """What is really written of a fusion's result that updates an array in place; None if all of it is."""
+    """The parts written of a fusion's result that updates an array in place; None if all of it is."""
     while result is not None and result.opcode in _RENAMES and result.operands:
         result = inside.get(result.operands[0])
     if result is None or result.opcode != "dynamic-update-slice" or len(result.operands) < 2:

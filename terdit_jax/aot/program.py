@@ -104,14 +104,9 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
 def lower_sample(
     config: ConfigDict, topology: Topology, devices: list[jax.Device], mode: str, batch_size: int
 ) -> Program:
-    """The drawing of a batch of images with the run's `config.sample`, every chip with the whole model.
+    """The drawing of `batch_size` images a chip with the run's `config.sample`, every chip with the whole model.
 
-    Args:
-      config: the run's.
-      topology: the machine.
-      devices: of `open_devices`.
-      mode: of `inference.modes.MODES`.
-      batch_size: images a chip.
+    `mode` is one of `inference.modes.MODES`.
 
     Raises:
       UserError: a configuration that is not sound, or a mode that the model cannot have.

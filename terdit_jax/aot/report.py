@@ -1,4 +1,4 @@
-"""A program compiled for a machine, and what is known of it then: bytes a chip, FLOPs, collectives, the roofline.
+"""Compiles a program for a machine and reports on it: bytes a chip, FLOPs, collectives, the roofline.
 
 Reports are plain dictionaries, the same in JSON; all sizes are bytes of one chip, all times seconds.
 """
@@ -170,7 +170,7 @@ def _versions(topology: Topology) -> dict[str, str]:
 
 
 def _needed_bytes(message: str) -> float | None:
-    """What a compiler that ran out of memory says it needs; None if that is not what its message says."""
+    """The bytes that a compiler which ran out of memory says it needs; None if its message says something else."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available|[Uu]sed ([\d.]+)([KMGT]) of", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

@@ -31,41 +31,36 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """What is slowest hides the rest."""
+        """The time if the slowest part hides the rest."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def in_turn(self) -> float:
-        """Nothing hides anything."""
+        """The time if nothing hides anything."""
         return self.compute + self.memory + self.network
 
     @property
     def bound(self) -> str:
-        """What is slowest."""
+        """The slowest part."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
 def make_roofline(topology: Topology, costs: Costs, collectives: Iterable[Collective], places: list) -> Roofline | None:
     """The roofline of a program, or None for CPUs, whose rates are not known.
 
-    Args:
-      topology: the machine.
-      costs: of one chip.
-      collectives: of the program.
-      places: of all devices in the machine's grid (`Topology.place`), in the mesh's order.
+    `places` are those of all devices in the machine's grid (`Topology.place`), in the mesh's order.
     """
     if topology.is_cpu:
         return None
-    seconds = 0.0
+    compute = network = 0.0
     for dtype, flops in costs.flops.items():
-        seconds += flops / _rate(topology, dtype)
-    network = 0.0
+        compute += flops / _rate(topology, dtype)
     bandwidths: dict[Groups, float] = {}
     for collective in collectives:
         if collective.groups not in bandwidths:
             bandwidths[collective.groups] = slowest_bandwidth(topology, collective, places)
         network += collective.sent / bandwidths[collective.groups]
-    return Roofline(seconds, costs.memory_bytes / topology.chip.memory_bandwidth, network)
+    return Roofline(compute, costs.memory_bytes / topology.chip.memory_bandwidth, network)
 
 
 def slowest_bandwidth(topology: Topology, collective: Collective, places: list) -> float:

@@ -50,20 +50,17 @@ class Candidate:
 
 
 def suggest(config: ConfigDict, topology: Topology, compile_one: Callable[[ConfigDict], dict], tries: int) -> dict:
-    """Tries the most promising candidates.
+    """Compiles the `tries` most promising candidates; the configuration stays as it is.
 
     Args:
-      config: the run's.
-      topology: the machine; not CPUs, whose rates are not known.
       compile_one: makes the report of a configuration, or raises UserError where it does not fit.
-      tries: how many to compile.
 
     Returns:
       candidates, fitting: how many divide, and how many of those should fit; tried: reports in short, the fastest that
       fits first.
 
     Raises:
-      UserError: nothing divides, or nothing should fit.
+      UserError: nothing divides, nothing should fit, or CPUs, whose rates are not known.
     """
     if topology.is_cpu:
         raise UserError(f"--suggest on {topology.name}: the rates of CPUs are not known; give a TPU or h200:N")

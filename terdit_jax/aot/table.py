@@ -54,11 +54,9 @@ def make_tables(folder: epath.Path) -> str:
 
 
 def compare(folder: epath.Path, measured: epath.Path) -> str:
-    """Reports of training steps on one chip beside steps measured there.
+    """Reports of training steps on one chip beside steps measured there, as a table.
 
-    Args:
-      folder: of reports.
-      measured: JSON of benchmarks/training.py, whose runs are found by configuration, batch size and remat policy.
+    `measured` is JSON of benchmarks/training.py, whose runs are found by configuration, batch size and remat policy.
 
     Raises:
       UserError: files that cannot be read, or no run that a report is of.

@@ -73,7 +73,7 @@ class Topology:
         return self.chip.node_size > 0
 
     def place(self, chip: int, device: jax.Device) -> tuple[int, ...]:
-        """Where a device lies in the grid; `chip` is its number in the order of `devices`."""
+        """The place of a device in the grid; `chip` is its number in the order of `devices`."""
         if self.chip.torus_dims:
             return tuple(device.coords[: len(self.grid)])
         return tuple(int(i) for i in divmod(chip, self.grid[-1]))[-len(self.grid) :]

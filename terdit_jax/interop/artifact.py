@@ -54,9 +54,7 @@ def write_artifact(
 
     Args:
       path: must not exist.
-      description: of the model.
       layout: what `tensors` will yield, in order.
-      tensors: published names and arrays.
       compress: deflates the 2-bit planes by Huffman codes, to 1.57 bits a code where a quarter of them is zero.
 
     Raises:

@@ -27,7 +27,6 @@ def export(
     """Writes weights; the path appears when everything is on disk.
 
     Args:
-      weights: of `open_weights`.
       path: must not exist: a file, or with "torch" the folder to make.
       kind: one of FORMATS.
       masters: float32 master weights instead of ternary ones, from which a training could go on; not with "packed".

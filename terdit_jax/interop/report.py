@@ -1,4 +1,4 @@
-"""How large a model is, part by part: on disk as an artifact, in memory as it runs, and in full precision beside it."""
+"""Sizes of a model, part by part: on disk as an artifact, in memory as it runs, and in full precision beside it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the vendors say their chips can do: for the utilisation a run reports, and for estimates of runs to come.
+"""Figures of the vendors' data sheets: for the utilisation a run reports, and for estimates of runs to come.
 
 All figures are a chip's, as JAX sees it as one device, and nominal: what is reached is for measurements to say.
 """

@@ -1,6 +1,6 @@
-"""How the processes of one run find each other, and how JAX finds its devices: one line where it cannot be.
+"""Lets the processes of one run find each other, and JAX its devices: one line where it cannot be.
 
-What launchers say through variables of the environment is checked here, before `jax.distributed` believes it.
+Variables of the environment that launchers set are checked here, before `jax.distributed` believes them.
 """
 
 from collections.abc import Iterator, Mapping
