@@ -1,4 +1,4 @@
-"""Draws pictures, one grid or a set of any size, over all devices and processes.
+"""Draws images, one grid or a set of any size, over all devices and processes.
 
 python -m terdit_jax.sample --model=runs/digits --labels=0,1,2 --output=grid.png
 python -m terdit_jax.sample --model=runs/digits --num_samples=50000 --output=samples.npz
@@ -39,7 +39,7 @@ _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpo
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.", 0)
 _LABELS = flags.DEFINE_list("labels", None, "Classes to draw; all of them if left out.")
 _LABEL_ORDER = flags.DEFINE_enum("label_order", "balanced", LABEL_ORDERS, "The classes in turn, or drawn by seed.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Pictures; one for each label if left out.", 1, MAX_IMAGES)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Images; one for each label if left out.", 1, MAX_IMAGES)
 _NUM_STEPS = flags.DEFINE_integer(
     "num_steps", None, "Denoising steps; the run's config.sample if left out.", 1, NUM_TIMESTEPS
 )
@@ -53,12 +53,12 @@ _CFG_T_MIN = flags.DEFINE_integer(
 )
 _CFG_T_MAX = flags.DEFINE_integer("cfg_t_max", None, "First timestep no longer guided; likewise.", 1, NUM_TIMESTEPS)
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Of all noise: picture i depends on (seed, i) alone.", lower_bound=0, upper_bound=2**32 - 1
+    "seed", 0, "Of all noise: image i depends on (seed, i) alone.", lower_bound=0, upper_bound=2**32 - 1
 )
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
 _MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that a process draws at once.", 1, MAX_BATCH)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images that a process draws at once.", 1, MAX_BATCH)
 _VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
 _OUTPUT = define_path(
     "output", None, "A .png for a grid, replaced if there, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
@@ -117,7 +117,7 @@ def _draw_grid(model: Denoiser, output: epath.Path, labels: np.ndarray, options:
         return
     begin = time.perf_counter()
     images = model.draw(
-        labels, batch_size=_BATCH_SIZE.value, report=lambda done: _say(f"{done}/{len(labels)} pictures"), **options
+        labels, batch_size=_BATCH_SIZE.value, report=lambda done: _say(f"{done}/{len(labels)} images"), **options
     )
     save_png(output, make_grid(to_uint8(images)))
     _say_done(model, len(labels), begin, output)
@@ -145,7 +145,7 @@ def _draw_set(
     )  # fmt: skip
     shards = Shards(output, plan)
     if shards.is_complete():
-        _say(f"{output} is complete: it holds the {len(labels):,} pictures of these settings")
+        _say(f"{output} is complete: it holds the {len(labels):,} images of these settings")
         return
     begin = time.perf_counter()
     # Batches of one size that fill a shard as evenly as can be: what is drawn beyond it is thrown away.
@@ -172,7 +172,7 @@ def _parse_classes() -> list[int] | None:
 def _say_done(model: Denoiser, count: int, begin: float, output: epath.Path) -> None:
     description, seconds = model.description, time.perf_counter() - begin
     which = description.name if description.step is None else f"{description.name}, step {description.step:,}"
-    _say(f"{count:,} pictures of {which} in {seconds:.1f} s: {output}")
+    _say(f"{count:,} images of {which} in {seconds:.1f} s: {output}")
 
 
 def _say(line: str) -> None:

@@ -29,7 +29,7 @@ def test_damaged_and_forged_files_do_no_harm(fuzzer):
     assert [outcome for outcome in outcomes if outcome.result == "FAILED"] == []
     assert {outcome.result for outcome in outcomes} == {"refused", "loaded"}
     assert len({outcome.kind for outcome in outcomes}) == 4
-    assert len({outcome.mutation for outcome in outcomes}) > 25
+    assert len({outcome.mutation for outcome in outcomes}) > 20
 
 
 @pytest.fixture(scope="module")

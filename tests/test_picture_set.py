@@ -67,7 +67,7 @@ def test_killed_again_and_again_the_set_is_that_of_an_undisturbed_run(tmp_path, 
 
     killings = []
     draw_set(Shards(tmp_path / "whole.npz", plan), labels, draw, lines.append)
-    assert drawn == [0, 4, 8, 12, 16] and lines[-1].startswith("18/18 pictures")
+    assert drawn == [0, 4, 8, 12, 16] and lines[-1].startswith("18/18 images")
     killings, drawn[:] = [0, 4, 8, 16, 16], []
     while True:
         try:
@@ -137,7 +137,7 @@ def test_killed_five_times_and_resumed_equals_undisturbed(run, tmp_path):
     """The command itself, with kill -9 at random moments; more than one shard, the last one shorter."""
     flags = ("--num_samples=5000", "--method=dpmpp_2m", "--num_steps=40", "--batch_size=100", "--label_order=random")
     out, _ = sample(run, tmp_path / "whole.npz", *flags)
-    assert re.search(r"1,024/5,000 pictures  [\d.,]+ a second  \w+ left", out)
+    assert re.search(r"1,024/5,000 images  [\d.,]+ a second  \w+ left", out)
     shards = tmp_path / "killed.npz.unfinished"
     for kill in range(5):
         process = begin(run, tmp_path / "killed.npz", *flags)
@@ -152,7 +152,7 @@ def test_killed_five_times_and_resumed_equals_undisturbed(run, tmp_path):
     assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert not shards.exists()
     out, _ = sample(run, tmp_path / "killed.npz", *flags)
-    assert "is complete: it holds the 5,000 pictures" in out
+    assert "is complete: it holds the 5,000 images" in out
     _, err = sample(run, tmp_path / "killed.npz", *flags, "--seed=1", status=2)
     assert "its seed is 0 and not 1" in err
 
@@ -179,5 +179,5 @@ def test_two_processes_share_the_shards(run, tmp_path):
     joined = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     both = [begin(run, tmp_path / "two.npz", *flags, JAX_PROCESS_ID=str(i), **joined) for i in range(2)]
     (out, _), (quiet, _) = [finish(process) for process in both]
-    assert "2,500 pictures of" in out and "pictures" not in quiet
+    assert "2,500 images of" in out and "images" not in quiet
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()

@@ -25,7 +25,7 @@ _TRAIN = (
 _SAMPLE = (
     ("Machine", lambda r: f"`{r['topology']}`"),
     ("Mode", lambda r: r["options"]["mode"]),
-    ("Pictures at once", lambda r: str(r["images"])),
+    ("Images at once", lambda r: str(r["images"])),
     ("Weights, GiB a chip", lambda r: _gib(r["memory"]["arguments"]["weights"])),
     ("Total of memory", lambda r: f"{_gib(r['memory']['total'])} of {_gib(r['memory']['limit'])}"),
     ("TFLOPs a denoising step", lambda r: f"{r['flops']['compiled'] / r['steps'] / 1e12:.2f}"),

@@ -97,7 +97,7 @@ def _draw_shard(shards: Shards, number: int, labels: np.ndarray, draw: DrawShard
 
 
 class _Progress:
-    """Lines such as `2,048/50,000 pictures  31.2 a second  25m37s left`, of all processes together."""
+    """Lines such as `2,048/50,000 images  31.2 a second  25m37s left`, of all processes together."""
 
     def __init__(self, shards: Shards, say: Callable[[str], None]):
         self._shards, self._say = shards, say
@@ -122,7 +122,7 @@ class _Progress:
         done = min(done, total)
         rate = (done - self._start) / max(1e-9, self._last - self._begin)
         left = format_duration((total - done) / rate) if rate else "?"
-        self._say(f"{done:,}/{total:,} pictures  {rate:,.1f} a second  {left} left")
+        self._say(f"{done:,}/{total:,} images  {rate:,.1f} a second  {left} left")
 
 
 def _meet(name: str) -> None:
