@@ -84,7 +84,7 @@ def exit_with(message: str, status: int = 2) -> NoReturn:
     os._exit(status)
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Kind and beginning of an exception, for a UserError that tells the reason."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 

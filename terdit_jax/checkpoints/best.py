@@ -1,6 +1,6 @@
-"""The best checkpoint of a run: the averaged weights that scored best so far, apart from those that it goes on from.
+"""The best checkpoint of a run: the averaged weights that have scored best, apart from those that it goes on from.
 
-How weights are judged comes in as a function; WORKDIR/best is a workdir of its own to whoever draws or exports.
+How weights are judged comes in as a function. WORKDIR/best is a workdir of its own to whoever draws or exports.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -21,7 +22,7 @@ FOLDER = "best"
 
 
 class Judgement(NamedTuple):
-    """What samples of some weights are worth. Attributes:
+    """Scores of samples drawn from some weights. Attributes:
 
     figures: what is logged.
     loss: what the best weights have least of, one of the figures or made from them.
@@ -38,16 +39,16 @@ class BestCheckpoint:
     """WORKDIR/best; the one before it is kept until the next, in case the newest is damaged."""
 
     def __init__(self, workdir: epath.PathLike, start_step: int):
-        """Opens it for a run that goes on from `start_step`; what a lost continuation has found beyond is dropped."""
+        """Opens it for a run that goes on from `start_step`; what a lost continuation found later is dropped."""
         keep = ConfigDict({"keep": 2, "keep_every": 0})
         self._checkpoints = CheckpointWriter(epath.Path(workdir) / FOLDER, keep)
         self._checkpoints.delete_after(start_step)
         run = self._checkpoints.newest_run()
-        loss = run.get("loss") if run else None
+        loss: Any = run.get("loss") if run else None
         self._loss = loss if is_number(loss, -math.inf, math.inf) else math.inf
 
     def offer(self, ema_params: dict, run: dict[str, Any], loss: float) -> bool:
-        """Saves the weights if they are the best so far, and returns whether they are; on disk when this returns.
+        """Saves the weights if they are the best so far; returns whether they are, once they are on disk.
 
         Args:
           ema_params: averaged parameters, on the mesh.
@@ -69,7 +70,7 @@ class BestCheckpoint:
 
 
 def open_best(workdir: epath.PathLike, start_step: int) -> BestCheckpoint | None:
-    """Opens it, or returns None where a run that goes on cannot have it: what that goes on from is sound all the same.
+    """Opens it, or returns None if a run that goes on cannot have it: that run has a sound state all the same.
 
     Raises:
       UserError: a run that begins cannot have it.
@@ -84,10 +85,8 @@ def open_best(workdir: epath.PathLike, start_step: int) -> BestCheckpoint | None
 
 
 def _agreed(loss: float) -> float:
-    """The first process's, in float32: all must decide alike, with several processes or one."""
-    loss = np.float32(loss)
+    """The loss of the first process, in float32: all must decide alike, with several processes or one."""
+    rounded = np.float32(loss)
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        loss = multihost_utils.broadcast_one_to_all(loss)
-    return float(loss)
+        rounded = multihost_utils.broadcast_one_to_all(rounded)
+    return float(rounded)

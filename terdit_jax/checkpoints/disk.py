@@ -1,4 +1,4 @@
-"""Reads the errors of file systems: whether one is the disk's refusal, what it said, and what helps.
+"""Reads the errors of file systems: whether the disk refused, its reason, and what helps.
 
 Orbax raises an OSError or, for TensorStore, a ValueError that carries the number of the operating system's error.
 """
@@ -23,12 +23,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a file system or an object store raised this, rather than a mistake of ours."""
+    """Returns whether a file system or an object store raised this, rather than a mistake of ours."""
     return isinstance(error, OSError) or _number(error) is not None or bool(_STATUSES.match(str(error)))
 
 
 def reason(error: BaseException) -> str:
-    """What the disk said, without the name of the one file among thousands that it said it of."""
+    """Returns what the disk said, without the name of one file among thousands."""
     number = _number(error)
     if number is not None:
         return os.strerror(number)
@@ -38,7 +38,7 @@ def reason(error: BaseException) -> str:
 
 
 def remedy(error: BaseException) -> str:
-    """What to do about it, as the beginning of a sentence."""
+    """Returns what to do about it, as the beginning of a sentence."""
     number = _number(error)
     if number in _FULL or (number is None and str(error).startswith("RESOURCE_EXHAUSTED")):
         return "make room"
@@ -48,8 +48,10 @@ def remedy(error: BaseException) -> str:
 
 
 def silence_tracebacks() -> None:
-    """Keeps what Orbax and asyncio print of a refusal, hundreds of tracebacks a save, off the screen: it is raised as
-    well, once, and our one line says it."""
+    """Hides what Orbax and asyncio print of a refusal, hundreds of tracebacks a save.
+
+    It is also raised, once, and becomes our one line.
+    """
     absl_logging.get_absl_logger().addFilter(_is_not_orbax_traceback)
     logging.getLogger("asyncio").addFilter(_is_not_refusal)
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # those after the refused one
@@ -58,7 +60,7 @@ def silence_tracebacks() -> None:
 
 
 class _LateAnswers:
-    """Passes unraisable errors on, less those of TensorStore's writes that answer an event loop after it has gone."""
+    """Passes unraisable errors on, but those of TensorStore's writes whose event loop has been closed."""
 
     def __init__(self, following: Callable[[Any], object]):
         self._following = following
@@ -76,7 +78,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def _is_not_refusal(record: logging.LogRecord) -> bool:
-    """False for what asyncio logs of writes that failed beside the one whose error was raised."""
+    """False for what asyncio logs of writes that failed as well as the one whose error was raised."""
     return not (record.exc_info and record.exc_info[1] and is_refusal(record.exc_info[1]))
 
 

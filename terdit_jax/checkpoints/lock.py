@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import time
+from typing import Self
 
 from absl import logging
 from etils import epath
@@ -33,8 +34,8 @@ class WorkdirLock:
         self._held: list[int] = []
         self._refusal: OSError | None = None
 
-    def __enter__(self) -> "WorkdirLock":
-        """Raises UserError, naming its holder, if another process holds it."""
+    def __enter__(self) -> Self:
+        """Takes the lock; raises UserError, naming its holder, if another process holds it."""
         if jax.process_index() == 0 and not is_remote(self._workdir):
             try:
                 self._take()
@@ -55,12 +56,11 @@ class WorkdirLock:
         folder = self._lock(self._workdir, os.O_RDONLY | os.O_DIRECTORY)
         # No link is followed and no pipe waited for: only a file of the workdir is ours to write.
         file = self._lock(self._workdir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
-        if folder is None and file is None:
-            logging.error(
-                "%s CANNOT BE LOCKED (%s): nothing keeps a second run from it", self._workdir, self._refusal.strerror
-            )
         if file is not None:
             _write_holder(file)
+        elif folder is None and self._refusal:
+            said = self._refusal.strerror
+            logging.error("%s CANNOT BE LOCKED (%s): nothing keeps a second run from it", self._workdir, said)
 
     def _lock(self, path: epath.Path, flags: int) -> int | None:
         try:

@@ -1,4 +1,4 @@
-"""The SHA-256 manifest of a checkpoint: written into it last, compared before anything else of it is read.
+"""The SHA-256 manifest of a checkpoint: written last, compared before anything else is read.
 
 Damage is content that differs from the manifest. A file that cannot be read is no damage: it may be sound.
 """
@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import concurrent.futures
 import errno
 import hashlib
+import io
 import json
 import os
 import stat
-from typing import BinaryIO
+from typing import cast
 
 from etils import epath
 
@@ -27,10 +28,10 @@ def write_manifest(step_directory: epath.Path) -> None:
 
 
 def find_damage(step_directory: epath.Path, items: Iterable[str]) -> str | None:
-    """What is wrong with the given items of a checkpoint, or None if they are as they were written.
+    """Returns what is wrong with the given items of a checkpoint, or None if they are as they were written.
 
     Raises:
-      OSError: they cannot be read, so nothing is known about them.
+      OSError: they cannot be read, so that nothing is known about them.
     """
     prefixes = tuple(f"{item}/" for item in items)
     try:
@@ -81,8 +82,8 @@ def _hash_files(directory: epath.Path, names: Iterable[str]) -> dict[str, str | 
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _open(path: epath.Path) -> BinaryIO:
-    """Opens a file; what is no file, such as a folder or a pipe, is as good as missing.
+def _open(path: epath.Path) -> io.BufferedReader:
+    """Opens a file; anything else, such as a folder or a pipe, counts as missing.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -90,7 +91,7 @@ def _open(path: epath.Path) -> BinaryIO:
     """
     try:
         if is_remote(path) or stat.S_ISREG(os.stat(path).st_mode):
-            return path.open("rb")
+            return cast(io.BufferedReader, path.open("rb"))  # etils says no more than that it is a file
     except OSError as error:
         if error.errno not in _MISSING and not isinstance(error, FileNotFoundError):
             raise

@@ -44,7 +44,7 @@ class Checkpoints:
         self._said: set[tuple[int, str]] = set()
 
     def steps(self) -> list[int]:
-        """The steps on disk, ascending, damaged ones included.
+        """Returns the steps on disk, ascending, damaged ones included.
 
         Raises:
           UserError: the directory cannot be listed.
@@ -57,11 +57,11 @@ class Checkpoints:
             raise UserError(f"cannot read {self.directory}: {disk.reason(error)}") from error
 
     def path(self, step: int) -> epath.Path:
-        """Where the checkpoint of a step stands."""
+        """Returns where the checkpoint of a step is, or would be."""
         return self.directory / str(step)
 
     def restore(self, target: dict) -> tuple[dict, dict[str, Any]] | None:
-        """The newest sound state and its run's JSON, or None if there is no checkpoint at all.
+        """Reads the newest sound state and its run's JSON; returns None if there is no checkpoint at all.
 
         Args:
           target: the whole state or some of its top-level entries, as ShapeDtypeStructs with shardings; whatever mesh
@@ -80,19 +80,19 @@ class Checkpoints:
         return self._read(step, items, target)
 
     def newest_run(self) -> dict[str, Any] | None:
-        """The JSON of the newest checkpoint whose JSON can be read, or None."""
+        """Reads the JSON of the newest checkpoint in which it is sound; returns None if there is none."""
         step, _ = self._newest_sound([RUN])
         return None if step is None else self._read_run(step)
 
     def read_leaves(self, item: str, step: int | None = None) -> tuple[dict[str, Any], LeafReader]:
-        """The run's JSON, and the leaves of `params` or `ema_params` as host arrays, one in memory at a time.
+        """Reads the run's JSON, and leaves of `params` or `ema_params` as host arrays, one in memory at a time.
 
         Args:
           item: "params" or "ema_params".
           step: which checkpoint; the newest sound one if left out.
 
         Returns:
-          The JSON, and a function from paths within the parameter tree to a stream of (path, leaf).
+          The JSON, and a function from paths in the parameter tree to a stream of (path, leaf).
 
         Raises:
           UserError: no such step, or none that is sound.
@@ -127,12 +127,13 @@ class Checkpoints:
         def read(path: str) -> np.ndarray:
             names = path.split("/")
             leaf = functools.reduce(lambda tree, name: tree[name], names, stored)
+
+            def nested(value: Any) -> Any:
+                return functools.reduce(lambda tree, name: {name: tree}, reversed([item, *names]), value)
+
             target, restore = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
-            for name in reversed([item, *names]):
-                target, restore = {name: target}, {name: restore}
-            (array,) = jax.tree.leaves(
-                handler.restore(folder, args=ocp.args.PyTreeRestore(target, restore, partial_restore=True))
-            )
+            arguments = ocp.args.PyTreeRestore(nested(target), nested(restore), partial_restore=True)
+            (array,) = jax.tree.leaves(handler.restore(folder, args=arguments))
             return array
 
         for path in paths:
@@ -142,7 +143,8 @@ class Checkpoints:
             del array  # no name of ours may keep the leaf alive while the next one is read
 
     def _read(self, step: int, items: list[str], target: dict) -> tuple[dict, dict[str, Any]]:
-        state, handler = {}, ocp.PyTreeCheckpointHandler()
+        state: dict[str, Any] = {}
+        handler = ocp.PyTreeCheckpointHandler()
         for item in items:
             folder = self.path(step) / item
             tree = {name: target[name] for name in ITEMS[item] if name in target}
@@ -151,25 +153,28 @@ class Checkpoints:
             arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
             try:
                 state |= handler.restore(folder, args=arguments)
-            except Exception as error:  # Orbax raises that of any class, of what TensorStore finds in a file too
-                error = error.__cause__ or error
-                if disk.is_refusal(error):
-                    raise UserError(f"{self.path(step)} cannot be read: {disk.reason(error)}") from error
-                # A tree or a shape that is not the target's.
-                raise UserError(f"{self.path(step)} holds another model: {_first_line(error)}") from error
+            except Exception as error:  # Orbax raises errors of any class, for what TensorStore finds in a file too
+                cause = error.__cause__ or error
+                if disk.is_refusal(cause):
+                    raise UserError(f"{self.path(step)} cannot be read: {disk.reason(cause)}") from error
+                # The tree or a shape differs from the target's.
+                raise UserError(f"{self.path(step)} holds another model: {_first_line(cause)}") from error
         return state, self._read_run(step)
 
     def _check_dtypes(self, step: int, tree: dict, stored: dict) -> None:
-        """Orbax casts a leaf of another dtype silently: compare with what is stored before reading."""
+        """Raises UserError for other dtypes than those stored: Orbax would cast silently."""
         found = [leaf.dtype for leaf in jax.tree.leaves(stored)]
         wanted = [leaf.dtype for leaf in jax.tree.leaves(tree)]
         if len(found) == len(wanted) and any(a != b for a, b in zip(found, wanted, strict=True)):
             raise UserError(f"checkpoint {step} of {self.directory} holds arrays of another dtype than this model's")
 
     def _newest_sound(self, items: list[str]) -> tuple[int | None, list[int]]:
-        """The newest step whose items are sound, or None, and the damaged ones after it; the first process reads and
-        decides for all of them."""
-        chosen, damaged, refusal = _NONE, [], None
+        """The newest step whose items are sound, or None, and the damaged ones after it.
+
+        The first process reads, and decides for all; only it knows the damaged ones.
+        """
+        chosen, refusal = _NONE, None
+        damaged: list[int] = []
         if jax.process_index() == 0:
             try:
                 chosen, damaged = self._search(items)
@@ -182,7 +187,7 @@ class Checkpoints:
         return None if chosen == _NONE else chosen, damaged
 
     def _search(self, items: list[str]) -> tuple[int, list[int]]:
-        damaged = []
+        damaged: list[int] = []
         for step in reversed(self.steps()):
             try:
                 damage = find_damage(self.path(step), items)
@@ -199,7 +204,7 @@ class Checkpoints:
         self._say_once(step, f"CANNOT BE READ ({reason}): falling back to the step before it")
 
     def _go_on_from(self, step: int, damaged: list[int]) -> None:
-        """Called when `restore` has chosen a step: reading moves nothing."""
+        """Called when `restore` has chosen a step; reading moves nothing."""
 
     def _say_once(self, step: int, what: str) -> None:
         if (step, what) not in self._said:
@@ -208,7 +213,7 @@ class Checkpoints:
 
 
 def is_half_written(path: epath.Path) -> bool:
-    """Whether Orbax has not finished what stands here."""
+    """Returns whether Orbax has not finished what is here."""
     if is_remote(path):
         return _is_number(path.name) and not (path / _COMMITTED).exists()
     return re.fullmatch(_HALF_WRITTEN, path.name) is not None
@@ -224,7 +229,7 @@ def _is_number(name: str) -> bool:
 
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
-    """Makes one line of whatever Orbax raises on content that has the right SHA-256 and yet is no checkpoint."""
+    """Turns whatever Orbax raises into one line: content may have the right SHA-256 and yet be no checkpoint."""
     try:
         yield
     except UserError:
@@ -234,5 +239,5 @@ def _reading(path: epath.Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {said}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,7 +1,7 @@
-"""Checkpoints, written: asynchronously, signed when they are whole, old ones deleted once a newer one is.
+"""Writes checkpoints: in the background, signed when they are whole; old ones are deleted once a newer one is signed.
 
-A save that the disk refuses is given up with a loud line and training goes on. Deleting and setting aside are
-housekeeping: where they fail a loud line says so, and nothing else is lost by it.
+A save that the disk refuses is given up with a loud line, and training goes on. Deleting and setting aside are
+housekeeping: where they fail a loud line says so, and nothing else is lost.
 """
 
 import concurrent.futures
@@ -29,17 +29,17 @@ _CHUNK_BYTES = 64 << 20
 
 
 class CheckpointWriter(Checkpoints):
-    """The checkpoints of the run that is at work in a workdir."""
+    """The checkpoints of the run that writes them."""
 
     def __init__(self, workdir: epath.PathLike, checkpoint: ConfigDict):
         """Opens `workdir`/checkpoints, and clears what a killed save left in it.
 
         Args:
           workdir: of the run.
-          checkpoint: `config.checkpoint`, of which `keep` and `keep_every` matter here.
+          checkpoint: `config.checkpoint`; `keep` and `keep_every` are read.
 
         Raises:
-          UserError: if there can be no such directory.
+          UserError: there can be no such directory.
         """
         super().__init__(workdir)
         self._keep, self._keep_every = checkpoint.keep, checkpoint.keep_every
@@ -57,10 +57,10 @@ class CheckpointWriter(Checkpoints):
         self._orbax = _open_orbax()
 
     def save(self, state: dict, run: dict[str, Any]) -> None:
-        """Starts saving the state beside `run` (JSON); returns once the arrays are copied off the devices.
+        """Starts to save the state beside `run` (JSON); returns once the arrays are copied off the devices.
 
-        A state may lack items: sampling needs no more than one set of weights. Its step is then `run`'s. A save that
-        the disk refuses, now or while it goes on during training, is reported by `wait`; the ones before it stay.
+        A state may lack items, for sampling needs one set of weights; its step is then that of `run`. If the disk
+        refuses the save, now or during training, `wait` reports it; the checkpoints before it stay.
         """
         step = int(state["step"]) if "step" in state else run["step"]
         present = {item: names for item, names in ITEMS.items() if set(names) <= set(state)}
@@ -81,7 +81,7 @@ class CheckpointWriter(Checkpoints):
         self._finishing = self._background.submit(self._finish, step)
 
     def wait(self) -> bool:
-        """Blocks until the save under way is on disk and signed, or given up; whether the latest one is on disk."""
+        """Blocks until the save under way is signed or given up; returns whether the latest one is on disk."""
         if self._finishing:
             finishing, self._finishing = self._finishing, None
             step, error = finishing.result()
@@ -92,15 +92,15 @@ class CheckpointWriter(Checkpoints):
         return self._unsaved is None
 
     def close(self) -> None:
-        """As `wait`, then releases the directory.
+        """Waits for the save under way, then releases the directory.
 
         Raises:
-          UserError: if the latest save was given up: who ends here would lose what it held.
+          UserError: the latest save was given up, and what it held would be lost.
         """
-        complete = self.wait()
+        self.wait()
         self._background.shutdown()
         self._orbax.close()
-        if not complete:
+        if self._unsaved:
             step, error = self._unsaved
             raise UserError(
                 f"checkpoint {step} of {self.directory} could not be saved ({disk.reason(error)}): "
@@ -115,8 +115,10 @@ class CheckpointWriter(Checkpoints):
                     self._delete(later)
 
     def _finish(self, step: int) -> tuple[int, Exception | None]:
-        """Signs the step as soon as Orbax has given it its final name, then deletes old ones; returns the step, and the
-        error if the disk did not take it."""
+        """Signs the step once Orbax has given it its final name, then deletes old ones.
+
+        Returns the step, and the error if the disk did not take it.
+        """
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -129,8 +131,8 @@ class CheckpointWriter(Checkpoints):
         return step, None
 
     def _delete_old(self, newest: int) -> None:
-        """All up to `newest`, which is sound, but the last of them and those to be kept for good. Later ones, damaged
-        and not to be moved, do not count."""
+        """Deletes all but the last ones up to `newest`, which is sound, and those to be kept for good."""
+        # Later ones are damaged and could not be moved.
         for step in [step for step in self.steps() if step <= newest][: -self._keep]:
             if not self._keep_every or step % self._keep_every:
                 self._delete(step)
@@ -142,10 +144,10 @@ class CheckpointWriter(Checkpoints):
             self._say_once(step, f"COULD NOT BE DELETED ({disk.reason(error)}): delete {self.path(step)} yourself")
 
     def _give_up(self, step: int, error: Exception) -> None:
-        """One loud line for a save that the disk refused, and the room that its beginning took is free again.
+        """Says in one loud line that the disk refused a save, and frees the room that its beginning took.
 
         Raises:
-          Exception: the error, if it is not the disk's.
+          Exception: the error, if it does not come from the disk.
         """
         if not disk.is_refusal(error):
             raise error
@@ -171,14 +173,14 @@ class CheckpointWriter(Checkpoints):
         return list(filter(is_half_written, self.directory.iterdir()))
 
     def _pass_over_unreadable(self, step: int, reason: str) -> None:
-        """A run that went on from an older step would do this one's work again, and could not save it."""
+        # A run that went on from an older step would do the work of this one again, and could not save it.
         raise UserError(
             f"checkpoint {step} of {self.directory} cannot be read ({reason}): make it readable, or move it away to go "
             "on from the one before it"
         )
 
     def _go_on_from(self, step: int, damaged: list[int]) -> None:
-        """Moves damaged steps out of the way: they would be taken for the latest, and their numbers must be free."""
+        """Moves damaged steps away: they would be taken for the latest, and their numbers must be free."""
         self._restored = step
         for number in damaged:
             self._move_away(self.path(number))
@@ -199,7 +201,7 @@ def _open_orbax() -> ocp.AsyncCheckpointer:
 
 
 def save_arguments(tree: dict) -> ocp.args.PyTreeSave:
-    """A tree to store, a chunk a layer, so that who reads a leaf decodes it layer by layer, not all of it twice."""
+    """Returns what stores a tree in a chunk a layer: readers decode a leaf layer by layer, not all of it twice."""
 
     def chunks(leaf: jax.Array) -> ocp.SaveArgs:
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
