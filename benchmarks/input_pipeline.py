@@ -25,7 +25,7 @@ from terdit_jax.config_file import define_config, read_config
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.paths import define_path
-from terdit_jax.training.batches import device_batches
+from terdit_jax.training.examples import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import make_state
 from terdit_jax.training.step import make_train_step

@@ -27,7 +27,7 @@ from terdit_jax.config_file import load_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.paths import define_path
-from terdit_jax.training.batches import device_batches
+from terdit_jax.training.examples import device_batches
 from terdit_jax.training.setup import set_up
 from terdit_jax.training.state import abstract_state, make_state
 from terdit_jax.training.step import make_train_step

@@ -63,9 +63,11 @@ class CheckpointWriter(Checkpoints):
         refuses the save, now or during training, `wait` reports it; the checkpoints before it stay.
         """
         step = int(state["step"]) if "step" in state else run["step"]
-        present = {item: names for item, names in ITEMS.items() if set(names) <= set(state)}
-        trees = {item: {name: state[name] for name in names} for item, names in present.items()}
-        arguments = {item: save_arguments(tree) for item, tree in trees.items()}
+        arguments = {
+            item: save_arguments({name: state[name] for name in names})
+            for item, names in ITEMS.items()
+            if set(names) <= set(state)
+        }
         self.wait()
         if step == self._restored:
             return  # it came from there

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -21,8 +22,7 @@ from terdit_jax.errors import UserError, going_on
 from terdit_jax.model.transformer import activation_rms, make_operands
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_shards, local_block
-from terdit_jax.training.batches import to_devices
-from terdit_jax.training.examples import example_keys, make_examples
+from terdit_jax.training.examples import example_keys, make_examples, to_devices
 from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.metrics import MetricsWriter, format_duration, say
 from terdit_jax.training.observers import Observers
@@ -35,7 +35,7 @@ from terdit_jax.training.window import code_statistics, empty_sums, means
 
 Batch = dict[str, Array]
 # Called with (step, EMA parameters); returns the path of the grid it wrote and the grid, (H, W, 3) uint8.
-DrawGrid = Callable[[int, dict], tuple[str, np.ndarray]]
+DrawGrid = Callable[[int, dict], tuple[epath.Path, np.ndarray]]
 
 _LOWER_RATE = "go on from the last checkpoint with a lower config.optimizer.learning_rate or clip_norm"
 

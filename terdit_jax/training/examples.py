@@ -3,15 +3,59 @@
 Because a draw depends on nothing else, mesh, process count and gradient accumulation change no example.
 """
 
+from collections.abc import Iterator
+
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
 
+from terdit_jax.batches import in_flight
+from terdit_jax.data.reader import make_batches
 from terdit_jax.diffusion.loss import q_sample
 from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.parallel.sharding import batch_sharding, local_block
 from terdit_jax.reproducible import make_key
+from terdit_jax.training.setup import Setup
 
 Examples = dict[str, Array]  # x_0, noise, x_t (B, H, W, C) float32; t, y (B,) int32
+
+
+def device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
+    """Yields global batches on the mesh from step `start` on, one always on its way while another is used.
+
+    Each process reads its own records.
+    """
+    config = setup.config
+    batch_size = config.train.batch_size
+    block, num_blocks = local_block(setup.mesh, batch_size)
+    batches = make_batches(
+        setup.dataset,
+        seed=config.seed,
+        batch_size=batch_size,
+        start_step=start,
+        process_index=block,
+        process_count=num_blocks,
+        horizontal_flip=config.data.horizontal_flip,
+        in_memory=config.data.in_memory,
+        read_threads=config.data.read_threads,
+        prefetch=config.data.prefetch,
+    )
+    return in_flight(to_devices(setup.mesh, batch, batch_size) for batch in batches)
+
+
+def to_devices(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, Array]:
+    """Moves the records of this process to their part of the global batch, without their positions.
+
+    Row r of a global batch is position r of its step, which is all that keys its draws.
+    """
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
+        for name, array in batch.items()
+        if name != "position"
+    }
 
 
 def example_keys(seed: int, step: Array | int, indices: Array) -> Array:

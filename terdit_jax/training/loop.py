@@ -6,7 +6,7 @@
 import jax
 
 from terdit_jax.training.actions import Actions
-from terdit_jax.training.batches import device_batches
+from terdit_jax.training.examples import device_batches
 from terdit_jax.training.observers import Observers
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State

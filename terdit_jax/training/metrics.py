@@ -39,7 +39,7 @@ class MetricsWriter:
         lines, whole = self._read()
         if not whole:
             self._set_aside()
-        self._lines = [line for line in lines if _step_of(line) <= start_step]
+        self._lines = [line for step, line in lines if step <= start_step]
         self._try(self._rewrite)
         self._events: Events | None = None
         if tensorboard:
@@ -68,8 +68,8 @@ class MetricsWriter:
             if self._events:
                 self._events.close()
 
-    def _read(self) -> tuple[list[str], bool]:
-        """The lines on disk that are whole, and whether that is all of them but one at the end, cut short by a kill."""
+    def _read(self) -> tuple[list[tuple[int, str]], bool]:
+        """The lines on disk that are whole, and whether all are but one at the end, cut short by a kill."""
         try:
             found = self._path.read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -114,22 +114,14 @@ class MetricsWriter:
             self._events = None
 
 
-def _decode(line: bytes) -> str | None:
-    """A line that says its step, or None."""
+def _decode(line: bytes) -> tuple[int, str] | None:
+    """A line's step and text, or None if it is not one of ours."""
     try:
         text = line.decode()
-        return text if math.isfinite(_step_of(text)) else None
-    except ValueError:
-        return None
-
-
-def _step_of(line: str) -> float:
-    """The step of a line, infinite if it is none of ours."""
-    try:
-        step = json.loads(line)["step"]
-        return step if type(step) is int else math.inf
+        step = json.loads(text)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
+        return None
+    return (step, text) if type(step) is int else None
 
 
 def _finite(value: Any) -> Any:

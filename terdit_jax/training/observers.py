@@ -297,13 +297,7 @@ class Observers:
     """
 
     def __init__(self, workdir: epath.Path, heartbeat: epath.PathLike | None = None, profile: Steps | None = None):
-        """Begins the account and beats once.
-
-        Args:
-          workdir: of the run.
-          heartbeat: the file that every process renews; WORKDIR/heartbeat.json, renewed by the first, if left out.
-          profile: the steps to trace; none if left out.
-        """
+        """Begins the account and beats once; `heartbeat` and `profile` as for `run.train`."""
         self.goodput, self.profiler, self.interruption = Goodput(workdir), Profiler(workdir, profile), Interruption()
         first = workdir / HEARTBEAT_FILE if jax.process_index() == 0 else None
         self.heartbeat = Heartbeat(heartbeat or first)
