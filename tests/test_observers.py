@@ -23,10 +23,6 @@ def test_heartbeat_is_renewed_when_due_and_never_half_written(tmp_path, monkeypa
     assert [entry.name for entry in tmp_path.iterdir()] == ["beat.json"]
 
 
-def test_heartbeat_to_nowhere_stops_nothing(tmp_path):
-    Heartbeat(tmp_path / "missing" / "beat.json").beat(1)
-
-
 @pytest.mark.parametrize("there", ["notes", "", "folder", "dangling", "heartbeat", None])
 def test_only_a_heartbeat_is_replaced_by_one(tmp_path, there):
     path = tmp_path / "beat.json"
