@@ -16,7 +16,6 @@ import tempfile
 
 import jax
 import numpy as np
-from PIL import Image
 
 from terdit_jax.aot.table import make_tables
 from terdit_jax.checkpoints.reader import Checkpoints
@@ -53,6 +52,8 @@ from tests.forged_data import (
     sign_data_set,
 )
 from tests.fuzz_judge import SENTINEL
+from tests.image_files import encode, tar_bytes
+from tests.test_builder import make_source
 from tests.test_tfds_source import make_examples, write_data_set
 
 with no_flags():
@@ -155,9 +156,7 @@ def _load_unfinished(path: Path) -> str:
 
 def _data_sets() -> list[Format]:
     with tempfile.TemporaryDirectory() as folder:
-        source = sources.make_digits_source()
-        source = dataclasses.replace(source, splits={name: items[:12] for name, items in source.splits.items()})
-        metadata = builder.build(source, Path(folder) / "d", codec=PixelCodec(), shard_bytes=1000)
+        metadata = builder.build(make_source(12, 12), Path(folder) / "d", codec=PixelCodec(), shard_bytes=1000)
         files = read_folder(Path(folder) / "d")
     shards = tuple(name for name in files if "array_record" in name)
     shard = dataclasses.replace(metadata.splits["heldout"].shards[0], file="latents-train.array_record-00000-of-00001")
@@ -234,12 +233,8 @@ def _load_shard(path: Path) -> str:
 
 def _npz_formats() -> list[Format]:
     matrix = np.random.default_rng(1).normal(size=(8, 20))
-    statistics = {
-        "mu": matrix.mean(1),
-        "sigma": np.cov(matrix),
-        "mu_s": matrix[:4].mean(1),
-        "sigma_s": np.cov(matrix[:4]),
-    }
+    some = matrix[:4]
+    statistics = _npz(mu=matrix.mean(1), sigma=np.cov(matrix), mu_s=some.mean(1), sigma_s=np.cov(some))
     images = _npz(arr_0=IMAGES, labels=np.arange(6))
     forgers = {"member": forge_npz}
     with tempfile.TemporaryDirectory() as folder:
@@ -251,28 +246,18 @@ def _npz_formats() -> list[Format]:
     return [
         Format("npz of images", {"a.npz": images}, "a.npz", ("a.npz",), "same", _load_images, forgers),
         Format("npz of samples", {"a.npz": images}, "a.npz", ("a.npz",), "same", _load_labelled, forgers),
-        Format(
-            "npz of a reference", {"a.npz": _npz(**statistics)}, "a.npz", ("a.npz",), "same", _load_reference, forgers
-        ),
+        Format("npz of a reference", {"a.npz": statistics}, "a.npz", ("a.npz",), "same", _load_reference, forgers),
         Format("plan of an image set", drawn, ".", tuple(set(drawn) - set(npz)), "same", _load_shard),
         Format("shards of an image set", drawn, ".", npz, "same", _load_shard, forgers),
     ]
 
 
-def _encode(name: str, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(IMAGES[0].repeat(3, 0).repeat(3, 1)).save(file, name, **options)
-    return file.getvalue()
+def _encode(name: str) -> bytes:
+    return encode(IMAGES[0].repeat(3, 0).repeat(3, 1), name)
 
 
 def _tar(members: Files) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
+    return tar_bytes(members, tarfile.PAX_FORMAT)
 
 
 def _load_image(path: Path) -> str:

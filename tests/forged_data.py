@@ -3,6 +3,7 @@
 Each forger changes one file among those of a folder; the formats and who reads them are in `data_formats`.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -86,14 +87,27 @@ def sign_data_set(files: Files) -> None:
             for shard in split["shards"]:
                 if content := files.get(shard["file"]):
                     shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        splits = {
-            name: schema.Split(split["records"], tuple(schema.Shard(**shard) for shard in split["shards"]))
-            for name, split in raw["splits"].items()
-        }
-        raw["fingerprint"] = schema.compute_fingerprint(schema.Metadata(**{**raw, "splits": splits}))
+        sign_metadata(raw)
         files["latents.json"] = json.dumps(raw).encode("utf-8", errors="surrogatepass")
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
+
+
+@contextlib.contextmanager
+def edited(path):
+    """The content of a JSON file, to be changed."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
+
+
+def sign_metadata(raw: dict) -> None:
+    """The fingerprint of what latents.json holds. Raises one of many errors where there is none."""
+    splits = {
+        name: schema.Split(split["records"], tuple(schema.Shard(**shard) for shard in split["shards"]))
+        for name, split in raw["splits"].items()
+    }
+    raw["fingerprint"] = schema.compute_fingerprint(schema.Metadata(**{**raw, "splits": splits}))
 
 
 def plant_class(files: Files, victim: str, random: Random) -> None:
@@ -175,13 +189,9 @@ def forge_tar(files: Files, victim: str, random: Random) -> None:
         choice = random.integers(5)
         if choice == 0:
             sizes = (
-                b"77777777777\0",
-                b"\x80" + b"\xff" * 11,
-                b"\xff" * 12,
-                b"-0000000001\0",
-                b"00000000000\0",
+                b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"-0000000001\0", b"00000000000\0",
                 random.bytes(12),
-            )
+            )  # fmt: skip
             data[place + 124 : place + 136] = sizes[random.integers(6)]
         elif choice == 1:
             data[place + 156] = b"01234567SLKxgVD\0\xff"[random.integers(17)]

@@ -93,8 +93,6 @@ def test_proxy_refuses_unusable_samples(digits):
     images = heldout.images[:20].copy()
     with pytest.raises(UserError, match=r"\(4, 8, 1\)"):
         proxy_metrics(train, heldout, LabelledImages(images[:, :4], heldout.labels[:20]), CLASSES)
-    with pytest.raises(UserError, match="20 samples with labels"):
-        proxy_metrics(train, heldout, LabelledImages(images, heldout.labels[:19]), CLASSES)
     images[3, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="1 of 1280"):
         proxy_metrics(train, heldout, LabelledImages(images, heldout.labels[:20]), CLASSES)
@@ -104,11 +102,6 @@ def test_proxy_refuses_unusable_samples(digits):
     ("labels", "message"),
     [
         (np.arange(5, 15), "label 10 is out of range: the data set has classes 0 to 9"),
-        (np.arange(10) - 1, "label -1 is out of range"),
-        (np.array([str(k) for k in range(10)]), "labels are <U1"),
-        (np.arange(10) / 2, "labels are float64"),
-        (np.full(10, np.nan), "labels are float64"),
-        (np.full(10, True), "labels are bool"),
         (np.arange(10)[:, None], "10 samples with labels of shape"),
         (np.arange(9), "10 samples with labels of shape"),
     ],

@@ -13,6 +13,7 @@ import pytest
 from terdit_jax.data import crop
 from terdit_jax.data.image_file import ImageError
 from terdit_jax.errors import UserError
+from tests.image_files import encode, random_pixels
 
 EVERY_FORMAT = (  # mode, options of save
     ("RGB", {"format": "BMP"}),
@@ -29,16 +30,6 @@ EVERY_FORMAT = (  # mode, options of save
     ("RGB", {"format": "TIFF", "compression": "jpeg"}),
     ("RGB", {"format": "WEBP"}),
 )
-
-
-def random_pixels(width, height, seed=0):
-    return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-
-
-def encode(image, **options):
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, **options)
-    return file.getvalue()
 
 
 def cubic(x):
@@ -146,16 +137,9 @@ def test_cmyk_jpeg_of_adobe_is_stored_inverted():
 def tiff(data, width, height, bits, photometric=1, channels=1):
     """An uncompressed little-endian TIFF of grey channels."""
     tags = {
-        256: width,
-        257: height,
-        258: bits,
-        259: 1,
-        262: photometric,
-        273: 8,
-        277: channels,
-        278: height,
+        256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: channels, 278: height,
         279: len(data),
-    }
+    }  # fmt: skip
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     directory = struct.pack("<H", len(tags)) + entries + bytes(4)
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory
@@ -268,9 +252,9 @@ def damaged_images(count):
 
 
 def test_damage_gives_an_image_or_a_reason_and_no_noise():
-    code = "import test_crop; test_crop.survive_damage(650)"  # not here, where pytest takes the warnings
+    code = "from tests import test_crop; test_crop.survive_damage(650)"  # not here, where pytest takes the warnings
     command = [sys.executable, "-W", "always", "-c", code]
-    done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     usable, refused = map(int, done.stdout.split())
     assert usable > 100 and refused > 100 and usable + refused == 650

@@ -104,21 +104,15 @@ test_features.assert_features(found)
 print("sound")
 """
     address = f"localhost:{free_port()}"
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    common = {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={
-                **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-                "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            [sys.executable, "-c", code], env=inherited | common | {"JAX_PROCESS_ID": str(process)}, **options
         )
         for process in range(2)
-    ]  # fmt: skip
+    ]
     for process in both:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "sound" in out, out

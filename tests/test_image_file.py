@@ -10,6 +10,7 @@ from terdit_jax.data.image_file import ImageError, decode_image, to_8_bits
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.image_source import open_images
+from tests.image_files import encode
 
 SIDE = 12
 GREY_16 = (np.arange(SIDE * SIDE, dtype=np.uint16) * 455).reshape(SIDE, SIDE)  # up to 65,065
@@ -65,9 +66,7 @@ def both_commands(folder, data, suffix=".png"):
 
 @pytest.mark.parametrize("mode, format_name, options", SAVED)
 def test_both_commands_read_the_same_bytes(tmp_path, mode, format_name, options):
-    file = io.BytesIO()
-    of_mode(mode).save(file, format_name, **options)
-    cropped, judged = both_commands(tmp_path, file.getvalue())
+    cropped, judged = both_commands(tmp_path, encode(of_mode(mode), format_name, **options))
     np.testing.assert_array_equal(cropped, judged)
     assert len(np.unique(judged)) > (1 if mode == "1" else 30)
 
@@ -99,59 +98,40 @@ def test_the_list_has_every_mode():
     assert known == set(EVERY_MODE)
 
 
-@pytest.mark.parametrize("format_name", ["PNG", "TIFF"])
-def test_deep_grey_is_scaled_for_both_commands(tmp_path, format_name):
-    file = io.BytesIO()
-    Image.fromarray(GREY_16).save(file, format_name)
-    for read in both_commands(tmp_path, file.getvalue()):
-        np.testing.assert_array_equal(read, (GREY_16 >> 8).astype(np.uint8)[..., None].repeat(3, axis=-1))
-
-
 @pytest.mark.parametrize("orientation", [2, 3, 6, 8])
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_orientation_is_ignored_by_both_but_in_tiff(tmp_path, orientation, format_name):
     """In a TIFF it is no note of a camera but part of how rows are stored, and Pillow obeys it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned, plain = io.BytesIO(), io.BytesIO()
     options = {"lossless": True} if format_name == "WEBP" else {}
-    Image.fromarray(COLOUR).save(turned, format_name, exif=exif, **options)
-    Image.fromarray(COLOUR).save(plain, format_name, **options)
-    cropped, judged = both_commands(tmp_path, turned.getvalue())
+    plain, turned = encode(COLOUR, format_name, **options), encode(COLOUR, format_name, exif=exif, **options)
+    cropped, judged = both_commands(tmp_path, turned)
     np.testing.assert_array_equal(cropped, judged)
-    assert np.array_equal(judged, np.asarray(Image.open(plain))) == (format_name != "TIFF")
+    assert np.array_equal(judged, np.asarray(Image.open(io.BytesIO(plain)))) == (format_name != "TIFF")
 
 
 @pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_both_take_the_first_frame(tmp_path, format_name):
     frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
-    file = io.BytesIO()
     lossless = {"lossless": True} if format_name == "WEBP" else {}
-    frames[0].save(file, format_name, save_all=True, append_images=frames[1:], **lossless)
-    for read in both_commands(tmp_path, file.getvalue()):
+    data = encode(frames[0], format_name, save_all=True, append_images=frames[1:], **lossless)
+    for read in both_commands(tmp_path, data):
         np.testing.assert_array_equal(read, np.full((SIDE, SIDE, 3), [200, 0, 0]))
 
 
-def test_both_drop_alpha(tmp_path):
-    file = io.BytesIO()
-    Image.new("RGBA", (SIDE, SIDE), (255, 10, 0, 0)).save(file, "PNG")
-    for read in both_commands(tmp_path, file.getvalue()):
-        np.testing.assert_array_equal(read[0, 0], [255, 10, 0])
-
-
-@pytest.mark.parametrize("value", [70_000, -1])
-def test_both_refuse_grey_that_is_too_deep(tmp_path, value):
-    file = io.BytesIO()
-    Image.fromarray(np.full((SIDE, SIDE), value, np.int32)).save(file, "TIFF")
-    (tmp_path / "a.png").write_bytes(file.getvalue())
-    with pytest.raises(ImageError, match="only 0 to 65535"):
-        decode_image(file.getvalue(), 3)
-    with pytest.raises(UserError, match="a.png is no image .*only 0 to 65535"):
-        open_images(tmp_path)
-
-
-def test_neither_starts_another_program(tmp_path):
-    """EPS, which Pillow hands to Ghostscript, whatever it is called."""
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(UserError, match="a.png is no image .*formats BMP, GIF"):
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (encode(np.full((SIDE, SIDE), 70_000, np.int32), "TIFF"), "only 0 to 65535"),
+        (encode(np.full((SIDE, SIDE), -1, np.int32), "TIFF"), "only 0 to 65535"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "formats BMP, GIF"),
+    ],
+    ids=["too deep", "below 0", "EPS, which Pillow hands to Ghostscript"],
+)
+def test_both_refuse_the_same(tmp_path, data, reason):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ImageError, match=reason):
+        decode_image(data, 3)
+    with pytest.raises(UserError, match=f"a.png is no image .*{reason}"):
         open_images(tmp_path)

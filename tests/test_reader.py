@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import re
 import shutil
@@ -8,10 +7,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from terdit_jax.data import builder, draws, reader, schema, sources, synthetic
+from terdit_jax.data import builder, draws, reader, schema, synthetic
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.inspection import inspect
 from terdit_jax.errors import UserError
+from tests.test_builder import make_source
 
 NUM_TRAIN, NUM_HELDOUT = 37, 11
 
@@ -30,26 +30,17 @@ class LopsidedCodec(PixelCodec):
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "mirror"])
 def dataset(request, tmp_path_factory):
     """Records that are images and hold one view, or records of latents that hold both."""
-    source = sources.make_digits_source()
-    splits = {"train": source.splits["train"][:NUM_TRAIN], "heldout": source.splits["heldout"][:NUM_HELDOUT]}
     path = tmp_path_factory.mktemp("data") / "digits"
-    codec = LopsidedCodec() if request.param else PixelCodec()
-    builder.build(dataclasses.replace(source, splits=splits), path, codec=codec, mirror=request.param, shard_bytes=2000)
+    source, codec = make_source(NUM_TRAIN, NUM_HELDOUT), LopsidedCodec() if request.param else PixelCodec()
+    builder.build(source, path, codec=codec, mirror=request.param, shard_bytes=2000)
     return reader.open_dataset(path)
 
 
 def batches(dataset, num_steps, **changes):
     options = {
-        "seed": 0,
-        "batch_size": 8,
-        "start_step": 0,
-        "process_index": 0,
-        "process_count": 1,
-        "horizontal_flip": True,
-        "in_memory": False,
-        "read_threads": 2,
-        "prefetch": 3,
-    }
+        "seed": 0, "batch_size": 8, "start_step": 0, "process_index": 0, "process_count": 1, "horizontal_flip": True,
+        "in_memory": False, "read_threads": 2, "prefetch": 3,
+    }  # fmt: skip
     return list(itertools.islice(reader.make_batches(dataset, **(options | changes)), num_steps))
 
 
@@ -83,20 +74,13 @@ def row_numbers(dataset, batch):
     return matches.argmax(axis=1)
 
 
-@pytest.mark.parametrize("horizontal_flip", [False, True])
-def test_batches_hold_one_view(dataset, horizontal_flip):
-    batch = batches(dataset, 1, horizontal_flip=horizontal_flip)[0]
-    assert set(batch) == {"mean", "std", "label", "position"}
-    for name in ("mean", "std"):
-        assert batch[name].shape == (8, 8, 8, 1) and batch[name].dtype == np.float16
-    assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
-    assert batch["position"].dtype == np.int64
-
-
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("horizontal_flip", [False, True])
 def test_rows_are_the_drawn_view_of_whole_records(dataset, horizontal_flip, in_memory):
     batch = joined(batches(dataset, 24, horizontal_flip=horizontal_flip, in_memory=in_memory))
+    shapes = {"mean": (192, 8, 8, 1), "std": (192, 8, 8, 1), "label": (192,), "position": (192,)}
+    assert {name: array.shape for name, array in batch.items()} == shapes
+    assert [batch[name].dtype for name in shapes] == [np.float16, np.float16, np.int32, np.int64]
     index = row_numbers(dataset, batch)
     mirrored = draws.draw_mirrored(0, batch["position"]) & horizontal_flip
     for name in ("mean", "std"):
@@ -120,11 +104,9 @@ def test_half_of_the_views_are_mirrored_and_each_record_in_some_epochs(dataset):
     assert times.min() > 0 and times.max() < num_epochs
 
 
-def test_flips_change_neither_order_nor_labels(dataset):
+def test_flips_do_not_change_the_order(dataset):
     plain, flipped = (joined(batches(dataset, 12, horizontal_flip=flip)) for flip in (False, True))
-    np.testing.assert_array_equal(plain["label"], flipped["label"])
     np.testing.assert_array_equal(row_numbers(dataset, plain), row_numbers(dataset, flipped))
-    assert (plain["mean"] != flipped["mean"]).any()
 
 
 def test_every_epoch_holds_every_record_once_in_an_order_of_its_own(dataset):
@@ -214,11 +196,8 @@ def test_a_batch_must_divide_among_the_processes(dataset, batch_size, process_co
     with pytest.raises(UserError, match=f"batch_size={batch_size}: .*{process_count} process"):
         batches(dataset, 1, batch_size=batch_size, process_count=process_count)
     with pytest.raises(UserError, match=f"batch_size={batch_size}"):
-        next(
-            reader.heldout_batches(
-                dataset, batch_size=batch_size, num_batches=1, process_index=0, process_count=process_count
-            )
-        )
+        options = {"batch_size": batch_size, "num_batches": 1, "process_index": 0, "process_count": process_count}
+        next(reader.heldout_batches(dataset, **options))
 
 
 def test_bad_input_is_refused(dataset, tmp_path):

@@ -1,5 +1,4 @@
 import collections
-from concurrent import futures
 import os
 
 import numpy as np
@@ -10,13 +9,13 @@ from terdit_jax.data import sources
 from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.errors import UserError
+from tests.image_files import all_items, assert_threads_load_what_one_does, encode, random_pixels
 
 
-def write_image(path, size=(12, 10), seed=0, mode="RGB", **kwargs):
+def write_image(path, size=(12, 10), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
-    pixels = np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **kwargs)
+    pixels = random_pixels(*size, seed)
+    path.write_bytes(encode(pixels))
     return pixels
 
 
@@ -88,7 +87,8 @@ def test_folder_lists_sorted_classes_and_follows_its_content(tmp_path):
     for items in source.splits.values():
         assert all(source.class_names[item.label] == item.source_id.split("/")[0] for item in items)
     assert make_folder_source(tmp_path, image_size=8).description == source.description
-    assert make_folder_source(tmp_path, image_size=9).description != source.description
+    for other in ({"image_size": 9}, {"channels": 1}, {"heldout_share": 0.2}):
+        assert make_folder_source(tmp_path, **{"image_size": 8} | other).description != source.description
     write_image(tmp_path / "a" / "new.png")
     assert make_folder_source(tmp_path, image_size=8).description != source.description
 
@@ -103,7 +103,7 @@ def test_folder_keeps_its_own_split(tmp_path, held):
     assert sorted(names(source.splits["train"])) == train
     heldout = [(f"{held}/{name}.png", label) for name, label in (("a/000", 0), ("b/000", 1), ("b/001", 1))]
     assert sorted(source.splits["heldout"]) == heldout
-    for item in source.splits["train"] + source.splits["heldout"]:
+    for item in all_items(source):
         image, label = source.load(item)
         assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and label == item.label
     with pytest.raises(UserError, match="its own held-out images"):
@@ -175,7 +175,7 @@ def test_links_to_nothing_are_images_that_cannot_be_read_and_no_classes(tmp_path
     (tmp_path / "a" / "lost.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "a" / "loop.png").symlink_to("loop.png")
     source = make_folder_source(tmp_path, image_size=8)
-    items = {item.source_id: item for items in source.splits.values() for item in items}
+    items = {item.source_id: item for item in all_items(source)}
     assert len(items) == 12 and not source.ignored
     for name, reason in (("lost", "No such file"), ("loop", "Too many levels")):
         with pytest.raises(ImageError, match=f"cannot be read: {reason}"):
@@ -211,17 +211,17 @@ def test_pixels_arrive_as_they_were_stored(tmp_path):
         np.testing.assert_array_equal(image, np.asarray(expected)[..., None])
         assert label == 0 and image.dtype == np.uint8
     colour = make_folder_source(tmp_path, image_size=16)
+    assert_threads_load_what_one_does(colour)
     for item in colour.splits["train"]:
         np.testing.assert_array_equal(colour.load(item)[0], pixels[item.source_id.removeprefix("a/")])
 
 
 def test_content_and_not_the_suffix_decides(tmp_path):
     for name in ("a.JPEG", "b.jpg", "c.txt", "d", "e.gif", "f.Png"):
-        pixels = write_image(tmp_path / "a" / name, (8, 8), format="PNG")
+        pixels = write_image(tmp_path / "a" / name, (8, 8))
     source = make_folder_source(tmp_path, image_size=8, heldout_share=0.5)
-    items = source.splits["train"] + source.splits["heldout"]
-    assert len(items) == 6
-    for item in items:
+    assert len(all_items(source)) == 6
+    for item in all_items(source):
         np.testing.assert_array_equal(source.load(item)[0], pixels)
 
 
@@ -234,13 +234,3 @@ def test_unusable_files_say_why(tmp_path):
     (tmp_path / "a" / "000.png").unlink()
     with pytest.raises(ImageError, match="cannot be read: No such file"):
         source.load(sources.Item("a/000.png", 0))
-
-
-def test_many_threads_load_at_once(tmp_path):
-    write_classes(tmp_path, {"a": 30, "b": 30})
-    source = make_folder_source(tmp_path, image_size=8)
-    items = source.splits["train"]
-    expected = [source.load(item)[0] for item in items]
-    with futures.ThreadPoolExecutor(16) as pool:
-        for index, (image, _) in enumerate(pool.map(source.load, items * 5)):
-            np.testing.assert_array_equal(image, expected[index % len(items)])

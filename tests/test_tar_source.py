@@ -1,10 +1,8 @@
-from concurrent import futures
 import gzip
 import io
 import tarfile
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from terdit_jax.data import tar_source
@@ -12,27 +10,7 @@ from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.sources import make_folder_source
 from terdit_jax.data.tar_source import Stretch, make_tar_source
 from terdit_jax.errors import UserError
-
-
-def image_bytes(seed, format_name="JPEG"):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(256, size=(12, 14, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format_name)
-    return file.getvalue()
-
-
-def tar_bytes(members, tar_format=tarfile.GNU_FORMAT):
-    """A tar of {name: content}; a TarInfo instead of a content goes in as it is."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
-        for name, content in members.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-            else:
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    return file.getvalue()
+from tests.image_files import all_items, assert_threads_load_what_one_does, image_bytes, tar_bytes
 
 
 def make_classes(counts, first_seed=0):
@@ -46,10 +24,6 @@ def write_archive(path, classes, **options):
         tar_bytes({f"{name}.tar": tar_bytes(files, **options) for name, files in classes.items()}, **options)
     )
     return path
-
-
-def listing(source):
-    return {split: list(items) for split, items in source.splits.items()}
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -67,26 +41,16 @@ def test_archive_folder_of_archives_and_folder_of_folders_agree(tmp_path, tar_fo
     apart = make_tar_source(tmp_path / "tars", **options)
     plain = make_folder_source(tmp_path / "folders", **options)
     assert whole.class_names == apart.class_names == plain.class_names == ("n01", "n02", "n10")
-    assert listing(whole) == listing(apart) == listing(plain)
+    assert whole.splits == apart.splits == plain.splits
     assert whole.description == apart.description == plain.description | {"kind": "tar"}
-    for item in whole.splits["train"] + whole.splits["heldout"]:
+    assert_threads_load_what_one_does(whole)
+    for item in all_items(whole):
         expected, label = plain.load(item)
         for source in (whole, apart):
             pixels, found = source.load(item)
             np.testing.assert_array_equal(pixels, expected)
-            assert (
-                found == label == item.label and pixels.dtype == np.uint8 and pixels.shape == source.shape == (8, 8, 3)
-            )
-
-
-def test_description_follows_content_and_options(tmp_path):
-    classes = make_classes({"a": 10, "b": 10})
-    first = make_tar_source(write_archive(tmp_path / "0.tar", classes), heldout_share=0.1).description
-    assert make_tar_source(write_archive(tmp_path / "1.tar", classes), heldout_share=0.1).description == first
-    assert make_tar_source(tmp_path / "1.tar", heldout_share=0.2).description != first
-    assert make_tar_source(tmp_path / "1.tar", heldout_share=0.1, channels=1).description != first
-    classes["a"]["more.JPEG"] = image_bytes(99)
-    assert make_tar_source(write_archive(tmp_path / "2.tar", classes), heldout_share=0.1).description != first
+            assert found == label == item.label
+            assert pixels.dtype == np.uint8 and pixels.shape == source.shape == (8, 8, 3)
 
 
 def test_imagenet_holds_out_a_hundredth(tmp_path):
@@ -129,7 +93,7 @@ def test_what_is_no_image_is_passed_over(tmp_path):
     (tmp_path / "t.tar").write_bytes(tar_bytes(outer))
     source = make_tar_source(tmp_path / "t.tar", image_size=8, heldout_share=0.1)
     assert source.class_names == ("a", "b")
-    names = sorted(item.source_id for items in source.splits.values() for item in items)
+    names = sorted(item.source_id for item in all_items(source))
     assert names == sorted(f"{name}/{file}" for name in "ab" for file in files)
 
 
@@ -200,20 +164,11 @@ def test_the_last_of_members_with_one_name_counts(tmp_path):
         np.testing.assert_array_equal(both.load(item)[0], only.load(item)[0])
 
 
-def test_many_threads_read_at_once(tmp_path):
-    source = make_tar_source(write_archive(tmp_path / "t.tar", make_classes({"a": 60, "b": 60})), image_size=8)
-    items = source.splits["train"]
-    expected = [source.load(item)[0] for item in items]
-    with futures.ThreadPoolExecutor(16) as pool:
-        for index, (pixels, _) in enumerate(pool.map(source.load, items * 10)):
-            np.testing.assert_array_equal(pixels, expected[index % len(items)])
-
-
 def test_a_damaged_image_is_no_damaged_archive(tmp_path):
     classes = make_classes({"a": 10})
     classes["a"]["a_3.JPEG"] = classes["a"]["a_3.JPEG"][:100]
     source = make_tar_source(write_archive(tmp_path / "t.tar", classes), image_size=8, heldout_share=0.1)
-    (item,) = [item for items in source.splits.values() for item in items if item.source_id == "a/a_3.JPEG"]
+    (item,) = [item for item in all_items(source) if item.source_id == "a/a_3.JPEG"]
     with pytest.raises(ImageError, match="Truncated"):
         source.load(item)
     (tmp_path / "t.tar").write_bytes(b"")
@@ -260,7 +215,7 @@ def test_flipped_header_bits_name_the_byte(tmp_path):
         except UserError as error:
             assert f"damaged at byte {header} " in str(error)
         else:  # the blank behind the digits of the checksum is all that no checksum covers
-            assert len(source.splits["train"] + source.splits["heldout"]) == 4
+            assert len(all_items(source)) == 4
 
 
 def test_useless_archives_say_what_to_do(tmp_path):
@@ -290,18 +245,14 @@ def test_useless_archives_say_what_to_do(tmp_path):
             make_tar_source(tmp_path / "folder", **option)
 
 
-def test_sparse_members_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "kind, size, message",
+    [(b"S", 600, "a sparse file")]
+    + [(kind, 3 << 30, "damaged at byte 512 (a header of 3221225472 bytes)") for kind in (b"x", b"L", b"g")],
+)
+def test_sparse_members_and_gigabytes_of_names_are_refused(tmp_path, kind, size, message):
     header = bytearray(tar_bytes({"a.JPEG": b"x" * 600}))
-    header[156:157] = b"S"
+    header[156:157], header[124:136] = kind, tarfile.itn(size, 12, tarfile.GNU_FORMAT)
     header[148:156] = b"%06o\0 " % (sum(header[:512]) - sum(header[148:156]) + 256)
     (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": bytes(header)}))
-    assert "a sparse file" in refusal(tmp_path / "t.tar")
-
-
-@pytest.mark.parametrize("kind", [b"x", b"L", b"g"])
-def test_gigabytes_of_names_are_not_read(tmp_path, kind):
-    header = bytearray(tar_bytes({"a.JPEG": b"x" * 600}))
-    header[156:157], header[124:136] = kind, tarfile.itn(3 << 30, 12, tarfile.GNU_FORMAT)
-    header[148:156] = b"%06o\0 " % (sum(header[:512]) - sum(header[148:156]) + 256)
-    (tmp_path / "t.tar").write_bytes(tar_bytes({"a.tar": bytes(header)}))
-    assert "damaged at byte 512 (a header of 3221225472 bytes)" in refusal(tmp_path / "t.tar")
+    assert message in refusal(tmp_path / "t.tar")

@@ -1,10 +1,8 @@
-from concurrent import futures
 import io
 import sys
 
 from array_record.python.array_record_module import ArrayRecordWriter
 import numpy as np
-from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
@@ -13,6 +11,7 @@ from terdit_jax.data.image_file import ImageError
 from terdit_jax.data.sources import UNLABELLED
 from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError
+from tests.image_files import all_items, assert_threads_load_what_one_does, image_bytes
 
 CLASSES = ["cat", "dog", "ant"]
 FEATURES = {
@@ -20,13 +19,6 @@ FEATURES = {
     "label": tfds.features.ClassLabel(names=CLASSES),
     "file_name": tfds.features.Text(),
 }
-
-
-def image_bytes(seed, format_name="JPEG"):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(256, size=(12 + seed % 5, 14, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format_name)
-    return file.getvalue()
 
 
 def make_examples(count, first_seed=0):
@@ -54,19 +46,9 @@ def write_data_set(root, splits, name="animals", features=None, num_shards=2, su
             writer.close()
             lengths.append(len(part))
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0))
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=features,
-        split_infos=infos,
-        version="1.0.0",
-        check_data=False,
-        supervised_keys=supervised_keys,
-    )
+    options = {"version": "1.0.0", "check_data": False, "supervised_keys": supervised_keys}
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, **options)
     return folder
-
-
-def all_items(source):
-    return source.splits["train"] + source.splits["heldout"]
 
 
 def test_images_and_classes_are_those_written(tmp_path):
@@ -82,6 +64,7 @@ def test_images_and_classes_are_those_written(tmp_path):
         pixels, label = source.load(item)
         np.testing.assert_array_equal(pixels, decode_crop(expected["image"], 8, 3))
         assert label == expected["label"] and item.label == UNLABELLED
+    assert_threads_load_what_one_does(make_tfds_source("animals", data_dir=tmp_path, image_size=8))
     assert "tensorflow" not in sys.modules
 
 
@@ -100,21 +83,17 @@ def test_test_split_or_a_share_is_held_out(tmp_path):
     assert half.description != alone.description
     more = {"train": make_examples(6), "validation": make_examples(2), "test": make_examples(4), "unlabelled": []}
     write_data_set(tmp_path, more | {"extra": make_examples(3)}, name="more")
-    assert make_tfds_source("more", data_dir=tmp_path).ignored == {
-        "split extra": "3 examples",
-        "split test": "4 examples",
-    }
+    ignored = {"split extra": "3 examples", "split test": "4 examples"}
+    assert make_tfds_source("more", data_dir=tmp_path).ignored == ignored
     assert not tested.ignored and not alone.ignored
 
 
-def test_description_follows_content_and_options(tmp_path):
+def test_description_follows_content(tmp_path):
     for place, count in (("a", 12), ("b", 12), ("c", 13)):
         write_data_set(tmp_path / place, {"train": make_examples(count)})
     first = make_tfds_source("animals", data_dir=tmp_path / "a").description
     assert make_tfds_source("animals", data_dir=tmp_path / "b").description == first
     assert make_tfds_source("animals", data_dir=tmp_path / "c").description != first
-    assert make_tfds_source("animals", data_dir=tmp_path / "a", channels=1).description != first
-    assert make_tfds_source("animals", data_dir=tmp_path / "a", image_size=9).description != first
     assert first["data_set"] == "animals/1.0.0" and first["pictures"] == 12
 
 
@@ -252,14 +231,3 @@ def test_damaged_images_and_classes_give_reasons(tmp_path):
     assert sorted(reasons) == [f"train/{index:08d}" for index in (3, 4, 5)]
     assert "not an image in any" in reasons["train/00000004"]
     assert reasons["train/00000005"] == "its class is -1, not one of 0 to 2"
-
-
-def test_many_threads_read_at_once(tmp_path):
-    examples = make_examples(60)
-    write_data_set(tmp_path, {"train": examples}, num_shards=6)
-    expected = [(decode_crop(example["image"], 8, 3).tobytes(), example["label"]) for example in examples]
-    source = make_tfds_source("animals", data_dir=tmp_path, image_size=8)
-    items = sorted(all_items(source)) * 20
-    with futures.ThreadPoolExecutor(16) as pool:  # the readers are opened by whichever thread comes first
-        for index, (pixels, label) in enumerate(pool.map(source.load, items)):
-            assert (pixels.tobytes(), label) == expected[index % 60]
