@@ -99,10 +99,10 @@ def going_on(lost: str) -> Iterator[None]:
 
 
 def end_if_one_of_several() -> None:
-    """Within an exception's handler: prints its traceback and ends this process with status 1, if it is one of several.
+    """Prints the exception being handled and ends this process with status 1, if it is one of several.
 
-    What follows an exception otherwise, the barriers of saves under way and of taking leave, would wait for processes
-    that may be dead: each waits for up to a minute, and the sum is more than the others should take to notice.
+    The barriers that follow otherwise, of saves under way and of leaving, wait for processes that may be dead: each for
+    up to a minute, and the sum is more than the others should take to notice.
     """
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():

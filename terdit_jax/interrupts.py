@@ -18,8 +18,8 @@ _GRACE_SECONDS = 5.0
 
 
 class SignalWatch:
-    """Within it every signal of `numbers` calls `answer(number)` in a thread, at once, and `handle` in the main thread
-    when it comes to it. Outside the main thread, which alone has signals, it does nothing."""
+    """Answers signals at once: in its body each of `numbers` calls `answer(number)` in a thread, and `handle` in the
+    main thread when it comes to it. Outside the main thread, which alone has signals, it does nothing."""
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ def _of(window: str, field: str, place: int) -> int:
 
 
 def _meetings(size: int, kernel: int, results: int, stride: int, dilate: int, spread: int, pad: int) -> int:
-    """How many pairs (result, kernel place) along a dimension fall onto an input rather than padding or a gap."""
+    """Counts the pairs (result, kernel place) along a dimension that fall onto an input, not onto padding or a gap."""
     last = (size - 1) * dilate
     places = (r * stride + k * spread - pad for r in range(results) for k in range(kernel))
     return sum(0 <= place <= last and place % dilate == 0 for place in places)

@@ -122,7 +122,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def trip_counts(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs each time the entry does. Of branches, all are counted.
+    """Counts how often each computation runs each time the entry does. Of branches, all are counted.
 
     Trip counts are the compiler's where it states them; otherwise a loop is taken to count from 0 in ones up to the
     constant that its condition compares with.

@@ -1,6 +1,6 @@
 """The programs that runs consist of, a training step or a drawing of images, lowered for devices that may be absent.
 
-Nothing is allocated: state, batch and weights are shapes with shardings. What comes out of compiling is `report`'s.
+Nothing is allocated: state, batch and weights are shapes with shardings. `report` compiles them.
 """
 
 import dataclasses

@@ -1,6 +1,4 @@
-"""How fast a program could be at best: the time its arithmetic, its memory traffic and its collectives take at the
-rates of data sheets, each at its peak and nothing lost between them. No program reaches it.
-"""
+"""A lower bound of a program's time: arithmetic, memory traffic and collectives at the peak rates of data sheets."""
 
 from collections.abc import Iterable
 import dataclasses

@@ -35,7 +35,7 @@ _MAX_TOKENS = 1 << 16  # images of 4096 px; as many positions are tabulated
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """Attributes:
+    """A description of a model in a file. Attributes:
 
     name: of the configuration.
     model: the architecture; how it is computed is the reader's choice.
@@ -133,7 +133,7 @@ def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool,
     """Describes a published checkpoint: what shapes do not tell comes from `model_args`, or is as published.
 
     Args:
-      layout: the state dict's.
+      layout: of the state dict.
       model_args: attributes of the Namespace beside it; those looked at are model, image_size and vae.
       ema: as its file name says.
       source: names it in errors.

@@ -73,10 +73,9 @@ class TerDiT(nn.Module):
         condition = min(width, 1024)
         self.x_embedder = _RoundedLinear(patch**2 * channels, width, dtype)
         mlp = nn.Sequential(nn.Linear(256, condition), nn.SiLU(), nn.Linear(condition, condition))
-        self.t_embedder = nn.ModuleDict({"mlp": mlp})
         # One row a class, and the last for the null class that guidance subtracts.
         table = nn.Embedding(fields["num_classes"] + 1, condition)
-        self.y_embedder = nn.ModuleDict({"embedding_table": table})
+        self.t_embedder, self.y_embedder = nn.ModuleDict({"mlp": mlp}), nn.ModuleDict({"embedding_table": table})
         self.layers = nn.ModuleList(_Block(fields, dtype, packed) for _ in range(fields["depth"]))
         head = {
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(condition, 2 * width)),
@@ -149,7 +148,7 @@ class _Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(*adaln)
 
     def forward(self, x: Tensor, c: Tensor, rope: Tensor) -> Tensor:
-        """x (B, T, D), c (B, C') float32 -> (B, T, D)."""
+        """Maps x (B, T, D) and the condition c (B, C'), float32, to (B, T, D)."""
         modulation = self.adaLN_modulation(c).to(x.dtype)[:, None].chunk(6, -1)
         shift, scale, gate = modulation[:3]
         x = x + gate * self.attention(self.attention_norm(x) * (1 + scale) + shift, rope)
@@ -172,7 +171,7 @@ class _Attention(nn.Module):
         self.k_norm = _LayerNorm(kv_width, eps=1e-5) if fields["qk_norm"] else nn.Identity()
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """x (B, T, D), rope (2, T, 1, head_dim / 2) -> (B, T, D)."""
+        """Maps x (B, T, D) to (B, T, D); rope is (2, T, 1, head_dim / 2)."""
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (a.unflatten(2, (-1, self.head_dim)) for a in (q, k, v))  # (B, T, heads, head_dim)
         q, k, v = (a.transpose(1, 2) for a in (_rotate(q, rope), _rotate(k, rope), v))
@@ -202,7 +201,7 @@ class _BlockLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in `dtype`, or in float32 where there is a bias to add."""
+        """Maps (..., in) to (..., out) in `dtype`, or in float32 where there is a bias to add."""
         y = F.linear(x.to(self.dtype), _unpacked(self.weight, self.dtype))
         if self.alphas is not None:
             # Codes are exact in every float dtype; scaled in float32 after the sum, only activations round.
@@ -212,13 +211,13 @@ class _BlockLinear(nn.Module):
 
 class _RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        """In float32: squares overflow the precision of bfloat16."""
+        """Normalises in float32: squares overflow the precision of bfloat16."""
         return super().forward(x.float()).to(x.dtype)
 
 
 class _LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        """In float32: the variance is a difference of large sums."""
+        """Normalises in float32: the variance is a difference of large sums."""
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -355,7 +354,7 @@ def _fitting(tensors: Mapping[str, Tensor], published: Mapping[str, Tensor], dev
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict, dict | None]:
-    """(tensors, fields, description) of whatever kind of file it is; a published checkpoint has no description."""
+    """Reads (tensors, fields, description) of any kind of file; a published checkpoint has no description."""
     try:
         if path.is_dir():
             return _read_torch(path)
@@ -603,7 +602,7 @@ def _spaced(count: int) -> list[int]:
 def _reverse(
     denoise: Callable[[Tensor, int], Tensor], x: Tensor, draw: Callable[[], Tensor], timesteps: list[int], method: str
 ) -> Tensor:
-    """From noise x (N, C, H, W) to x_0 over ascending timesteps of the linear schedule; coefficients in float64."""
+    """Denoises x (N, C, H, W) to x_0 over ascending timesteps of the linear schedule; coefficients in float64."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     kept = torch.cumprod(1 - betas, 0)[timesteps].tolist()  # the signal's share of the variance
     for i in reversed(range(len(timesteps))):

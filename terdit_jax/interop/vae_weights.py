@@ -1,6 +1,6 @@
 """The Stable Diffusion autoencoder as diffusers writes it, config.json and the weights beside it: a folder or a name.
 
-Every field, name, shape and value is checked. The network is `model.vae`'s, downloading huggingface_hub's.
+Every field, name, shape and value is checked. `model.vae` has the network; huggingface_hub downloads.
 """
 
 from collections.abc import Mapping
@@ -216,7 +216,7 @@ def _read(array: np.ndarray, target: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def _torch_shape(target: tuple[int, ...]) -> tuple[int, ...]:
-    """(out, height, width, in) of a convolution to PyTorch's (out, in, height, width)."""
+    """Turns (out, height, width, in) of a convolution into PyTorch's (out, in, height, width)."""
     return (target[0], target[3], *target[1:3]) if len(target) == 4 else target
 
 

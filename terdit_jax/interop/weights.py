@@ -46,7 +46,7 @@ MODEL_ARGS = "model_args.pth"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Attributes:
+    """Opened weights. Attributes:
 
     source: where they come from, as given.
     description: of the model.

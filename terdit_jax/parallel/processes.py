@@ -22,13 +22,14 @@ JOIN_SECONDS = 90
 _COUNT, _ID, _ADDRESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"
 # Any of these says that a cluster has started several processes of this program; jax.distributed finds the rest.
 _CLUSTER_ADDRESSES = (_ADDRESS, "COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
-# What tells how many processes a launcher has started, and what jax.distributed needs besides: count, rank, others.
+# The variable that gives a launcher's number of processes -> those that jax.distributed reads: numbers, of which the
+# count and the rank come first, and a text.
 _LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": (  # set by srun only
-        "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", ("SLURM_JOB_ID",), ("SLURM_STEP_NODELIST",),
+        ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"), "SLURM_STEP_NODELIST",
     ),
     "OMPI_COMM_WORLD_SIZE": (
-        "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", (), ("OMPI_MCA_orte_hnp_uri",),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"), "OMPI_MCA_orte_hnp_uri",
     ),
 }  # fmt: skip
 _BY_HAND = f"set {_ADDRESS}, {_COUNT} and {_ID}, or none of them"
@@ -132,15 +133,12 @@ def _read_jax(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return {"coordinator_address": environment[_ADDRESS], "num_processes": count, "process_id": process}
 
 
-def _check_launcher(
-    environment: Mapping[str, str], name: str, count: str, rank: str, local: str, numbers: tuple, texts: tuple
-) -> None:
-    for needed in (count, rank, local, *numbers, *texts):
+def _check_launcher(environment: Mapping[str, str], name: str, numbers: tuple[str, ...], text: str) -> None:
+    for needed in (*numbers, text):
         if not environment.get(needed, "").strip():
             raise UserError(f"{name}={environment[name]} without {needed}: start it by srun or mpirun, or {_BY_HAND}")
-    size, place = _integer(environment, count), _integer(environment, rank)
-    for needed in (local, *numbers):
-        _integer(environment, needed)
+    size, place, *_ = (_integer(environment, number) for number in numbers)
+    count, rank, *_ = numbers
     if size != _integer(environment, name):
         raise UserError(f"{count}={size}, but {name}={environment[name]}: start it by one srun of all processes")
     if place >= size:
