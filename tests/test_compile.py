@@ -47,7 +47,7 @@ def test_what_a_chip_holds(train_report):
     assert arguments["EMA"] == arguments["parameters"]
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.held["parameters"]))
     assert whole / 4 <= arguments["parameters"] < whole / 2, "matrices are cut by fsdp and tensor, norms are not"
-    # Sixteen pictures over data and fsdp, two float16 latents of 8 x 8 and a label each.
+    # Sixteen images over data and fsdp, two float16 latents of 8 x 8 and a label each.
     assert arguments["batch"] == 16 // 4 * (2 * 2 * 64 + 4)
     assert memory["total"] == sum(arguments.values()) + memory["temporaries"] + memory["outputs"] + memory["program"]
     assert arguments["padding"] < 0.01 * memory["total"] and memory["outputs"] < 0.01 * memory["total"]
@@ -56,7 +56,7 @@ def test_what_a_chip_holds(train_report):
 def test_flops_are_those_of_the_model(train_report):
     program, report = train_report
     assert report["flops"]["model"] == 3 * 16 * program.model.flops_per_image() / 8
-    # Every chip computes the conditioning of its pictures, shared by `tensor`: a little more than an even share.
+    # Every chip computes the conditioning of its images, shared by `tensor`: a little more than an even share.
     assert 1 <= report["flops"]["compiled"] / report["flops"]["model"] < 1.5
 
 
@@ -187,7 +187,7 @@ def test_real_targets(tmp_path, topology):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5p:4x4x4", "h200:8"])
 def test_the_step_of_4b_gathers_two_bits_a_ternary_parameter(topology):
-    """terdit_4b as shipped, 32 layers and 512 pictures, beside the same with codes that travel in bfloat16."""
+    """terdit_4b as shipped, 32 layers and 512 images, beside the same with codes that travel in bfloat16."""
     need_compiler(topology)
     machine = parse_topology(topology)
     devices = open_devices(machine)

@@ -1,4 +1,4 @@
-"""What was loaded is exported bit for bit in every format and comes back so; a failed export leaves nothing behind."""
+"""What was loaded is exported bit for bit in every format and comes back so; a failed export leaves nothing."""
 
 import concurrent.futures
 import dataclasses
@@ -129,7 +129,7 @@ def test_folders_on_the_way_are_made(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_source_that_turns_out_damaged_leaves_nothing_behind(tmp_path, kind):
+def test_a_source_that_turns_out_damaged_leaves_nothing(tmp_path, kind):
     needs(kind)
     weights = random_weights(small_config())
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 from jax.sharding import Mesh
@@ -59,8 +60,10 @@ def test_rings_of_a_torus(devices, rings):
     assert fsdp_rings(Grid(devices)) == rings
 
 
-def test_devices_without_coordinates_form_one_ring():
+def test_devices_without_coordinates_or_a_torus_form_one_ring():
     assert fsdp_rings(Mesh(np.array(jax.devices()).reshape(2, 4, 1), AXES)) == (4,)
+    gpus = np.array([SimpleNamespace(coords=(0, 0, i)) for i in range(8)])
+    assert fsdp_rings(Grid(gpus.reshape(1, 8, 1))) == (8,)
 
 
 def config_of(data, fsdp, tensor, slices):
@@ -112,11 +115,3 @@ def test_other_devices_are_cut_in_order():
     mesh = make_mesh(config_of(4, 2, 1, 2))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     assert sorted(ids[:2].ravel()) == [0, 1, 2, 3] and sorted(ids[2:].ravel()) == [4, 5, 6, 7]
-
-
-def test_gpus_that_have_coordinates_but_no_torus_form_one_ring():
-    @dataclasses.dataclass(frozen=True)
-    class Gpu:
-        coords: tuple[int, ...]
-
-    assert fsdp_rings(Grid(np.array([Gpu((0, 0, i)) for i in range(8)]).reshape(1, 8, 1))) == (8,)

@@ -19,35 +19,34 @@ def open_text(path, encoding="utf-8"):
     return io.TextIOWrapper(open(path, "wb", buffering=0), encoding=encoding, write_through=True)
 
 
-def test_a_full_disk_is_said_once_and_costs_lines(capsys):
-    stream = SteadyStream(open_text("/dev/full"), "standard output")
+def full_disk(tmp_path):
+    return open_text("/dev/full")
+
+
+def pipe_that_nobody_reads(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", buffering=1)
+
+
+def closed(tmp_path):
+    file = open(tmp_path / "out", "w")
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize(("opened", "reason"), [(full_disk, FULL), (pipe_that_nobody_reads, PIPE), (closed, CLOSED)])
+def test_a_stream_that_fails_is_said_once_and_costs_lines(tmp_path, capsys, opened, reason):
+    stream = SteadyStream(opened(tmp_path), "standard output")
     assert stream.write("lost\n") == 5
     stream.writelines(["lost\n", "too\n"])
     print("and this", file=stream, flush=True)
     stream.flush()
-    assert capsys.readouterr().err.splitlines() == [WARNING.format(FULL)]
+    assert capsys.readouterr().err.splitlines() == [WARNING.format(reason)]
     stream.finish()
-    stream.flush()
+    if opened is full_disk:
+        stream.flush()
     assert capsys.readouterr().err == ""
-
-
-def test_a_pipe_that_nobody_reads_is_said_once(capsys):
-    read, write = os.pipe()
-    os.close(read)
-    stream = SteadyStream(os.fdopen(write, "w", buffering=1), "standard output")
-    for _ in range(3):
-        print("into the void", file=stream)
-    stream.finish()
-    assert capsys.readouterr().err.splitlines() == [WARNING.format(PIPE)]
-
-
-def test_a_closed_stream_is_said_once(tmp_path, capsys):
-    stream = SteadyStream(open(tmp_path / "out", "w"), "standard output")
-    stream.close()
-    for _ in range(2):
-        print("nothing", file=stream, flush=True)
-    stream.finish()
-    assert capsys.readouterr().err.splitlines() == [WARNING.format(CLOSED)]
 
 
 def test_a_failing_standard_error_is_silent(capsys):
