@@ -129,10 +129,8 @@ def test_planes_unpack_to_codes_that_pack_again(tiny):
 @pytest.mark.parametrize("name", ["terdit_tiny", "terdit_tiny_noqk", "largedit_tiny"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_equals_unpacked_bit_for_bit(name, dtype):
-    io, model = (
-        as_tensors(golden_arrays(f"{name}_io")),
-        (golden_fields(name), load_file(GOLDEN / f"{name}.safetensors")),
-    )
+    fields, arrays = golden_fields(name), load_file(GOLDEN / f"{name}.safetensors")
+    io = as_tensors(golden_arrays(f"{name}_io"))
     packed, unpacked = (build(fields, arrays, dtype, packed)(io["x"], io["t"], io["y"]) for packed in (True, False))
     assert torch.equal(packed, unpacked)
 
