@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.batches import in_flight
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
 from terdit_jax.diffusion.sampler import METHODS, sample
@@ -121,19 +122,18 @@ def draw_all(
     """
     shards = batch_shards(mesh)
     batch_size = -(-min(batch_size, len(labels)) // shards) * shards
-    images, drawn = [], None
-    for start in range(0, len(labels), batch_size):
+
+    def draw_batch(start: int) -> Array:
         indices = first + np.arange(start, start + batch_size, dtype=np.int32)
         # The last batch is filled up with further images, which are dropped: one shape, one compilation.
         batch_labels = np.resize(labels[start : start + batch_size], batch_size).astype(np.int32)
         with jax.set_mesh(mesh):
-            ahead = draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)))
-        if drawn is not None:  # fetched while the devices are at the next one
-            images.append(_gather(drawn))
-            report(start)
-        drawn = ahead
-    images.append(_gather(drawn))
-    report(len(labels))
+            return draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)))
+
+    images = []
+    for batch in in_flight(map(draw_batch, range(0, len(labels), batch_size))):
+        images.append(_gather(batch))
+        report(min(len(images) * batch_size, len(labels)))
     return np.concatenate(images)[: len(labels)]
 
 

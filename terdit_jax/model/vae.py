@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.batches import fill_up
 from terdit_jax.model.vae_layers import (
     attention,
     attention_shapes,
@@ -206,9 +207,7 @@ def decode_all(
     pictures = np.empty((count, height * factor, width * factor, config.out_channels), np.float32)
     params = jax.device_put(decoder_params(params, dtype), NamedSharding(mesh, PartitionSpec()) if mesh else None)
     for start in range(0, count, batch_size):
-        batch = latents[start : start + batch_size]
-        padding = [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        batch = np.pad(batch, padding)
+        batch = fill_up(latents[start : start + batch_size], batch_size)
         batch = jax.device_put(batch, batch_sharding(mesh)) if mesh else batch
         decoded = _decode(config, params, batch, jnp.dtype(dtype))
         pictures[start : start + batch_size] = np.asarray(decoded)[: count - start]
