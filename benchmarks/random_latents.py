@@ -39,7 +39,7 @@ def write_dataset(path: pathlib.Path, shape: tuple[int, int, int], records: int,
     tfds.folder_dataset.write_metadata(
         data_dir=path, features=features, split_infos=infos, version="1.0.0", check_data=False
     )
-    schema.write_metadata(path, _describe(shape, splits))
+    (path / schema.METADATA_FILE).write_bytes(schema.encode_metadata(_describe(shape, splits)))
 
 
 def _write_split(

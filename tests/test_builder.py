@@ -88,12 +88,6 @@ def test_shards_split_the_records_in_order(tmp_path):
     assert [record["source_id"].decode() for record in records] == [item.source_id for item in source.splits["train"]]
 
 
-def test_the_same_source_gives_the_same_bytes(tmp_path):
-    for name in ("first", "second"):
-        builder.build(make_source(), tmp_path / name, codec=ToyCodec(), mirror=True, shard_bytes=1000)
-    assert read_files(tmp_path / "first") == read_files(tmp_path / "second")
-
-
 def test_mirrored_latents_are_those_of_mirrored_images(tmp_path):
     source = make_source()
     metadata = builder.build(source, tmp_path / "d", codec=ToyCodec(), mirror=True)
@@ -308,12 +302,3 @@ def test_latents_that_float16_cannot_hold_are_refused(tmp_path, value):
     source = make_source(load=lambda item: (np.full((8, 8, 1), value, np.float32), 0))
     with pytest.raises(UserError, match="does not fit float16"):
         builder.build(source, tmp_path / "d", codec=PixelCodec())
-
-
-def test_metadata_file_is_readable_without_this_code(tmp_path):
-    builder.build(make_source(), tmp_path / "d", codec=PixelCodec())
-    raw = json.loads((tmp_path / "d" / "latents.json").read_text())
-    assert raw["schema_version"] == 1 and raw["shape"] == [8, 8, 1] and raw["num_classes"] == 10
-    assert raw["splits"]["train"]["records"] == 30
-    shard = raw["splits"]["train"]["shards"][0]
-    assert shard["bytes"] == os.path.getsize(tmp_path / "d" / shard["file"])

@@ -173,9 +173,7 @@ def signed(dataset):
     """The content of latents.json, to be changed, with the first shard of its training split; then signed again."""
     with edited(dataset / "latents.json") as raw:
         yield raw, raw["splits"]["train"]["shards"][0]
-        with contextlib.suppress(
-            TypeError, KeyError, AttributeError, ValueError
-        ):  # too wrong to sign
+        with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError):  # too wrong to sign
             sign_metadata(raw)
 
 

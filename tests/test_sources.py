@@ -223,14 +223,3 @@ def test_content_and_not_the_suffix_decides(tmp_path):
     assert len(all_items(source)) == 6
     for item in all_items(source):
         np.testing.assert_array_equal(source.load(item)[0], pixels)
-
-
-def test_unusable_files_say_why(tmp_path):
-    write_classes(tmp_path, {"a": 10})
-    (tmp_path / "a" / "text.png").write_text("not an image")
-    source = make_folder_source(tmp_path, image_size=8)
-    with pytest.raises(ImageError, match="not an image in any of the formats"):
-        source.load(sources.Item("a/text.png", 0))
-    (tmp_path / "a" / "000.png").unlink()
-    with pytest.raises(ImageError, match="cannot be read: No such file"):
-        source.load(sources.Item("a/000.png", 0))

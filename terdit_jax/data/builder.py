@@ -198,13 +198,12 @@ class _Run:
             folder = epath.Path(scratch)
             _write_tfds_metadata(folder, self.features, metadata)
             files = {name: (folder / name).read_bytes() for name in ("dataset_info.json", "features.json")}
-            schema.write_metadata(folder, metadata)
             left_out = {name: dict(entries) for name, entries in skipped.items()} if self.num_bad else {}
             if self.source.ignored:
                 left_out[IGNORED] = self.source.ignored
             if left_out:
                 files[SKIPPED_FILE] = json.dumps(left_out, indent=1).encode()
-            files[schema.METADATA_FILE] = (folder / schema.METADATA_FILE).read_bytes()
+        files[schema.METADATA_FILE] = schema.encode_metadata(metadata)
         for name, content in files.items():
             with self.unfinished.new_file(name) as file:
                 file.write_bytes(content)

@@ -1,6 +1,6 @@
-"""What is said of files that are left out when a folder or an archive is listed: nothing is dropped without a word.
+"""Lines about files that are left out when a folder or an archive is listed: nothing is dropped in silence.
 
-Which files are images of which class is decided by the sources.
+Sources decide which files are images of which class.
 """
 
 from collections.abc import Mapping

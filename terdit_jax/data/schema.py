@@ -143,10 +143,9 @@ def compute_fingerprint(metadata: Metadata) -> str:
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
 
 
-def write_metadata(path: epath.PathLike, metadata: Metadata) -> None:
-    """Writes `latents.json` into the directory `path`."""
-    text = json.dumps(dataclasses.asdict(metadata), indent=2, ensure_ascii=False)
-    (epath.Path(path) / METADATA_FILE).write_text(text + "\n")
+def encode_metadata(metadata: Metadata) -> bytes:
+    """The content of `latents.json`."""
+    return (json.dumps(dataclasses.asdict(metadata), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_metadata(path: epath.PathLike) -> Metadata:
