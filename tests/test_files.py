@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -27,39 +28,27 @@ def test_content_is_there_when_the_body_ends_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("make", [files.new_file, files.new_folder])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_a_body_that_raises_leaves_nothing(tmp_path, make, error):
+def test_a_body_that_raises_leaves_what_was_there(tmp_path, make, error):
     with pytest.raises(error), make(tmp_path / "x"):
         raise error
     assert names(tmp_path) == []
-
-
-def test_what_was_there_stays_until_the_new_content_is_complete(tmp_path):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(RuntimeError), files.new_file(tmp_path / "x") as temporary:
+    with pytest.raises(error), files.new_file(tmp_path / "x") as temporary:
         temporary.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "x").read_text() == "old"
+        raise error
+    assert names(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "old"
 
 
-@pytest.mark.parametrize("there", ["file", "folder", "dangling link"])
-def test_without_replace_nothing_is_overwritten_however_late_it_came(tmp_path, there):
+@pytest.mark.parametrize("writing", [functools.partial(files.new_file, replace=False), files.new_folder])
+@pytest.mark.parametrize("there", ["file", "folder", "link"])
+def test_without_replace_nothing_is_overwritten_however_late_it_came(tmp_path, writing, there):
     path = tmp_path / "x"
-    with pytest.raises(FileExistsError), files.new_file(path, replace=False) as temporary:
-        temporary.write_text("new")
-        {"file": lambda: path.write_text("old"), "folder": path.mkdir, "dangling link": lambda: path.symlink_to("no")}[
-            there
-        ]()
+    with pytest.raises(FileExistsError), writing(path) as temporary:
+        (temporary if temporary.is_file() else temporary / "new").write_text("new")
+        make = {"file": lambda: path.write_text("old"), "folder": path.mkdir, "link": lambda: path.symlink_to("no")}
+        make[there]()
     assert path.is_symlink() or path.is_dir() or path.read_text() == "old"
     assert names(tmp_path) == ["x"]
-
-
-def test_a_folder_never_takes_the_place_of_another(tmp_path):
-    path = tmp_path / "x"
-    with pytest.raises(FileExistsError), files.new_folder(path) as temporary:
-        (temporary / "new").write_text("")
-        path.mkdir()
-        (path / "old").write_text("")
-    assert names(tmp_path) == ["x"] and names(path) == ["old"]
 
 
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTEMPTY])

@@ -16,7 +16,7 @@ from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import Layout
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.untrusted import is_number, reading, short
+from terdit_jax.untrusted import is_count, is_number, reading, short
 
 SD_LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoder
 SD_DOWNSAMPLING = 8
@@ -150,7 +150,7 @@ def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool,
             "nothing of the number of heads: give an export of terdit_jax, which does"
         )
     image_size, vae = model_args.get("image_size", 256), model_args.get("vae", "ema")
-    if type(image_size) is not int or not 0 < image_size < _MAX_SIZE or vae not in VAES:
+    if not is_count(image_size, 1, _MAX_SIZE - 1) or vae not in VAES:
         raise UserError(f"{source}: model_args has image_size={short(image_size)}, vae={short(vae)}")
     config = base_config()
     config.model.update(

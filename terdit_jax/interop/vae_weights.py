@@ -20,7 +20,7 @@ from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.torch_file import load_state_dict
 from terdit_jax.model.vae import VAEConfig, abstract_params
 from terdit_jax.paths import local_path
-from terdit_jax.untrusted import parse_json
+from terdit_jax.untrusted import is_count, is_number, parse_json
 
 CONFIG = "config.json"
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
@@ -146,17 +146,17 @@ def parse_config(fields: Mapping[str, Any], source: str) -> VAEConfig:
     require(
         isinstance(widths, list)
         and 0 < len(widths) <= _MAX_BLOCKS
-        and all(_is_size(width, _MAX_WIDTH) for width in widths),
+        and all(is_count(width, 1, _MAX_WIDTH) for width in widths),
         "block_out_channels",
         f"must list 1 to {_MAX_BLOCKS} widths of at most {_MAX_WIDTH}",
     )
     sizes = {name: fields.get(name, default) for name, (default, _) in _SIZES.items()}
     for name, (_, largest) in _SIZES.items():
-        require(_is_size(sizes[name], largest), name, f"must be an integer from 1 to {largest}")
+        require(is_count(sizes[name], 1, largest), name, f"must be an integer from 1 to {largest}")
     groups = sizes["norm_num_groups"]
     require(all(width % groups == 0 for width in widths), "norm_num_groups", f"does not divide the widths {widths}")
     scale = fields.get("scaling_factor", VAEConfig.scaling_factor)
-    require(type(scale) in (int, float) and 1e-6 < scale < 1e6, "scaling_factor", "must be a positive number")
+    require(is_number(scale, 1e-6, 1e6), "scaling_factor", "must be a positive number")
     for name, kind in _BLOCK_TYPES.items():
         require(fields.get(name, [kind]) == [kind] * len(widths), name, f"only {len(widths)} {kind} are supported")
     known = ("block_out_channels", "scaling_factor", *_SIZES, *_BLOCK_TYPES, *_IGNORED)
@@ -218,7 +218,3 @@ def _read(array: np.ndarray, target: tuple[int, ...], what: str) -> np.ndarray:
 def _torch_shape(target: tuple[int, ...]) -> tuple[int, ...]:
     """Turns (out, height, width, in) of a convolution into PyTorch's (out, in, height, width)."""
     return (target[0], target[3], *target[1:3]) if len(target) == 4 else target
-
-
-def _is_size(value: object, largest: int) -> bool:
-    return type(value) is int and 0 < value <= largest
