@@ -23,7 +23,7 @@ ADDRESS_SPACE = 2 << 30  # of the loading process: threads of libraries take muc
 
 
 class DataFuzzer:
-    """As `fuzz_files.Fuzzer`, of everything that is no model."""
+    """The counterpart of `fuzz_files.Fuzzer` for everything that is no model."""
 
     address_space = ADDRESS_SPACE
 

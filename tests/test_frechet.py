@@ -87,7 +87,7 @@ def test_unusable_features_are_refused():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e-20, -3e7])
 def test_constant_features_have_no_spread(value):
-    """Of a covariance that is zero up to rounding, with eigenvalues on either side of it."""
+    """Their covariance is zero up to rounding, with eigenvalues on either side of it."""
     other = statistics(np.random.default_rng(0).normal(size=(50, 8)))
     constant = statistics(np.full((7, 8), value, np.float32))
     for spread in (constant.covariance, -1e-40 * np.eye(8), np.zeros((8, 8))):

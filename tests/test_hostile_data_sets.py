@@ -1,4 +1,4 @@
-"""What the files of a data set say is data: nothing that they name is imported, and no file elsewhere is read."""
+"""The files of a data set are data: nothing that they name is imported, and no file elsewhere is read."""
 
 import contextlib
 import json

@@ -212,7 +212,7 @@ def test_flipped_header_bits_name_the_byte(tmp_path):
             source = make_tar_source(path, image_size=8, heldout_share=0.3)
         except UserError as error:
             assert f"damaged at byte {header} " in str(error)
-        else:  # the blank behind the digits of the checksum is all that no checksum covers
+        else:  # the blank after the digits of the checksum is all that no checksum covers
             assert len(all_items(source)) == 4
 
 

@@ -90,7 +90,7 @@ class VAECodec:
         return height // factor, width // factor, self.config.latent_channels
 
     def encode(self, images: np.ndarray) -> tuple[Array, Array]:
-        """As `Codec.encode`, float16; every batch is filled up to one size, so that one program serves all."""
+        """Encodes as `Codec.encode` says, in float16; all batches are filled up to one size, for one program."""
         return self._encode(self._params, jax.device_put(fill_up(images, self.batch_size), self._rows))
 
 

@@ -40,7 +40,7 @@ class Records(Protocol):
 
 
 class AnyDataset(Protocol):
-    """What batches are made from: a prepared data set, or a synthetic one."""
+    """A data set that batches are made from: a prepared one, or a synthetic one."""
 
     metadata: schema.Metadata
 
@@ -60,7 +60,7 @@ class MemoryRecords:
         return len(self.label)
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
-        """As `Records.read`, copied out of the arrays."""
+        """Copies records out of the arrays, as `Records.read`."""
         has_mirror = len(self.mean) > 1
         rows = indices if mirrored is None or not has_mirror else indices + mirrored * len(self)
         views = {name: array.reshape(-1, *array.shape[2:]) for name, array in (("mean", self.mean), ("std", self.std))}
@@ -83,7 +83,7 @@ class StoredRecords:
         return int(self._starts[-1])
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
-        """As `Records.read`. Raises UserError where a shard or a record is damaged."""
+        """Reads as `Records.read`. Raises UserError where a shard or a record is damaged."""
         shape, has_mirror = self._metadata.shape, self._metadata.has_mirror
         decoders = [partial(schema.decode_view, shape=shape, has_mirror=has_mirror, mirrored=m) for m in (False, True)]
         which = mirrored if mirrored is not None and has_mirror else np.zeros(len(indices), bool)
@@ -166,7 +166,7 @@ class Dataset:
         return StoredRecords(self.path, self.metadata.splits[split], self.metadata)
 
     def records(self, split: str, *, in_memory: bool = False) -> Records:
-        """The same, as `AnyDataset.records`."""
+        """The records of a split, stored or read into memory."""
         return self.stored(split).load() if in_memory else self.stored(split)
 
 

@@ -1,6 +1,6 @@
 """The record of a prepared data set, its metadata file `latents.json`, and the fingerprint of both.
 
-What fills the records is the builder's affair and how they become batches the reader's.
+The builder fills the records; the reader makes batches of them.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ def encode_metadata(metadata: Metadata) -> bytes:
 
 
 def read_metadata(path: epath.PathLike) -> Metadata:
-    """Reads `latents.json` and checks that every shard is there with its recorded size; contents are `verify`'s.
+    """Reads `latents.json` and checks that every shard is there with its recorded size; `verify` checks contents.
 
     Raises:
       UserError: no data set there, metadata that is damaged or of another version, a shard missing or cut short.

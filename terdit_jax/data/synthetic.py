@@ -24,7 +24,7 @@ class SyntheticRecords:
         return NUM_RECORDS
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
-        """As `reader.Records.read`; the mirrored views are mirrored along the width."""
+        """Reads as `reader.Records.read`; the mirrored views are mirrored along the width."""
         return self.pool.read(indices % POOL_SIZE, mirrored)
 
 

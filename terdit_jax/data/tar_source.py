@@ -157,7 +157,7 @@ def _find_archives(root: pathlib.Path) -> tuple[dict[str, Stretch], dict[str, st
 
 
 def _list_directory(root: pathlib.Path, others: dict[str, str]) -> list[tuple[str, Stretch]]:
-    """As `list_members`, but folders that are not hidden are noted too."""
+    """The files of a folder, as `list_members` gives them; folders are noted too."""
     found = []
     for file in sorted(root.iterdir()):
         if file.is_file():

@@ -72,7 +72,7 @@ class Unfinished:
         write_json(self.folder / f"{finished.shard.file}.json", dataclasses.asdict(finished))
 
     def remove(self) -> None:
-        """Forgets everything, also what killed workers have left behind; the data set is complete."""
+        """Removes the folder, with what killed workers have left in it; the data set is complete."""
         with contextlib.suppress(FileNotFoundError):  # another worker does the same
             self.folder.rmtree()
 

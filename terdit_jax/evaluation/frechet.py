@@ -1,7 +1,6 @@
 """The Frechet distance between two Gaussians, in float64 on the host.
 
-The moments are `statistics`'s; which network the features come from, and how many images make a fair comparison, is
-left to the caller.
+The moments come from `statistics`. Callers choose the network and how many images make a fair comparison.
 """
 
 import numpy as np

@@ -22,7 +22,7 @@ CLASSES = 1008
 
 
 class Features(NamedTuple):
-    """What the ADM evaluator reads of the network."""
+    """The features that the ADM evaluator reads of the network."""
 
     pool: Array  # (B, 2048) float32, of FID, precision and recall
     spatial: Array  # (B, 2023) float32, of sFID

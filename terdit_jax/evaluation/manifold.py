@@ -26,7 +26,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, block: int = BLOCK) -> PrecisionRecall:
-    """Of features (N, D) and (M, D), both float32.
+    """Precision and recall of features (N, D) and (M, D), both float32.
 
     Distances are squared Euclidean ones, as |u|^2 - 2 uv + |v|^2. Memory on the device is that of a few blocks of
     `block` by `block` float32 and of two blocks of features, whatever N and M are.

@@ -35,7 +35,7 @@ class StoredReference(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What samples are compared with."""
+    """The set that samples are compared with."""
 
     name: str
     statistics: dict[str, Statistics]  # by feature
@@ -49,7 +49,7 @@ def inception_network(path: str | os.PathLike | None = None) -> FeatureNetwork:
 
 
 def inception_extract(params: dict, images: Array) -> dict[str, Array]:
-    """Of images (B, H, W, 3), what the suite keeps: `pool` and `spatial`. Classes follow from the first."""
+    """The features of images (B, H, W, 3) that the suite keeps: `pool`, from which classes follow, and `spatial`."""
     features = inception.extract(params, images)
     return {"pool": features.pool, "spatial": features.spatial}
 
