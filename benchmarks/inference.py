@@ -158,7 +158,7 @@ def measure_ours(text: str) -> Iterator[dict]:
 
 
 def _numerics(mode: str, model, mesh):
-    from terdit_jax.inference.modes import choose_numerics
+    from terdit_jax.fast.modes import choose_numerics
 
     name, _, without = mode.partition(":")
     numerics = choose_numerics(name, model, mesh)
@@ -168,17 +168,17 @@ def _numerics(mode: str, model, mesh):
 def _resident(model, numerics, packed: dict) -> dict:
     import jax
 
-    from terdit_jax.inference.lean import make_lean_operands
+    from terdit_jax.fast.inference_pass import make_inference_operands
 
-    return jax.block_until_ready(make_lean_operands(model, numerics, packed))
+    return jax.block_until_ready(make_inference_operands(model, numerics, packed))
 
 
 def _outputs(model, numerics, operands: dict) -> np.ndarray:
     """Of two noisy latents; in float32 by the forward pass of training if there are no numerics."""
     import jax
 
-    from terdit_jax.inference.lean import lean_forward
-    from terdit_jax.inference.modes import compiler_options
+    from terdit_jax.fast.inference_pass import inference_forward
+    from terdit_jax.fast.modes import compiler_options
     from terdit_jax.model.transformer import forward
 
     x_t = jax.random.normal(jax.random.key(1), (2, *model.sample_shape))
@@ -187,7 +187,7 @@ def _outputs(model, numerics, operands: dict) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
             exact = dataclasses.replace(model, dtype="float32")
             return np.asarray(jax.jit(functools.partial(forward, exact))(operands, x_t, t, y))
-    lean = jax.jit(functools.partial(lean_forward, model, numerics), compiler_options=compiler_options(numerics))
+    lean = jax.jit(functools.partial(inference_forward, model, numerics), compiler_options=compiler_options(numerics))
     return np.asarray(lean(operands, x_t, t, y))
 
 
@@ -200,8 +200,8 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
 def _time(model, settings: ConfigDict, numerics, operands: dict, batch: int, profiled: bool) -> dict:
     import jax
 
-    from terdit_jax.inference.lean import bind_schedule
-    from terdit_jax.inference.modes import compiler_options
+    from terdit_jax.fast.inference_pass import bind_schedule
+    from terdit_jax.fast.modes import compiler_options
     from terdit_jax.inference.sampling import make_draw
 
     settings = ConfigDict(settings)

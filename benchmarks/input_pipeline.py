@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
         write_dataset(path, synthetic.model.sample_shape, _RECORDS.value, 8, WRITER_OPTIONS["zstd"])
         stored = dataclasses.replace(synthetic, dataset=open_dataset(path))
         state = make_state(synthetic.model, synthetic.optimizer, synthetic.mesh, config.seed)
-        step = make_train_step(config, synthetic.model, synthetic.schedule, synthetic.optimizer, synthetic.mesh, 1.0)
+        run = synthetic
+        step = make_train_step(config, run.model, run.schedule, run.optimizer, run.mesh, 1.0, run.plan)
         feeds = {"synthetic": device_batches(synthetic, 0), "stored": device_batches(stored, 0)}
         rates: dict[str, list[float]] = {name: [] for name in feeds}
         for feed in feeds.values():  # compiles, and fills both prefetch buffers

@@ -30,8 +30,8 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
-from terdit_jax.inference.lean import lean_forward, make_lean_operands
-from terdit_jax.inference.modes import Numerics
+from terdit_jax.fast.inference_pass import inference_forward, make_inference_operands
+from terdit_jax.fast.modes import Numerics
 from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.parallel.mesh import single_device_mesh
@@ -119,9 +119,9 @@ def load_packed(workdir: str) -> Denoiser:
 
 def in_numbers(packed: Denoiser, numerics: Numerics) -> Denoiser:
     """The same model in other numbers."""
-    dtype = "float32" if numerics.operand == "float32" else "bfloat16"
+    dtype = "float32" if numerics.matmul_dtype == "float32" else "bfloat16"
     config = dataclasses.replace(packed.config, dtype=dtype)
-    operands = make_lean_operands(config, numerics, packed.operands)
+    operands = make_inference_operands(config, numerics, packed.operands)
     return dataclasses.replace(packed, config=config, numerics=numerics, operands=operands)
 
 
@@ -129,7 +129,7 @@ def predictions(model: Denoiser, heldout: LabelledImages) -> np.ndarray:
     """(timesteps, B, H, W, C) eps of held-out pictures, from the same noise for every model."""
     images, labels = (jnp.asarray(array[: _NUM_NOISED.value]) for array in heldout)
     schedule, made = linear_schedule(), []
-    network = jax.jit(functools.partial(lean_forward, model.config, model.numerics))
+    network = jax.jit(functools.partial(inference_forward, model.config, model.numerics))
     for t in TIMESTEPS:
         noise = jax.random.normal(jax.random.key(t), images.shape)
         x_t = schedule.sqrt_alphas_cumprod[t] * images + schedule.sqrt_one_minus_alphas_cumprod[t] * noise
@@ -149,7 +149,7 @@ def draw_sets(model: Denoiser, labels: np.ndarray) -> Iterator[LabelledImages]:
 
 def matmul_precision(numerics: Numerics) -> contextlib.AbstractContextManager:
     """GPUs and TPUs round float32 operands unless told not to."""
-    return jax.default_matmul_precision("highest" if numerics.operand == "float32" else "default")
+    return jax.default_matmul_precision("highest" if numerics.matmul_dtype == "float32" else "default")
 
 
 def relative_errors(eps: np.ndarray, reference: np.ndarray) -> list[float]:

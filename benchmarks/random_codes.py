@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.model.transformer import abstract_params, packed_operands
 from terdit_jax.parallel.sharding import path_name
 
 
 def random_operands(model: DiTConfig) -> dict:
-    """Packed operands of random codes, as `make_operands(..., packed=True)` makes them, of scales that keep the size of
+    """Packed operands of random codes, as `packed_operands(...)` makes them, of scales that keep the size of
     activations."""
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(model))  # noqa: E731
-    shapes = jax.eval_shape(lambda: make_operands(model, zeros(), packed=True))
+    shapes = jax.eval_shape(lambda: packed_operands(model, zeros()))
 
     @functools.partial(jax.jit, static_argnums=1)
     def codes(key, shape):

@@ -18,8 +18,9 @@ from benchmarks.machine import load_changed
 from benchmarks.random_codes import random_operands
 from terdit_jax.aot.collectives import Collective, read_collectives, sent_bytes
 from terdit_jax.diffusion.schedule import linear_schedule
-from terdit_jax.inference.lean import bind_schedule, make_lean_operands
-from terdit_jax.inference.modes import choose_numerics
+from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
+from terdit_jax.fast.modes import choose_numerics
+from terdit_jax.fast.plan import choose_plan
 from terdit_jax.inference.sampling import draw_all, make_draw
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.mesh import make_mesh
@@ -91,7 +92,8 @@ class _Job:
         config.mesh["data" if run["layout"] == "one" else run["layout"]] = len(self.devices)
         self.model, self.optimizer = DiTConfig.from_config(config), make_optimizer(config.optimizer)
         self.mesh = make_mesh(config.mesh, self.devices)
-        step = make_train_step(config, self.model, linear_schedule(), self.optimizer, self.mesh, 1.0)
+        plan = choose_plan(self.model, self.mesh)
+        step = make_train_step(config, self.model, linear_schedule(), self.optimizer, self.mesh, 1.0, plan)
         sharding = batch_sharding(self.mesh)
         shapes = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -134,7 +136,7 @@ def measure_sampling(run: dict, turn: Callable[[], object] = lambda: None) -> di
     settings.update(num_steps=run["steps"], cfg_scale=4.0)
     mesh = make_mesh(ConfigDict({"data": len(devices), "fsdp": 1, "tensor": 1, "slices": 1}), devices)
     numerics = choose_numerics("fast", model, mesh)
-    operands = _copied(make_lean_operands(model, numerics, random_operands(model)), mesh)
+    operands = _copied(make_inference_operands(model, numerics, random_operands(model)), mesh)
     draw = make_draw(model, settings, 0, functools.partial(bind_schedule, model, numerics))
     labels = np.arange(run["pictures"]) % model.num_classes
     batch_size = run["batch"] * len(devices)

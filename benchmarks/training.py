@@ -74,7 +74,7 @@ def measure_run(run: str) -> dict:
         config.compute[name] = value
     config.data.synthetic = True
     setup = set_up(config, "/tmp/benchmarks_training")
-    step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0)
+    step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0, setup.plan)
     batch = next(device_batches(setup, 0))
     if _COMPILE.value:
         with jax.set_mesh(setup.mesh):

@@ -23,8 +23,8 @@ from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
 from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, run_command
+from terdit_jax.fast.modes import MODES
 from terdit_jax.files import check_output, refusing, write_json
-from terdit_jax.inference.modes import MODES
 from terdit_jax.options import MAX_BATCH, refuse_unused
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.paths import define_path

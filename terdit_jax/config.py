@@ -51,6 +51,7 @@ def base_config() -> ConfigDict:
             "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn
             "passes": "auto",  # between matmuls: auto (kernels on Hopper GPUs, xla elsewhere) | xla
             "layers": "auto",  # auto (unrolled on GPUs, scanned elsewhere) | scanned | unrolled
+            "plan": "auto",  # auto (whatever is quickest here) | plain (nothing of terdit_jax.fast)
         }
     )
     config.mesh = ConfigDict(
@@ -184,6 +185,7 @@ RULES = {
     "compute.attention": _one_of("auto", "xla", "cudnn"),
     "compute.passes": _one_of("auto", "xla"),
     "compute.layers": _one_of("auto", "scanned", "unrolled"),
+    "compute.plan": _one_of("auto", "plain"),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,

@@ -19,7 +19,7 @@ from terdit_jax.inference.decoding import to_pictures
 from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.interop.weights import check_start, master_params, start_params
-from terdit_jax.model.transformer import make_operands
+from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 from terdit_jax.training.actions import DrawGrid
@@ -78,8 +78,8 @@ def _starter(setup: Setup) -> Callable[[], dict] | None:
 def _drawer(setup: Setup) -> DrawImages:
     """Draws pictures from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
     of the picture, never taken from a stream that training draws from as well."""
-    draw = make_draw(setup.model, setup.config.sample, setup.config.seed)
-    operands = jax.jit(lambda params: make_operands(setup.model, params, packed=setup.model.ternary))
+    draw = make_draw(setup.model, setup.config.sample, setup.config.seed, run_blocks=setup.plan.run_blocks)
+    operands = jax.jit(lambda params: packed_operands(setup.model, params))
 
     def draw_pictures(params: dict, labels: np.ndarray) -> np.ndarray:
         with jax.set_mesh(setup.mesh):

@@ -1,6 +1,7 @@
 """Every test runs on eight CPU devices, so that meshes are real; float32 matmuls are exact to float32.
 
-Where JAX_PLATFORMS is set it decides: JAX_PLATFORMS=cuda python -m pytest tests/test_mosaic.py runs kernels on a GPU.
+Where JAX_PLATFORMS is set it decides: JAX_PLATFORMS=cuda python -m pytest tests/test_hopper_forward.py runs kernels on
+a GPU.
 """
 
 import os

@@ -11,8 +11,9 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from terdit_jax.fast.plan import FastPlan
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.mesh import AXES, mesh_shape
 from terdit_jax.parallel.sharding import partition_spec, path_name
 from terdit_jax.training.optimizer import make_optimizer
@@ -37,8 +38,9 @@ def describe(machine: str) -> dict:
     shape = mesh_shape(config.mesh, CHIPS[machine])
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    plan = FastPlan(gather="codes", rings=(mesh.shape["fsdp"],))
     with jax.sharding.use_abstract_mesh(mesh):
-        operands = jax.eval_shape(lambda params: make_operands(model, params), abstract_params(model))
+        operands = jax.eval_shape(lambda params: plan.make_operands(model, params), abstract_params(model))
     described = {"mesh": dict(mesh.shape), "bytes_per_chip": {}, "leaves": {}}
     for name, tree in (("state", state), ("operands", operands)):
         total = 0

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from terdit_jax.kernels import rows
+from terdit_jax.fast.hopper import warpgroup
 
-ON_HOPPER = rows.run_on(jax.devices()[0])
+ON_HOPPER = warpgroup.run_on(jax.devices()[0])
 
 
 @contextlib.contextmanager
@@ -20,10 +20,10 @@ def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
         context = params.force_gpu_interpret_mode()
         for name in ("strided", "strided_half"):
-            monkeypatch.setattr(rows, name, lambda row: row)
-        monkeypatch.setattr(rows, "split", lambda row: tuple(row.reshape(-1, 2).astype(jnp.float32).T))
+            monkeypatch.setattr(warpgroup, name, lambda row: row)
+        monkeypatch.setattr(warpgroup, "split", lambda row: tuple(row.reshape(-1, 2).astype(jnp.float32).T))
         join = lambda even, odd: jnp.stack([even, odd], axis=-1).ravel().astype(jnp.bfloat16)  # noqa: E731
-        monkeypatch.setattr(rows, "join", join)
+        monkeypatch.setattr(warpgroup, "join", join)
         # Calls of the machine are effects to JAX, which rematerialised functions may have none of. They may here; what
         # they return JAX then keeps, and cuts 8 bits as IEEE had them, whose largest number is 240 and not 448.
         effects, checkpoint = (pytest.importorskip(f"jax._src.{name}") for name in ("effects", "ad_checkpoint"))

@@ -8,8 +8,8 @@ from terdit_jax.config import RULES, base_config, check, flatten, nearest, valid
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS
 from terdit_jax.errors import UserError
+from terdit_jax.fast.gather import GATHERS
 from terdit_jax.inference.sampling import NUM_TIMESTEPS
-from terdit_jax.parallel.gather import GATHERS
 
 DEFAULTS = dict(flatten(base_config()))
 NAN, INF = float("nan"), float("inf")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.ternary.expand import expand
+from terdit_jax.fast.expand import expand
 from terdit_jax.ternary.packing import pack, unpack
 
 EVERY_BYTE = np.stack(np.meshgrid(*[[-1, 0, 1]] * 4, indexing="ij"), axis=-1).reshape(3, -1).astype(np.int8)

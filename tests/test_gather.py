@@ -14,8 +14,10 @@ from terdit_jax.aot.collectives import mesh_axes, read_collectives, sent_bytes
 from terdit_jax.aot.program import activation_bytes
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
-from terdit_jax.model.transformer import abstract_params, count_params, make_operands
-from terdit_jax.parallel.gather import GatheredLinear, gather_operands
+from terdit_jax.fast.eight_bit import SAME
+from terdit_jax.fast.linear import FastLinear, make_fast
+from terdit_jax.fast.plan import FastPlan
+from terdit_jax.model.transformer import abstract_params, count_params
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, batch_sharding
 from terdit_jax.ternary.linear import TernaryLinear
@@ -30,18 +32,18 @@ def mesh_of(data, fsdp, tensor):
     return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
 
 
-def operands_of(codes, alphas, sinks, operand="same"):
+def operands_of(codes, alphas, sinks):
     """Operands as the model nests them: {"blocks": {"attention": {"qkv": ..., "out": ...}}}."""
-    maps = {name: TernaryLinear(codes[name], alphas[name], sinks[name], operand) for _, name in PATHS}
+    maps = {name: TernaryLinear(codes[name], alphas[name], sinks[name]) for _, name in PATHS}
     return {"blocks": {"attention": maps}}
 
 
 def two_maps(kind, rings, codes, alphas, sinks, x):
-    """Both maps of two layers, one behind the other; kind None leaves the operands as they are."""
+    """Both maps of two layers, one after the other; kind None leaves the operands as they are."""
     operands = operands_of(codes, alphas, sinks)
     if kind:
-        operands = gather_operands(operands, kind, rings)
-        assert all(isinstance(leaf, GatheredLinear) for leaf in operands["blocks"]["attention"].values())
+        operands = make_fast(operands, SAME, kind, rings)
+        assert all(isinstance(leaf, FastLinear) for leaf in operands["blocks"]["attention"].values())
 
     def layer(x, maps):
         hidden = jnp.sin(maps["qkv"](x)).sum(-2)  # (B, T, 16)
@@ -98,11 +100,11 @@ def test_the_weight_gradient_is_reduced_in_the_sinks_dtype(case):
 def test_a_cut_map_multiplies_in_8_bits_as_the_whole_one_does(case):
     codes, alphas, x, dy = case
     with jax.set_mesh(mesh_of(2, 2, 2)):
-        operands = gather_operands(operands_of(codes, alphas, codes, "int8"), "codes")
-        assert all(leaf.operand == "int8" for leaf in operands["blocks"]["attention"].values())
+        operands = make_fast(operands_of(codes, alphas, codes), "int8", "codes", ())
+        assert all(leaf.matmul_dtype == "int8" for leaf in operands["blocks"]["attention"].values())
         first = jax.tree.map(lambda leaf: leaf[0], operands["blocks"]["attention"]["qkv"])
         actual = jax.jit(lambda x: first(x))(x)
-    whole = TernaryLinear(codes["qkv"][0], alphas["qkv"][0], codes["qkv"][0], "int8")(jnp.asarray(x))
+    whole = FastLinear(codes["qkv"][0], alphas["qkv"][0], codes["qkv"][0], None, "int8")(jnp.asarray(x))
     assert_close(actual, whole)
     exact = TernaryLinear(codes["qkv"][0], alphas["qkv"][0], codes["qkv"][0])(jnp.asarray(x))
     assert np.abs(whole - exact).max() > 1e-4
@@ -111,15 +113,15 @@ def test_a_cut_map_multiplies_in_8_bits_as_the_whole_one_does(case):
 def test_without_fsdp_nothing_is_packed(case):
     codes, alphas, *_ = case
     operands = operands_of(codes, alphas, codes)
-    assert gather_operands(operands, "codes") is operands
+    assert make_fast(operands, SAME, "codes", ()) == operands
     with jax.set_mesh(mesh_of(4, 1, 2)):
-        assert gather_operands(operands, "codes") is operands
+        assert make_fast(operands, SAME, "codes", ()) == operands
 
 
 def test_a_side_too_narrow_to_pack_is_refused():
     narrow = TernaryLinear(*(jnp.zeros(shape, jnp.int8) for shape in ((1, 1, 8, 4), (1, 1), (1, 1, 8, 4))))
     with jax.set_mesh(mesh_of(1, 4, 2)), pytest.raises(UserError, match="4 rows or columns over 2 devices.*bfloat16"):
-        gather_operands({"blocks": {"attention": {"out": narrow}}}, "codes")
+        make_fast({"blocks": {"attention": {"out": narrow}}}, SAME, "codes", ())
 
 
 MODEL = dataclasses.replace(
@@ -132,7 +134,7 @@ def compiled_step():
     return compile_step(MODEL)
 
 
-def compile_step(model):
+def compile_step(model, layers="scanned"):
     """Loss and gradients of the model on eight devices of fsdp, and its collectives."""
     mesh = mesh_of(1, 8, 1)
     params = abstract_sharded(abstract_params(model), mesh)
@@ -140,7 +142,9 @@ def compile_step(model):
     number = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=batch_sharding(mesh))
     examples = {"x_0": picture, "x_t": picture, "noise": picture, "t": number, "y": number}
     with jax.set_mesh(mesh):
-        lowered = jax.jit(partial(loss_and_grads, model, linear_schedule())).lower(params, examples)
+        plan = FastPlan(layers=layers, gather="codes", rings=(8,))
+        step = partial(loss_and_grads, model, linear_schedule(), plan=plan)
+        lowered = jax.jit(step).lower(params, examples)
     return lowered.as_text(), read_collectives(lowered.compile().as_text())
 
 
@@ -162,7 +166,7 @@ def test_a_compiled_step_gathers_two_bits_a_ternary_parameter(compiled_step):
 
 def test_unrolled_layers_gather_no_map_twice_that_both_passes_can_share():
     """On CPUs that is all; on GPUs adaLN, gathered for all layers at once though differentiated one by one."""
-    _, collectives = compile_step(dataclasses.replace(MODEL, layers="unrolled"))
+    _, collectives = compile_step(MODEL, "unrolled")
     gathered = 4 * sum(c.bytes * c.trips for c in collectives if c.kind == "all-gather" and c.dtype == "u8")
     assert gathered == count_params(MODEL)["ternary"]
 
@@ -180,9 +184,9 @@ def test_a_compiled_step_scatters_every_weight_gradient_once(compiled_step):
 
 def test_operands_are_cut_as_their_weights():
     with jax.set_mesh(mesh_of(2, 2, 2)):
-        operands = jax.jit(partial(make_operands, MODEL))(random_params(MODEL))
+        operands = jax.jit(partial(FastPlan(gather="codes").make_operands, MODEL))(random_params(MODEL))
     out = operands["blocks"]["attention"]["out"]
-    assert isinstance(out, GatheredLinear)
+    assert isinstance(out, FastLinear)
     assert out.codes.dtype == jnp.uint8 and out.codes.shape == (3, 1, 32, 8)
     expected = NamedSharding(mesh_of(2, 2, 2), PartitionSpec(None, None, "fsdp", "tensor"))
     assert out.codes.sharding.is_equivalent_to(expected, 4) and out.sink.sharding.is_equivalent_to(expected, 4)
@@ -192,5 +196,5 @@ def test_operands_are_cut_as_their_weights():
 def test_policies_of_rematerialisation_see_gathered_matmuls(kind):
     """As many bytes an image are kept as without a mesh, under every policy."""
     for remat in ("none", "dots", "block"):
-        model = dataclasses.replace(tiny_config(), remat=remat, gather=kind)
-        assert activation_bytes(model, mesh_of(4, 2, 1)) == activation_bytes(model)
+        model, plan = tiny_config(remat=remat), FastPlan(gather=kind)
+        assert activation_bytes(model, mesh_of(4, 2, 1), plan) == activation_bytes(model)

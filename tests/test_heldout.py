@@ -10,6 +10,7 @@ import pytest
 
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.training.examples import example_keys, make_examples
@@ -45,7 +46,7 @@ def losses(params, batch):
     """Of the same records as batch 0, as batch 1 and as batch 0 again."""
     config = base_config()
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    loss = make_heldout_loss(config, MODEL, SCHEDULE, mesh, SCALE)
+    loss = make_heldout_loss(config, MODEL, SCHEDULE, mesh, SCALE, PLAIN)
     return [float(loss(params, batch, jnp.int32(number))) for number in (0, 1, 0)]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "terdit_jax"
 LAYERS = (
-    "ternary", "kernels", "diffusion", "parallel", "model", "data", "checkpoints", "training", "interop", "inference",
+    "ternary", "diffusion", "parallel", "model", "fast", "data", "checkpoints", "training", "interop", "inference",
     "evaluation", "aot",
 )  # fmt: skip
 # Imported by anyone, and by those after them.

@@ -1,4 +1,4 @@
-"""The three makes of the linear map: golden values, gradients, and packed = trained."""
+"""The three forms of the linear map: golden values, gradients, and packed = trained."""
 
 from pathlib import Path
 
@@ -85,27 +85,3 @@ def test_weight_gradient_has_the_sinks_dtype(group):
     codes, alpha, x = group
     loss = lambda sink: TernaryLinear(codes, alpha, sink)(x.astype(jnp.bfloat16)).sum()  # noqa: E731
     assert jax.grad(loss)(jnp.zeros(codes.shape, jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize(("operand", "bound"), [("int8", 0.01), ("float8_e4m3fn", 0.04)])
-def test_eight_bits_round_activations_and_their_gradient_only(group, operand, bound):
-    """Whole numbers are summed exactly; the weights' gradient does not change by a bit."""
-    codes, alpha, x = group
-    cotangent = jax.random.normal(jax.random.key(1), (2, 5, 3, 8))
-
-    def run(operand):
-        y, pullback = jax.vjp(lambda x, sink: TernaryLinear(codes, alpha, sink, operand)(x), x, jnp.zeros(codes.shape))
-        return y, *pullback(cotangent)
-
-    (y, dx, dw), (exact_y, exact_dx, exact_dw) = run(operand), run("same")
-    np.testing.assert_array_equal(dw, exact_dw)
-    for actual, expected in ((y, exact_y), (dx, exact_dx)):
-        assert 1e-4 < jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected) < bound
-
-
-def test_eight_bits_multiply_exactly(group):
-    """Activations that int8 holds come out as in float32."""
-    codes, alpha, _ = group
-    x = jax.random.randint(jax.random.key(3), (2, 5, 16), -126, 127).at[..., 0].set(127).astype(jnp.float32)
-    sink = jnp.zeros(codes.shape)
-    close(TernaryLinear(codes, alpha, sink, "int8")(x), TernaryLinear(codes, alpha, sink)(x))

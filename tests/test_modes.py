@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.modes import MODES, Numerics, choose_numerics
+from terdit_jax.fast.modes import MODES, Numerics, choose_numerics
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
 from tests.deployed import small_config
 
 GPU = {"platform": "gpu", "compute_capability": "9.0", "memory_stats": lambda: {"bytes_limit": 2**37}}
+FP8 = Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16", attention="cudnn")
 TPU = {"platform": "tpu", "memory_stats": lambda: {"bytes_limit": 2**34}}
 
 
@@ -28,13 +29,17 @@ def wide_config(**overrides):
 @pytest.mark.parametrize(
     ("device", "mode", "expected"),
     [
-        (GPU, "exact", Numerics("bfloat16", "bfloat16", "bfloat16", kernels=True)),
-        (GPU, "auto", Numerics("bfloat16", "bfloat16", "bfloat16", kernels=True)),
-        (GPU, "fast", Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16", kernels=True)),
-        (GPU, "small", Numerics("packed", "float8_e4m3fn", "bfloat16", kernels=True)),
-        (GPU, "small_exact", Numerics("packed", "bfloat16", "bfloat16", kernels=True)),
-        (GPU | {"compute_capability": "8.9"}, "fast", Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16")),
-        (GPU | {"compute_capability": "8.0"}, "fast", Numerics("int8", "int8", "int32")),
+        (GPU, "exact", Numerics("bfloat16", "bfloat16", "bfloat16", kernels=True, attention="cudnn")),
+        (GPU, "auto", Numerics("bfloat16", "bfloat16", "bfloat16", kernels=True, attention="cudnn")),
+        (GPU, "fast", Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16", kernels=True, attention="cudnn")),
+        (GPU, "small", Numerics("packed", "float8_e4m3fn", "bfloat16", kernels=True, attention="cudnn")),
+        (GPU, "small_exact", Numerics("packed", "bfloat16", "bfloat16", kernels=True, attention="cudnn")),
+        (
+            GPU | {"compute_capability": "8.9"},
+            "fast",
+            Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16", attention="cudnn"),
+        ),
+        (GPU | {"compute_capability": "8.0"}, "fast", Numerics("int8", "int8", "int32", attention="cudnn")),
         (TPU, "fast", Numerics("int8", "int8", "int32")),
         (TPU, "small", Numerics("packed", "int8", "int32")),
     ],
@@ -53,6 +58,7 @@ def test_auto_is_the_forward_pass_of_training_where_modes_end():
     assert choose_numerics("auto", wide_config(ternary=False), mesh_of(GPU)) is None
     assert choose_numerics("auto", wide_config(), mesh_of(GPU, fsdp=2)) is None
     assert choose_numerics("auto", wide_config(), mesh_of(GPU, data=2)) is not None
+    assert choose_numerics("plain", wide_config(), mesh_of(GPU)) is None
 
 
 def test_kernels_are_for_rows_that_they_can_cut():
@@ -60,7 +66,7 @@ def test_kernels_are_for_rows_that_they_can_cut():
     assert not choose_numerics("exact", narrow, mesh_of(GPU)).kernels
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "auto"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("auto", "plain")])
 def test_modes_that_a_model_or_a_mesh_cannot_have(mode):
     with pytest.raises(UserError, match=f"mode {mode}: is of ternary models"):
         choose_numerics(mode, small_config(ternary=False), single_device_mesh())

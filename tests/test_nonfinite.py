@@ -20,12 +20,13 @@ from terdit_jax.inference.sampling import check_settings
 from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import open_weights, start_params
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.training.actions import Actions
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.resume import describe_run
 from terdit_jax.training.state import check_finite, init_state
-from terdit_jax.training.step import apply_gradients, global_norm, mean_loss
+from terdit_jax.training.step import apply_gradients, mean_loss
 from tests.deployed import random_weights, small_config, weights_of
 from tests.golden_models import random_params
 from tests.test_step import SCHEDULE, jitted, random_examples
@@ -68,7 +69,7 @@ def trained():
     @jax.jit
     def advance(state, examples):
         sums, grads = gradients(state["params"], examples)
-        return apply_gradients(optimizer, config, state, sums, grads, global_norm(MODEL, grads))
+        return apply_gradients(optimizer, config, state, sums, grads, PLAIN.gradient_norm(grads))
 
     heldout = jax.jit(lambda params, examples: mean_loss(MODEL, SCHEDULE, make_operands(MODEL, params), examples)[0])
     return state, advance, heldout

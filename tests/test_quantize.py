@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.fast.linear import ternarize_by_layer
 from terdit_jax.ternary.linear import TernaryLinear
 from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, sound_alpha, ternarize
 
@@ -25,13 +26,13 @@ def test_codes_of_stacked_layers_use_their_own_gamma():
     assert {-1, 0, 1} == set(np.unique(stacked))
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("ternarize", [ternarize, ternarize_by_layer])
 @pytest.mark.parametrize("grad_dtype", [jnp.float32, jnp.bfloat16])
-def test_the_straight_through_gradient_is_the_weights_and_gives_alphas(grad_dtype, unrolled):
+def test_the_straight_through_gradient_is_the_weights_and_gives_alphas(grad_dtype, ternarize):
     weight = jax.random.normal(jax.random.key(1), (2, 8, 16)) * 5  # far beyond the clip for many entries
     alpha = jnp.array([0.5, -3.0])
     cotangent = jax.random.normal(jax.random.key(2), weight.shape).astype(grad_dtype)
-    (codes, same, sink), pullback = jax.vjp(lambda w, a: ternarize(w, a, grad_dtype, unrolled), weight, alpha)
+    (codes, same, sink), pullback = jax.vjp(lambda w, a: ternarize(w, a, grad_dtype), weight, alpha)
     assert sink.dtype == grad_dtype and not sink.any()
     np.testing.assert_array_equal(same, alpha)
     to_weight, to_alpha = pullback((np.zeros(codes.shape, jax.dtypes.float0), jnp.ones(2), cotangent))

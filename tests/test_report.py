@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.report import size_report
-from terdit_jax.model.transformer import count_params, make_operands
+from terdit_jax.model.transformer import count_params, packed_operands
 from tests.deployed import VARIANTS, random_params, small_config, weights_of
 from tests.test_configs import model_of
 
@@ -46,7 +46,7 @@ def test_every_byte_is_counted_once(tmp_path, overrides):
     params = random_params(model)
     kind = "packed" if model.ternary else "safetensors"
     export(weights_of(model, params), tmp_path / "out", kind)
-    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), params)
+    operands = jax.eval_shape(lambda params: packed_operands(model, params), params)
     total = table(size_report(model))["total"]
     for column, exact in (
         ("on disk", sum(tensor.nbytes for tensor in load_file(tmp_path / "out").values())),

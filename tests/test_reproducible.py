@@ -12,11 +12,12 @@ from terdit_jax.config import base_config
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.evaluation.classifier import train_classifier
-from terdit_jax.inference.lean import bind_schedule
+from terdit_jax.fast.inference_pass import bind_schedule
 from terdit_jax.inference.picture_set import make_labels
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.inference.sampling import make_draw
 from terdit_jax.interop.exports import export
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import init_params
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.reproducible import make_key, pin_settings, pinned
@@ -57,8 +58,8 @@ def test_training_programs():
 
     def programs():
         state = on_mesh(mesh, make_state)(model, optimizer, mesh, config.seed)
-        step = make_train_step(config, model, schedule, optimizer, mesh, 0.18).__wrapped__
-        heldout = make_heldout_loss(config, model, schedule, mesh, 0.18).__wrapped__
+        step = make_train_step(config, model, schedule, optimizer, mesh, 0.18, PLAIN).__wrapped__
+        heldout = make_heldout_loss(config, model, schedule, mesh, 0.18, PLAIN).__wrapped__
         traced = [on_mesh(mesh, step.trace)(state, batch), on_mesh(mesh, heldout.trace)(state["params"], batch, 1)]
         return as_bytes(state), [str(program.jaxpr) for program in traced]
 

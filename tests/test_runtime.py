@@ -50,10 +50,10 @@ def inputs(config, batch=8):
     return x_t, np.arange(batch) * 130, np.arange(batch) % (config.num_classes + 1)
 
 
-@partial(jax.jit, static_argnums=0)
-def trained_forward(config, params, x_t, t, y) -> Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def trained_forward(config, plan, params, x_t, t, y) -> Array:
     """As in training: from master weights, through the codes that have a gradient."""
-    return forward(config, make_operands(config, params), x_t, t, y)
+    return forward(config, make_operands(config, params), x_t, t, y, plan.run_blocks)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,8 @@ def test_an_exported_model_computes_what_was_trained(exported, dtype, depth):
     assert model.config.dtype == dtype
     packed = [leaf for leaf in jax.tree.leaves(model.operands, is_leaf=_is_packed) if _is_packed(leaf)]
     assert len(packed) == 5 and all(leaf.packed.dtype == jnp.uint8 for leaf in packed)
-    expected, actual = (np.asarray(f(*inputs(config))) for f in (partial(trained_forward, model.config, params), model))
+    trained = partial(trained_forward, model.config, model.plan, params)
+    expected, actual = (np.asarray(run(*inputs(config))) for run in (trained, model))
     assert np.abs(expected).max() > 0
     np.testing.assert_array_equal(actual, expected)
 

@@ -8,7 +8,7 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
-from terdit_jax.model.transformer import init_params, make_operands
+from terdit_jax.model.transformer import init_params, packed_operands
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
 from tests.golden_models import assert_close, random_params, tiny_config
 
@@ -32,7 +32,7 @@ def model():
 def draw(model, mesh, labels, batch_size, seed=0):
     config, params, settings = model
     with jax.set_mesh(mesh):
-        operands = jax.jit(lambda p: make_operands(config, p, packed=True))(params)
+        operands = jax.jit(lambda p: packed_operands(config, p))(params)
     reports = []
     images = draw_all(
         make_draw(config, settings, seed), operands, labels, mesh, batch_size=batch_size, report=reports.append
@@ -55,7 +55,7 @@ def test_part_of_a_set_is_that_part_of_it():
     config = tiny_config(depth=1, hidden_size=32, num_heads=2, ffn_multiple_of=32)
     settings = ConfigDict({**base_config().sample, "method": "dpmpp_2m_sde", "num_steps": 4, "cfg_t_min": 500})
     operands, mesh, labels = (
-        make_operands(config, random_params(config), packed=True),
+        packed_operands(config, random_params(config)),
         single_device_mesh(),
         np.arange(8),
     )

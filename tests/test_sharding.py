@@ -12,7 +12,9 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
-from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.fast.plan import choose_plan
+from terdit_jax.model.plan import PLAIN
+from terdit_jax.model.transformer import abstract_params, make_operands, packed_operands
 from terdit_jax.parallel.mesh import make_mesh, mesh_shape
 from terdit_jax.parallel.sharding import RULES, batch_sharding, logical_axes, partition_spec, path_name, tree_shardings
 from terdit_jax.training.examples import example_keys, make_examples
@@ -41,7 +43,7 @@ def stored_batch(step):
     }
 
 
-def three_steps(mesh, accumulation_steps=1, model=MODEL):
+def three_steps(mesh, accumulation_steps=1, plan=PLAIN):
     """Losses and gradients of three steps of plain gradient descent, which hides no gradient's size as Adam does."""
 
     @jax.jit
@@ -54,8 +56,8 @@ def three_steps(mesh, accumulation_steps=1, model=MODEL):
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
         )
-        sums, grads = loss_and_grads(model, SCHEDULE, params, examples, accumulation_steps)
-        scale = 1e-3 / optax.tree.norm(grads)
+        sums, grads = loss_and_grads(MODEL, SCHEDULE, params, examples, accumulation_steps, plan)
+        scale = 1e-3 / plan.gradient_norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 
     params = random_params(MODEL)
@@ -80,10 +82,11 @@ def one_device():
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)])
-def test_any_mesh_equals_one_device(one_device, shape):
+@pytest.mark.parametrize("plan", ["auto", "plain"])
+def test_any_mesh_equals_one_device(one_device, shape, plan):
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
-        seen = three_steps(mesh)
+        seen = three_steps(mesh, plan=choose_plan(dataclasses.replace(MODEL, plan=plan), mesh))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours[0], expected[0])
         assert_trees_close(ours[1], expected[1])
@@ -92,7 +95,7 @@ def test_any_mesh_equals_one_device(one_device, shape):
 def test_accumulation_on_a_mesh_equals_one_device(one_device):
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
-        seen = three_steps(mesh, accumulation_steps=4)
+        seen = three_steps(mesh, accumulation_steps=4, plan=choose_plan(MODEL, mesh))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours, expected)
 
@@ -101,13 +104,13 @@ def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):
     """Modulations of all layers at once, and layers' gradients stacked, where codes are gathered."""
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
-        seen = three_steps(mesh, model=dataclasses.replace(MODEL, layers="unrolled"))
+        seen = three_steps(mesh, plan=choose_plan(dataclasses.replace(MODEL, layers="unrolled"), mesh))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours, expected)
 
 
 def every_tree():
-    """All trees that lie on a mesh: the state of every kind of model, and its operands in every make."""
+    """All trees that lie on a mesh: the state of every kind of model, and its operands in every form."""
     for options in (
         {},
         {"ternary": False},
@@ -116,8 +119,8 @@ def every_tree():
     ):
         model = tiny_config(**{"num_heads": 8, **options})
         yield jax.eval_shape(lambda m=model: init_state(m, optax.adamw(1e-3), 0))
-        for packed in (False, True) if model.ternary else (False,):
-            yield jax.eval_shape(lambda p, m=model, k=packed: make_operands(m, p, packed=k), abstract_params(model))
+        for make in (make_operands, packed_operands) if model.ternary else (make_operands,):
+            yield jax.eval_shape(lambda p, m=model, make=make: make(m, p), abstract_params(model))
 
 
 def test_every_leaf_matches_exactly_one_rule_and_every_rule_is_used():

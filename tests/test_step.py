@@ -10,11 +10,13 @@ import pytest
 from terdit_jax.config import base_config
 from terdit_jax.diffusion.loss import q_sample
 from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.fast.plan import FastPlan
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.quantize import absmean_codes
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import init_state
-from terdit_jax.training.step import apply_gradients, global_norm, loss_and_grads
+from terdit_jax.training.step import apply_gradients, loss_and_grads
 from tests.golden_models import (
     assert_trees_close,
     golden_arrays,
@@ -34,8 +36,8 @@ def optimizer_config(**overrides):
     return config
 
 
-def jitted(model, accumulation_steps=1):
-    return jax.jit(lambda params, examples: loss_and_grads(model, SCHEDULE, params, examples, accumulation_steps))
+def jitted(model, accumulation_steps=1, plan=PLAIN):
+    return jax.jit(lambda params, examples: loss_and_grads(model, SCHEDULE, params, examples, accumulation_steps, plan))
 
 
 def golden_examples(io, step):
@@ -44,14 +46,15 @@ def golden_examples(io, step):
     return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(SCHEDULE, x_0, t, noise)}
 
 
-def test_three_golden_training_steps():
+@pytest.mark.parametrize("plan", [PLAIN, FastPlan(layers="unrolled")], ids=["plain", "fast"])
+def test_three_golden_training_steps(plan):
     model, io = golden_config("train"), golden_arrays("train_io")
     config = optimizer_config(learning_rate=5e-4, clip_norm=2.0, ema_decay=0.99)
     optimizer = make_optimizer(config)
     state = init_state(model, optimizer, 0, golden_params(model, "train_init"))
-    run = jitted(model)
+    run = jitted(model, plan=plan)
     update = jax.jit(
-        lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads, global_norm(model, grads))
+        lambda state, sums, grads: apply_gradients(optimizer, config, state, sums, grads, plan.gradient_norm(grads))
     )
     seen = 0.0
     for step in range(3):
@@ -100,7 +103,7 @@ def test_non_finite_update_is_skipped_and_counted():
     state = init_state(model, optimizer, 0, random_params(model))
     sums, grads = jitted(model)(state["params"], random_examples(model, 4))
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
-    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args, global_norm(model, args[-1])))
+    update = jax.jit(lambda *args: apply_gradients(optimizer, config, *args, PLAIN.gradient_norm(args[-1])))
     after = update(state, sums, bad)
     for name in ("params", "ema_params", "opt_state", "window"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
@@ -139,7 +142,7 @@ def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
     @jax.jit
     def step(state, examples):
         sums, grads = loss_and_grads(model, SCHEDULE, state["params"], examples)
-        return apply_gradients(optimizer, config, state, sums, grads, global_norm(model, grads))
+        return apply_gradients(optimizer, config, state, sums, grads, PLAIN.gradient_norm(grads))
 
     for i in range(10):
         state = step(state, random_examples(model, 8, seed=i))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.kernels.swiglu_matmul import pays, swiglu_matmul
+from terdit_jax.fast.hopper.swiglu_matmul import pays, swiglu_matmul
 from tests.interpreted import ON_HOPPER
 
 SHAPES = [(384, 384, 256), (4096, 1536, 4096)]  # rows, width, hidden width

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from terdit_jax.diffusion.guidance import guided
-from terdit_jax.model import block
-from terdit_jax.model.implementations import scans_layers
+from terdit_jax.fast.plan import FastPlan
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import (
     DiT,
     abstract_params,
@@ -21,6 +21,7 @@ from terdit_jax.model.transformer import (
     forward,
     make_operands,
     packed_bytes,
+    packed_operands,
 )
 from tests.golden_models import (
     assert_close,
@@ -38,9 +39,17 @@ MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny")
 SIZES = {"600m": (1536, 16, 32), "4b": (3072, 32, 32), "7b": (4096, 32, 32)}
 
 
+UNROLLED = FastPlan(layers="unrolled")
+both_plans = pytest.mark.parametrize("plan", [PLAIN, UNROLLED], ids=["plain", "fast"])
+
+
 @partial(jax.jit, static_argnums=(0,), static_argnames=("packed",))
 def output(config, params, x_t, t, y, packed=False):
-    return forward(config, make_operands(config, params, packed=packed), x_t, t, y)
+    return forward(config, (packed_operands if packed else make_operands)(config, params), x_t, t, y)
+
+
+def run_plan(plan, config, params, x_t, t, y):
+    return forward(config, plan.make_operands(config, params), x_t, t, y, plan.run_blocks)
 
 
 def inputs(config, batch=4, seed=3):
@@ -48,13 +57,13 @@ def inputs(config, batch=4, seed=3):
     return x_t, jnp.arange(batch) * 300 % 1000, jnp.arange(batch) % (config.num_classes + 1)
 
 
-def loss_and_grads(config, params):
+def loss_and_grads(config, params, plan=PLAIN):
     x_t, t, y = inputs(config)
     target = jax.random.normal(jax.random.key(9), (*x_t.shape[:-1], 2 * config.in_channels))
 
     @jax.jit
     def run(params):
-        loss = lambda p: jnp.mean((forward(config, make_operands(config, p), x_t, t, y) - target) ** 2)  # noqa: E731
+        loss = lambda p: jnp.mean((run_plan(plan, config, p, x_t, t, y) - target) ** 2)  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
     return run(params)
@@ -62,15 +71,16 @@ def loss_and_grads(config, params):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_golden_forward_and_guidance(name, packed):
+@both_plans
+def test_golden_forward_and_guidance(plan, name, packed):
     config = golden_config(name)
     if packed and not config.ternary:
         pytest.skip("a full-precision model has nothing to pack")
-    operands = make_operands(config, golden_params(config, name), packed=packed)
+    operands = (packed_operands if packed else plan.make_operands)(config, golden_params(config, name))
     io = golden_arrays(f"{name}_io")
 
     def denoise(x_t, t, y):
-        return jax.jit(forward, static_argnums=0)(config, operands, x_t, t, y)
+        return jax.jit(forward, static_argnums=(0, 5))(config, operands, x_t, t, y, plan.run_blocks)
 
     assert_close(denoise(nhwc(io["x"]), io["t"], io["y"]), nhwc(io["out"]))
     x, t, y = nhwc(io["cfg_x"]), io["cfg_t"][:2], io["cfg_y"][:2]
@@ -120,41 +130,20 @@ def test_scan_equals_loop_and_remat_changes_nothing(ternary):
     params = random_params(config)
     loss, grads = loss_and_grads(config, params)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
-    for change in ({"layers": "unrolled"}, {"remat": "block"}, {"remat": "dots"}):
-        other = dataclasses.replace(config, **change)
-        assert other != config
-        other_loss, other_grads = loss_and_grads(other, params)
+    for remat, plan in (("none", UNROLLED), ("block", PLAIN), ("dots", PLAIN), ("dots", UNROLLED)):
+        other_loss, other_grads = loss_and_grads(dataclasses.replace(config, remat=remat), params, plan)
         assert_close(other_loss, np.asarray(loss))
         assert_trees_close(other_grads, grads)
-
-
-@pytest.mark.parametrize(
-    ("layers", "backend", "scans"),
-    [
-        ("auto", "gpu", False),
-        ("auto", "tpu", True),
-        ("auto", "cpu", True),
-        ("scanned", "gpu", True),
-        ("unrolled", "tpu", False),
-    ],
-)
-def test_layers_are_unrolled_on_gpus_unless_told_otherwise(monkeypatch, layers, backend, scans):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    config = tiny_config(layers=layers)
-    assert scans_layers(config) is scans
-    x_t, t, y = inputs(config)
-    traced = jax.make_jaxpr(lambda p: forward(config, make_operands(config, p), x_t, t, y))(abstract_params(config))
-    assert any(eqn.primitive.name == "scan" for eqn in traced.eqns) is scans
 
 
 def test_unrolled_layers_get_the_gradients_of_their_modulation_one_by_one():
     """A gradient that one product makes of all layers' waits for the whole backward pass, and with it its sum over a
     mesh."""
-    config = tiny_config(layers="unrolled")
+    config = tiny_config()
     params = abstract_params(config)
     weight = params["blocks"]["adaLN_modulation"]["weight"].shape[1:]
     x_t, t, y = inputs(config)
-    loss = lambda p: jnp.mean(forward(config, make_operands(config, p), x_t, t, y))  # noqa: E731
+    loss = lambda p: jnp.mean(run_plan(UNROLLED, config, p, x_t, t, y))  # noqa: E731
     traced = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
     needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))
     shapes = [product.outvars[0].aval.shape for product, _ in products(needed)]
@@ -178,21 +167,6 @@ def test_remat_policies_rematerialise():
 
     none, dots, block = (residual_bytes(remat) for remat in ("none", "dots", "block"))
     assert block < dots < none
-
-
-@pytest.mark.parametrize("remat", ["none", "dots"])
-def test_fused_layers_keep_no_rows_in_8_bits(monkeypatch, remat):
-    """The backward pass reads rows in bfloat16; kernels that only a GPU runs are traced here as it would run them."""
-    monkeypatch.setattr(block, "has_fused_passes", lambda config: True)
-    config = tiny_config(hidden_size=256, attention="xla", dtype="bfloat16", matmul_dtype="float8_e4m3fn", remat=remat)
-    x_t, t, y = inputs(config)
-
-    def run(params):
-        return forward(config, make_operands(config, params), x_t, t, y)
-
-    _, pullback = jax.eval_shape(lambda params: jax.vjp(run, params), abstract_params(config))
-    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size]
-    assert jnp.bfloat16 in [leaf.dtype for leaf in kept] and jnp.float8_e4m3fn not in [leaf.dtype for leaf in kept]
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(8, 8), (8, 2)])
@@ -225,7 +199,7 @@ def test_packed_model_equals_trained_model_bit_for_bit(dtype):
     params = random_params(config)
     run = jax.jit(forward, static_argnums=0)
     trained = run(config, make_operands(config, params), *inputs(config))
-    packed = run(config, make_operands(config, params, packed=True), *inputs(config))
+    packed = run(config, packed_operands(config, params), *inputs(config))
     assert_close(packed, np.asarray(trained), 0 if dtype == "float32" else 2e-2)
 
 

@@ -17,12 +17,13 @@ from terdit_jax.aot.topology import Topology
 from terdit_jax.config import validate
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
-from terdit_jax.inference.lean import bind_schedule, make_lean_operands
-from terdit_jax.inference.modes import choose_numerics
+from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
+from terdit_jax.fast.modes import choose_numerics
+from terdit_jax.fast.plan import choose_plan
 from terdit_jax.inference.sampling import make_draw
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.implementations import layers_on
-from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.model.plan import PLAIN, Plan
+from terdit_jax.model.transformer import abstract_params, packed_operands
 from terdit_jax.parallel.compiler_options import Options, check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
@@ -43,6 +44,7 @@ class Program:
     config: the run's, as compiled for this machine.
     model: the architecture.
     mesh: the devices.
+    plan: how the model is run.
     lowered: the program.
     held: what its arguments hold, by kind, as trees of shapes with shardings.
     images: how many one run of it learns from or draws.
@@ -56,6 +58,7 @@ class Program:
     config: ConfigDict
     model: DiTConfig
     mesh: Mesh
+    plan: Plan
     lowered: jax.stages.Lowered
     held: dict
     images: int
@@ -86,7 +89,8 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
             ("label", (), jnp.int32),
         )
     }
-    step: Any = make_train_step(config, model, linear_schedule(), optimizer, mesh, _LATENT_SCALE)
+    plan = choose_plan(model, mesh)
+    step: Any = make_train_step(config, model, linear_schedule(), optimizer, mesh, _LATENT_SCALE, plan)
     with jax.set_mesh(mesh):
         lowered = step.__wrapped__.lower(state, batch)
     # Large leaves of the optimizer's state are the moments; counters beside them have no size to speak of.
@@ -98,7 +102,7 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
         "batch": batch,
     }
     flops = 3 * model.flops_per_image() * batch_size
-    return Program("train", config, model, mesh, lowered, held, batch_size, 1, flops, compiler_options=options)
+    return Program("train", config, model, mesh, plan, lowered, held, batch_size, 1, flops, compiler_options=options)
 
 
 def lower_sample(
@@ -115,21 +119,22 @@ def lower_sample(
     model, mesh = _prepare(config, topology, devices)
     model = dataclasses.replace(model, remat="none", layers="scanned")
     numerics = choose_numerics(mode, model, mesh)
-    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
+    operands = jax.eval_shape(lambda params: packed_operands(model, params), abstract_params(model))
     if numerics:
-        operands = jax.eval_shape(partial(make_lean_operands, model, numerics), operands)
+        operands = jax.eval_shape(partial(make_inference_operands, model, numerics), operands)
     whole = NamedSharding(mesh, PartitionSpec())
     operands = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), operands)
     images = batch_size * len(devices)
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
-    draw: Any = make_draw(model, config.sample, 0, partial(bind_schedule, model, numerics) if numerics else None)
+    bind, plan = partial(bind_schedule, model, numerics) if numerics else None, choose_plan(model, mesh)
+    draw: Any = make_draw(model, config.sample, 0, bind, run_blocks=plan.run_blocks)
     with jax.set_mesh(mesh):
         lowered = draw.lower(operands, labels, labels)
     held = {"weights": operands, "batch": [labels, labels]}
     steps = config.sample.num_steps
     passes = 1 if config.sample.cfg_scale == 1.0 else 2
     flops = passes * steps * images * model.flops_per_image()
-    return Program("sample", config, model, mesh, lowered, held, images, steps, flops, mode)
+    return Program("sample", config, model, mesh, plan, lowered, held, images, steps, flops, mode)
 
 
 def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> tuple[DiTConfig, Mesh]:
@@ -137,8 +142,7 @@ def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) 
     if config.compute.attention == "auto":
         # cuDNN's attention can only be compiled where cuDNN and a GPU are.
         config.compute.attention = "xla"
-    if config.compute.layers == "auto":
-        config.compute.layers = layers_on(devices[0].platform)
+    config.compute.passes = "xla"  # kernels are compiled on the GPU itself
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh, devices)
     check_heads(model.num_kv_heads, mesh)
@@ -156,11 +160,11 @@ def chip_bytes(tree: Any) -> int:
 def saved_activations(program: Program) -> int:
     """Bytes that one chip keeps of a microbatch's forward pass for its backward pass, as `activation_bytes` counts."""
     images = program.images // (program.config.train.accumulation_steps * batch_shards(program.mesh))
-    return images * activation_bytes(program.model, program.mesh)
+    return images * activation_bytes(program.model, program.mesh, program.plan)
 
 
 @lru_cache
-def activation_bytes(model: DiTConfig, mesh: Mesh | None = None) -> int:
+def activation_bytes(model: DiTConfig, mesh: Mesh | None = None, plan: Plan = PLAIN) -> int:
     """Bytes that the forward pass of one image keeps for its backward pass, by the remat policy.
 
     They are counted in the program traced on the mesh (on one device if left out), of whole tokens: what the compiler
@@ -168,13 +172,13 @@ def activation_bytes(model: DiTConfig, mesh: Mesh | None = None) -> int:
     """
     schedule = linear_schedule()
     if mesh is None:
-        return _activation_bytes(model, schedule, 1)
+        return _activation_bytes(model, schedule, 1, plan)
     with jax.set_mesh(mesh):
-        return _activation_bytes(model, schedule, batch_shards(mesh))
+        return _activation_bytes(model, schedule, batch_shards(mesh), plan)
 
 
-def _activation_bytes(model: DiTConfig, schedule: Schedule, batch_size: int) -> int:
-    operands = jax.eval_shape(lambda params: make_operands(model, params), abstract_params(model))
+def _activation_bytes(model: DiTConfig, schedule: Schedule, batch_size: int, plan: Plan) -> int:
+    operands = jax.eval_shape(lambda params: plan.make_operands(model, params), abstract_params(model))
 
     def residual_bytes(batch_size: int) -> int:
         latents = jax.ShapeDtypeStruct((batch_size, *model.sample_shape), jnp.float32)
@@ -183,7 +187,8 @@ def _activation_bytes(model: DiTConfig, schedule: Schedule, batch_size: int) -> 
 
         def backward(operands: dict, examples: dict):
             floats, with_floats = split_floats(operands)
-            return jax.vjp(lambda floats: mean_loss(model, schedule, with_floats(floats), examples)[0], floats)[1]
+            loss = lambda floats: mean_loss(model, schedule, with_floats(floats), examples, plan)[0]  # noqa: E731
+            return jax.vjp(loss, floats)[1]
 
         residuals = jax.tree.leaves(jax.eval_shape(backward, operands, examples))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)

@@ -18,16 +18,18 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
+from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
+from terdit_jax.fast.plan import choose_plan
 from terdit_jax.inference.decoding import VAE, check_vae, to_pictures
-from terdit_jax.inference.lean import bind_schedule, lean_forward, make_lean_operands
-from terdit_jax.inference.modes import Numerics, choose_numerics, compiler_options
 from terdit_jax.inference.sampling import Draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
 from terdit_jax.interop.weights import open_weights, packed_leaves
 from terdit_jax.labels import check_labels
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.model.plan import Plan
+from terdit_jax.model.transformer import forward, packed_operands
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.parallel.sharding import check_heads, place, tree_shardings
 from terdit_jax.reproducible import pinned
@@ -45,7 +47,8 @@ class Denoiser:
     config: the architecture and how it is computed.
     description: what the model's file or run says of it.
     mesh: the devices.
-    numerics: of its mode (`modes.choose_numerics`), or None for the forward pass of training.
+    plan: how it is run where `numerics` is None.
+    numerics: of its mode (`fast.modes.choose_numerics`), or None for the forward pass of training.
     operands: what the forward pass reads, on the devices; where `numerics` is None, ternary matrices are packed, four
       codes a byte.
     """
@@ -53,6 +56,7 @@ class Denoiser:
     config: DiTConfig
     description: Description
     mesh: Mesh
+    plan: Plan
     numerics: Numerics | None
     operands: dict
 
@@ -81,7 +85,7 @@ class Denoiser:
         y = self._check_call(x_t, y)
         denoise, x_t = _compiled(self.numerics), jnp.asarray(x_t, jnp.float32)
         t, y = (jnp.asarray(values, jnp.int32) for values in (t, y))
-        return denoise(self.config, self.numerics, self.mesh, self.operands, x_t, t, y)
+        return denoise(self.config, self.plan, self.numerics, self.mesh, self.operands, x_t, t, y)
 
     @pinned()
     def draw(
@@ -125,7 +129,7 @@ class Denoiser:
             "cfg_t_min": cfg_t_min, "cfg_t_max": cfg_t_max,
         }  # fmt: skip
         settings = {**self.description.sample, **{name: value for name, value in given.items() if value is not None}}
-        draw = _cached_draw(self.config, self.numerics, tuple(sorted(settings.items())), seed)
+        draw = _cached_draw(self.config, self.plan, self.numerics, tuple(sorted(settings.items())), seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
         return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
@@ -140,25 +144,32 @@ class Denoiser:
 
 @lru_cache(maxsize=16)
 def _cached_draw(
-    config: DiTConfig, numerics: Numerics | None, settings: tuple[tuple[str, Any], ...], seed: int
+    config: DiTConfig, plan: Plan, numerics: Numerics | None, settings: tuple[tuple[str, Any], ...], seed: int
 ) -> Draw:
     """As `make_draw`; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
-    return make_draw(config, ConfigDict(dict(settings)), seed, bind, compiler_options(numerics))
+    return make_draw(config, ConfigDict(dict(settings)), seed, bind, compiler_options(numerics), plan.run_blocks)
 
 
 @lru_cache(maxsize=16)
 def _compiled(numerics: Numerics | None) -> Callable[..., Array]:
-    return jax.jit(_denoise, static_argnums=(0, 1, 2), compiler_options=compiler_options(numerics))
+    return jax.jit(_denoise, static_argnums=(0, 1, 2, 3), compiler_options=compiler_options(numerics))
 
 
 def _denoise(
-    config: DiTConfig, numerics: Numerics | None, mesh: Mesh, operands: dict, x_t: Array, t: Array, y: Array
+    config: DiTConfig,
+    plan: Plan,
+    numerics: Numerics | None,
+    mesh: Mesh,
+    operands: dict,
+    x_t: Array,
+    t: Array,
+    y: Array,
 ) -> Array:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # jax.set_mesh is not for callers' own jits
         if numerics:
-            return lean_forward(config, numerics, operands, x_t, t, y)
-        return forward(config, operands, x_t, t, y)
+            return inference_forward(config, numerics, operands, x_t, t, y)
+        return forward(config, operands, x_t, t, y, plan.run_blocks)
 
 
 @pinned()
@@ -191,14 +202,16 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: choose one of {', '.join(DTYPES)}")
     layers = "unrolled" if on_cpu and weights.model.depth <= _UNROLLED_ON_CPU else "scanned"
-    config = dataclasses.replace(weights.model, dtype=dtype, layers=layers)
+    config = dataclasses.replace(
+        weights.model, dtype=dtype, layers=layers, matmul_dtype="same", plan="plain" if mode == "plain" else "auto"
+    )
     mesh = mesh or single_device_mesh()
     check_heads(config.num_kv_heads, mesh)
     numerics = choose_numerics(mode, config, mesh)
     operands = place_operands(config, weights.leaves(), mesh)
     if numerics:
-        operands = make_lean_operands(config, numerics, operands)
-    return Denoiser(config, weights.description, mesh, numerics, operands)
+        operands = make_inference_operands(config, numerics, operands)
+    return Denoiser(config, weights.description, mesh, choose_plan(config, mesh), numerics, operands)
 
 
 def place_operands(config: DiTConfig, leaves: Leaves, mesh: Mesh) -> dict:
@@ -218,7 +231,7 @@ def place_operands(config: DiTConfig, leaves: Leaves, mesh: Mesh) -> dict:
 
     params = params_tree((path, narrow(path, leaf)) for path, leaf in packed_leaves(config, leaves))
     with jax.default_device(_host()):
-        operands = make_operands(config, params, packed=config.ternary)
+        operands = packed_operands(config, params)
     return jax.tree.map(place, operands, tree_shardings(operands, mesh))
 
 

@@ -22,7 +22,9 @@ from terdit_jax.diffusion.schedule import linear_schedule, respace
 from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.depth import RunBlocks, scan_blocks
 from terdit_jax.model.transformer import forward
+from terdit_jax.parallel.compiler_options import Options
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
 from terdit_jax.reproducible import make_key
 
@@ -41,7 +43,8 @@ def make_draw(
     settings: ConfigDict,
     seed: int,
     bind: Bind | None = None,
-    compiler_options: dict[str, bool] | None = None,
+    compiler_options: Options | None = None,
+    run_blocks: RunBlocks = scan_blocks,
 ) -> Draw:
     """A jitted function that draws pictures with one set of sampling settings.
 
@@ -52,8 +55,9 @@ def make_draw(
       model: the architecture.
       settings: as `config.sample`; a field that older files lack has its default.
       seed: of all noise.
-      bind: makes the network, as `lean.bind_schedule`; the forward pass of training over its operands if left out.
+      bind: makes the network, as `inference_pass.bind_schedule`; `model.transformer.forward` if left out.
       compiler_options: of `modes.compiler_options`.
+      run_blocks: of the model's plan, for `forward`.
 
     Raises:
       UserError: settings that the sampler does not know.
@@ -73,7 +77,10 @@ def make_draw(
         def noise(i: Array | int) -> Array:
             return constrain(normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i)), "batch", None, None, None)
 
-        network = bind(operands, timesteps, labels) if bind else partial(forward, model, operands)
+        if bind:
+            network = bind(operands, timesteps, labels)
+        else:
+            network = partial(forward, model, operands, run_blocks=run_blocks)
         scale, channels = settings.cfg_scale, settings.cfg_channels
         denoise = guided(network, labels, model.num_classes, scale, channels, settings.cfg_t_min, last)
         # Step i adds noise i + 1; noise 0 is where the image starts.

@@ -7,7 +7,7 @@ import numpy as np
 
 from terdit_jax.interop.published import model_leaves, params_leaves
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.model.transformer import abstract_params, packed_operands
 
 # (hidden_size, depth) -> lines of the paper's deployment table (arXiv 2405.14854) on models of this shape.
 _PAPER = {
@@ -43,7 +43,7 @@ def size_report(model: DiTConfig, file_bytes: int | None = None) -> str:
         layers = leaf.depth or 1
         size, stored = layers * math.prod(leaf.shape), layers * math.prod(shape) * dtype.itemsize
         rows[_part_of(leaf.path)] += (size, size if leaf.ternary else 0, stored, 0)
-    operands = jax.eval_shape(lambda params: make_operands(model, params, packed=model.ternary), abstract_params(model))
+    operands = jax.eval_shape(lambda params: packed_operands(model, params), abstract_params(model))
     for path, array in params_leaves(operands):
         rows[_part_of(path)][3] += array.size * array.dtype.itemsize
     rows["total"] = np.sum(list(rows.values()), axis=0)

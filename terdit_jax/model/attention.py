@@ -1,6 +1,6 @@
 """Bidirectional self-attention with optional qk-norm, grouped kv heads and 1-D RoPE.
 
-Owns the four projections and the two norms; what is added to the residual stream is `block`'s concern.
+Owns the four projections and the two norms; `block` adds the result to the residual stream.
 """
 
 from flax import nnx
@@ -9,8 +9,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.implementations import attention_implementation
-from terdit_jax.model.layers import BlockLinear, LayerNorm, group_operand, layer_norm
+from terdit_jax.model.layers import BlockLinear, LayerNorm, MakeLinear, group, layer_norm
 from terdit_jax.parallel.sharding import constrain
 
 
@@ -27,11 +26,11 @@ class Attention(nnx.Module):
             self.q_norm = LayerNorm(width)
             self.k_norm = LayerNorm(kv_width)
 
-    def operands(self, config: DiTConfig, packed: bool) -> dict:
-        """What `attention` reads, from parameters with the depth in front."""
+    def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
+        """The operands of `attention`, from parameters with the depth in front."""
         operands = {
-            "qkv": group_operand(config, [self.wq, self.wk, self.wv], packed=packed),
-            "out": group_operand(config, [self.wo], packed=packed),
+            "qkv": group(config, [self.wq, self.wk, self.wv], make_linear),
+            "out": group(config, [self.wo], make_linear),
         }
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
@@ -40,7 +39,7 @@ class Attention(nnx.Module):
         return operands
 
 
-def attention(config: DiTConfig, operands: dict, x: Array, rope: Array) -> Array:
+def attention(config: DiTConfig, operands: dict, x: Array, rope: Array, implementation: str = "xla") -> Array:
     """Self-attention over all tokens.
 
     Args:
@@ -48,6 +47,7 @@ def attention(config: DiTConfig, operands: dict, x: Array, rope: Array) -> Array
       operands: one layer's, of `Attention.operands`.
       x: (B, T, D).
       rope: (2, T, head_dim / 2) of `rope_table`.
+      implementation: of `jax.nn.dot_product_attention`, "xla" or "cudnn".
 
     Returns:
       (B, T, D) in x's dtype.
@@ -65,7 +65,7 @@ def attention(config: DiTConfig, operands: dict, x: Array, rope: Array) -> Array
     k = rotate(k.reshape(B, T, kv_heads, head_dim), rope)
     v = v.reshape(B, T, kv_heads, head_dim)
     q, k, v = (constrain(a, "batch", "tokens", "heads", None) for a in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config))
+    out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     return operands["out"](out.reshape(B, T, D))[..., 0, :]
 
 

@@ -1,6 +1,6 @@
 """One transformer block: adaLN modulation, attention and SwiGLU feed-forward, each gated into the residual stream.
 
-Stacking and scanning blocks is `transformer`'s.
+`depth` runs the blocks one after the other.
 """
 
 from flax import nnx
@@ -10,11 +10,8 @@ import jax.numpy as jnp
 
 from terdit_jax.model.attention import Attention, attention
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.fused import fused_block
-from terdit_jax.model.implementations import has_fused_passes
-from terdit_jax.model.layers import BlockLinear, RMSNorm, group_operand, rms_norm, zeros
+from terdit_jax.model.layers import BlockLinear, MakeLinear, RMSNorm, group, rms_norm, zeros
 from terdit_jax.parallel.sharding import constrain
-from terdit_jax.ternary.linear import SAME, PackedLinear
 
 
 class FeedForward(nnx.Module):
@@ -25,12 +22,9 @@ class FeedForward(nnx.Module):
         self.w2 = BlockLinear(config, config.mlp_width, config.hidden_size, rngs=rngs)
         self.w3 = BlockLinear(config, config.hidden_size, config.mlp_width, rngs=rngs)
 
-    def operands(self, config: DiTConfig, packed: bool) -> dict:
-        """What `feed_forward` reads, from parameters with the depth in front."""
-        return {
-            "w13": group_operand(config, [self.w1, self.w3], packed=packed),
-            "down": group_operand(config, [self.w2], packed=packed),
-        }
+    def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
+        """The operands of `feed_forward`, from parameters with the depth in front."""
+        return {"w13": group(config, [self.w1, self.w3], make_linear), "down": group(config, [self.w2], make_linear)}
 
 
 class Modulation(BlockLinear):
@@ -41,11 +35,9 @@ class Modulation(BlockLinear):
         if config.ternary and config.adaln_rms_norm:
             self.norm = RMSNorm(6 * config.hidden_size)
 
-    def operands(self, config: DiTConfig, packed: bool) -> dict:
-        """What `modulation` reads, from parameters with the depth in front."""
-        # A row a picture: nothing to gain from 8 bits, and every token would feel their rounding.
-        linear = group_operand(config, [self], packed=packed, matmul_dtype=SAME)
-        operands = {"linear": linear, "bias": self.bias[...]}
+    def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
+        """The operands of `modulation`, from parameters with the depth in front."""
+        operands = {"linear": group(config, [self], make_linear), "bias": self.bias[...]}
         if config.ternary and config.adaln_rms_norm:
             operands["norm"] = {"scale": self.norm.scale[...]}
         return operands
@@ -61,10 +53,10 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.hidden_size)
         self.ffn_norm = RMSNorm(config.hidden_size)
 
-    def operands(self, config: DiTConfig, packed: bool) -> dict:
-        """What `block` reads, from parameters with the depth in front."""
+    def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
+        """The operands of `block`, from parameters with the depth in front."""
         parts = ("attention", "feed_forward", "adaLN_modulation")
-        operands = {name: getattr(self, name).operands(config, packed) for name in parts}
+        operands = {name: getattr(self, name).operands(config, make_linear) for name in parts}
         return operands | {name: {"scale": getattr(self, name).scale[...]} for name in ("attention_norm", "ffn_norm")}
 
 
@@ -75,9 +67,13 @@ def feed_forward(operands: dict, x: Array) -> Array:
     return operands["down"](constrain(hidden, "batch", "tokens", "mlp"))[..., 0, :]
 
 
-def modulation(operands: dict, y: Array) -> Array:
-    """y (B, 1, 6 D), what the linear map makes of the condition -> (B, 6, D): shift, scale and gate of attention, then
-    of the feed-forward."""
+def modulation(operands: dict, c: Array) -> Array:
+    """adaLN of the condition c (B, C') -> (B, 6, D): shift, scale and gate of attention, then of the feed-forward."""
+    return normalize_modulation(operands, operands["linear"](c))
+
+
+def normalize_modulation(operands: dict, y: Array) -> Array:
+    """The rest of `modulation` after its linear map: y (B, 1, 6 D) -> (B, 6, D)."""
     out = y[:, 0].astype(jnp.float32) + operands["bias"]
     if "norm" in operands:
         out = rms_norm(out, operands["norm"]["scale"])
@@ -89,7 +85,9 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array) -> tuple[Array, dict[str, Array]]:
+def block(
+    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array, implementation: str = "xla"
+) -> tuple[Array, dict[str, Array]]:
     """One block.
 
     Args:
@@ -98,21 +96,16 @@ def block(config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array) ->
       x: (B, T, D) residual stream.
       m: (B, 6, D) of `modulation`.
       rope: (2, T, head_dim / 2).
+      implementation: of attention.
 
     Returns:
-      The new residual stream, and the activations a training log watches, by kind. A caller that drops the second
-      pays nothing for it.
+      The new residual stream, and by name the activations that a training log watches. A caller that drops the
+      second pays nothing for it.
     """
-    if has_fused_passes(config) and not isinstance(operands["attention"]["qkv"], PackedLinear):
-        x, kinds = fused_block(config, operands, x, m, rope)
-        return x, kinds | {"adaLN_modulation": m}
-    attended = attention(
-        config,
-        operands["attention"],
-        modulate(rms_norm(x, operands["attention_norm"]["scale"]), m[:, 0], m[:, 1]),
-        rope,
-    )
+    h = modulate(rms_norm(x, operands["attention_norm"]["scale"]), m[:, 0], m[:, 1])
+    attended = attention(config, operands["attention"], h, rope, implementation)
     x = constrain(x + m[:, 2, None] * attended, "batch", "tokens", None)
-    fed = feed_forward(operands["feed_forward"], modulate(rms_norm(x, operands["ffn_norm"]["scale"]), m[:, 3], m[:, 4]))
+    h = modulate(rms_norm(x, operands["ffn_norm"]["scale"]), m[:, 3], m[:, 4])
+    fed = feed_forward(operands["feed_forward"], h)
     x = constrain(x + m[:, 5, None] * fed, "batch", "tokens", None)
     return x, {"attention": attended, "feed_forward": fed, "adaLN_modulation": m, "residual": x}

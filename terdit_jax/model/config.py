@@ -43,7 +43,7 @@ class DiTConfig:
     passes: str = "auto"
     layers: str = "auto"
     gather: str = "codes"
-    fsdp_rings: tuple[int, ...] = ()  # of the devices, not of the configuration: `parallel.mesh.fsdp_rings`
+    plan: str = "auto"
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DiTConfig":

@@ -1,8 +1,10 @@
-"""The parameters of a linear map and of the norms, and how linear maps become the operands of a forward pass.
+"""The parameters of a linear map and of the norms, and how linear maps become what a forward pass multiplies by.
 
-Parameters stay one array a map (wq, wk, wv, w1, w3); maps that share an input are stacked when operands are made,
-once per optimizer step, so that each group is one matmul.
+Parameters stay one array a map (wq, wk, wv, w1, w3). Maps that share an input are stacked once an optimizer step, so
+that each group is one matmul.
 """
+
+from collections.abc import Callable
 
 from flax import nnx
 import jax
@@ -11,15 +13,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.implementations import scans_layers
-from terdit_jax.ternary.linear import FullLinear, PackedLinear, TernaryLinear
-from terdit_jax.ternary.linear import Linear as Operand
+from terdit_jax.ternary import linear as forms
 from terdit_jax.ternary.packing import pack
 from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, sound_alpha, ternarize
 
 xavier_uniform = nnx.initializers.xavier_uniform(in_axis=-1, out_axis=-2)
 zeros = nnx.initializers.zeros_init()
 normal_002 = nnx.initializers.normal(0.02)
+
+# Makes what a matmul reads of one map, (config, weight (L, out, in), alpha (L,) or None) -> leaves (L, ...).
+MakeLinear = Callable[[DiTConfig, Array, Array | None], forms.FullLinear | forms.TernaryLinear | forms.PackedLinear]
 
 
 class Linear(nnx.Module):
@@ -36,8 +39,8 @@ class Linear(nnx.Module):
         return {name: value[...] for name, value in (("weight", self.weight), ("bias", self.bias))}
 
 
-class BlockLinear(nnx.Module):
-    """A block's linear map: weight (out, in), the scale alpha () if the model is ternary, bias (out,) if asked for."""
+class BlockLinear(Linear):
+    """A block's linear map: `Linear` and, if the model is ternary, the scale alpha ()."""
 
     def __init__(
         self,
@@ -49,59 +52,50 @@ class BlockLinear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
     ):
-        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), jnp.float32))
+        super().__init__(in_features, out_features, init, rngs=rngs, bias=bias)
         if config.ternary:
             if config.alpha_init == "normal":  # as published
                 alpha = jax.random.normal(rngs.params(), (), jnp.float32)
             else:
                 alpha = least_squares_alpha(self.weight[...])
             self.alpha = nnx.Param(alpha)
-        if bias:
-            self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
 
 
-def group_operand(
-    config: DiTConfig, layers: list[BlockLinear], *, packed: bool = False, matmul_dtype: str | None = None
-) -> Operand:
-    """The stacked layers' maps of one input as one operand; each leaf has the depth in front.
+def trained_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.FullLinear | forms.TernaryLinear:
+    """A map under training. The pullback of a ternary one is the straight-through estimator."""
+    if alpha is None:
+        return forms.FullLinear(weight.astype(config.activation_dtype))
+    return forms.TernaryLinear(*ternarize(weight, alpha, config.grad_dtype))
+
+
+def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.FullLinear | forms.PackedLinear:
+    """A map for inference, of float32 weights or of (L, out, in / 4) uint8 codes."""
+    if alpha is None:
+        return trained_linear(config, weight, alpha)
+    if weight.dtype == jnp.uint8:
+        return forms.PackedLinear(weight, alpha)
+    return forms.PackedLinear(pack(absmean_codes(weight)), sound_alpha(weight, alpha))
+
+
+def group(config: DiTConfig, layers: list[BlockLinear], make_linear: MakeLinear) -> forms.Linear:
+    """The maps of one input as one; every leaf has the depth, then the maps, in front.
 
     Maps of unequal width (queries beside grouped keys and values) are cut into parts of the narrowest: see
-    `_split_heads`. The pullback of a ternary operand is the straight-through estimator.
-
-    Args:
-      config: decides the make and the dtypes.
-      layers: maps with weights (L, out, in), all with the same `in`; for inference (L, out, in / 4) uint8 will do.
-      packed: 2-bit codes for inference instead of int8 codes with a gradient.
-      matmul_dtype: of the matmuls under training; the configuration's if left out.
-
-    Returns:
-      An operand whose maps, in order, are the layers' (a wider one spanning several).
+    `_split_heads`. A wider map spans several.
     """
     width = min(layer.weight.shape[-2] for layer in layers)
-    parts = [layer.weight.shape[-2] // width for layer in layers]
 
-    def stack(arrays: list[Array]) -> Array:
-        return jnp.concatenate(
-            [_split_heads(a, n, config.head_dim) for a, n in zip(arrays, parts, strict=True)], axis=1
-        )
+    def split(leaf: Array, parts: int) -> Array:
+        if leaf.ndim == 1:  # alpha, which the parts share
+            return jnp.stack([leaf] * parts, axis=1)
+        return _split_heads(leaf, parts, config.head_dim)
 
-    weights = [layer.weight[...] for layer in layers]
-    if not config.ternary:
-        return FullLinear(stack([w.astype(config.activation_dtype) for w in weights]))
-    alphas = [layer.alpha[...] for layer in layers]
-
-    def spread(alphas: list[Array]) -> Array:
-        return jnp.stack([alpha for alpha, n in zip(alphas, parts, strict=True) for _ in range(n)], axis=1)
-
-    if packed:
-        pairs = zip(weights, alphas, strict=True)
-        codes = [w if w.dtype == jnp.uint8 else pack(absmean_codes(w)) for w in weights]
-        alphas = [alpha if w.dtype == jnp.uint8 else sound_alpha(w, alpha) for w, alpha in pairs]
-        return PackedLinear(stack(codes), spread(alphas))
-    unrolled = not scans_layers(config)
-    made = [ternarize(w, alpha, config.grad_dtype, unrolled) for w, alpha in zip(weights, alphas, strict=True)]
-    codes, alphas, sinks = (list(kind) for kind in zip(*made, strict=True))
-    return TernaryLinear(stack(codes), spread(alphas), stack(sinks), matmul_dtype or config.matmul_dtype)
+    maps = []
+    for layer in layers:
+        parts = layer.weight.shape[-2] // width
+        made = make_linear(config, layer.weight[...], layer.alpha[...] if config.ternary else None)
+        maps.append(jax.tree.map(lambda leaf, parts=parts: split(leaf, parts), made))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *maps)
 
 
 def _split_heads(weight: Array, parts: int, head_dim: int) -> Array:

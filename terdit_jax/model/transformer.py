@@ -1,10 +1,12 @@
 """The whole network: its parameters, the operands made from them once per step, and the forward pass over operands.
 
-Parameters are what is trained, averaged and saved; operands are what matmuls read (codes, packed codes, bf16
+Parameters are what is trained, averaged and saved; operands are what the forward pass reads (codes, packed codes, bf16
 copies). Going from one to the other is a pure function whose pullback carries the straight-through gradients.
+
+Two seams let `fast` replace a plain function: `make_linear`, which turns one map's weight into what a matmul reads,
+and `run_blocks`, which runs the blocks over the depth.
 """
 
-from collections.abc import Callable
 import functools
 
 from flax import nnx
@@ -12,8 +14,9 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from terdit_jax.model.block import Block, block, modulation
+from terdit_jax.model.block import Block
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.depth import RunBlocks, Watch, scan_blocks
 from terdit_jax.model.embedders import (
     FinalLayer,
     LabelEmbedder,
@@ -26,11 +29,8 @@ from terdit_jax.model.embedders import (
     sincos_2d_table,
     unpatchify,
 )
-from terdit_jax.model.implementations import scans_layers
-from terdit_jax.model.layers import linear
-from terdit_jax.parallel.gather import gather_operands
+from terdit_jax.model.layers import MakeLinear, linear, packed_linear, trained_linear
 from terdit_jax.parallel.sharding import constrain, constrain_tree
-from terdit_jax.ternary.linear import SCALE, Linear
 
 
 class DiT(nnx.Module):
@@ -50,13 +50,13 @@ class DiT(nnx.Module):
         self.blocks = nnx.merge(nnx.graphdef(one), layers)
         self.final_layer = FinalLayer(config, rngs=rngs)
 
-    def operands(self, packed: bool = False) -> dict:
+    def operands(self, make_linear: MakeLinear = trained_linear) -> dict:
         """The forward pass's operands (see `make_operands`)."""
         return {
             "x_embedder": self.x_embedder.operands(),
             "t_embedder": {name: getattr(self.t_embedder, name).operands() for name in ("mlp_in", "mlp_out")},
             "y_embedder": {"embedding_table": self.y_embedder.embedding_table[...]},
-            "blocks": self.blocks.operands(self.config, packed),
+            "blocks": self.blocks.operands(self.config, make_linear),
             "final_layer": {
                 name: getattr(self.final_layer, name).operands() for name in ("adaLN_modulation", "linear")
             },
@@ -84,8 +84,8 @@ def init_params(config: DiTConfig, key: Array) -> dict:
     return nnx.to_pure_dict(nnx.state(DiT(config, rngs=nnx.Rngs(params=key))))
 
 
-def make_operands(config: DiTConfig, params: dict, *, packed: bool = False) -> dict:
-    """The forward pass's operands from parameters: ternary codes (or packed codes, or bf16 copies), groups stacked.
+def make_operands(config: DiTConfig, params: dict, make_linear: MakeLinear = trained_linear) -> dict:
+    """The forward pass's operands from parameters: ternary codes or bf16 copies, groups stacked.
 
     Call it once per optimizer step, outside the microbatch loop and outside rematerialised blocks. `jax.vjp` of it
     turns gradients with respect to operands into gradients with respect to parameters.
@@ -93,20 +93,26 @@ def make_operands(config: DiTConfig, params: dict, *, packed: bool = False) -> d
     Args:
       config: the architecture and dtypes.
       params: nested dict of `init_params`.
-      packed: 2-bit codes for inference, without gradients.
+      make_linear: makes what matmuls read of each map of the blocks.
 
     Returns:
-      A nested dict whose leaves are arrays and `terdit_jax.ternary.linear` operands, constrained to their sharding
-      rules if a mesh is in context; where it cuts ternary maps over `fsdp`, `terdit_jax.parallel.gather`'s.
+      A nested dict whose leaves are arrays and the maps of `terdit_jax.ternary.linear`, constrained to their sharding
+      rules if a mesh is in context.
     """
     graphdef, shapes = abstract_model(config)
     state = jax.tree.map(lambda leaf: leaf, shapes)  # a copy
     nnx.replace_by_pure_dict(state, params)
-    operands = constrain_tree(nnx.merge(graphdef, state).operands(packed))
-    return operands if packed else constrain_tree(gather_operands(operands, config.gather, config.fsdp_rings))
+    return constrain_tree(nnx.merge(graphdef, state).operands(make_linear))
 
 
-def forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
+def packed_operands(config: DiTConfig, params: dict) -> dict:
+    """The operands for inference, ternary matrices as 2-bit codes without a gradient; as `make_operands` otherwise."""
+    return make_operands(config, params, packed_linear)
+
+
+def forward(
+    config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, run_blocks: RunBlocks = scan_blocks
+) -> Array:
     """Predicts the noise and the variance interpolation.
 
     Args:
@@ -115,23 +121,25 @@ def forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array) -
       x_t: (B, H, W, C) float noisy latents.
       t: (B,) int timesteps in [0, 1000).
       y: (B,) int labels; num_classes is the null class.
+      run_blocks: runs the blocks over the depth.
 
     Returns:
       (B, H, W, 2C) float32: eps, then the variance interpolation v.
     """
-    return _forward(config, operands, x_t, t, y, lambda kinds: None)[0]
+    return _forward(config, operands, x_t, t, y, run_blocks, None)[0]
 
 
-def activation_rms(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array) -> dict[str, Array]:
-    """The root mean square of each kind of activation in every layer, (L,) float32 each; arguments as `forward`."""
+def activation_rms(
+    config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, run_blocks: RunBlocks = scan_blocks
+) -> dict[str, Array]:
+    """The root mean square of the activations of every layer, by name, (L,) float32 each; arguments as `forward`."""
+    rms = lambda a: jnp.sqrt(jnp.mean(jnp.square(a.astype(jnp.float32))))  # noqa: E731
+    return _forward(config, operands, x_t, t, y, run_blocks, lambda activations: jax.tree.map(rms, activations))[1]
 
-    def rms(kinds: dict[str, Array]) -> dict[str, Array]:
-        return {kind: jnp.sqrt(jnp.mean(jnp.square(a.astype(jnp.float32)))) for kind, a in kinds.items()}
 
-    return _forward(config, operands, x_t, t, y, rms)[1]
-
-
-def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, watch: Callable) -> tuple[Array, dict]:
+def _forward(
+    config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, run_blocks: RunBlocks, watch: Watch | None
+) -> tuple[Array, dict]:
     dtype = config.activation_dtype
     x = linear(patchify(x_t, config.patch_size), operands["x_embedder"], dtype)
     if config.positions == "rope_1d_sincos_2d":
@@ -140,82 +148,9 @@ def _forward(config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, 
     c = condition(operands, t, y)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
 
-    if scans_layers(config):
-        layers, modulate = operands["blocks"], lambda adaln: modulation(adaln, adaln["linear"](c.astype(dtype)))
-    else:
-        layers, modulate = _unrolled(operands["blocks"], c.astype(dtype)), lambda m: m
-
-    def layer(x: Array, layer_operands: dict) -> tuple[Array, dict]:
-        x, kinds = block(config, layer_operands, x, modulate(layer_operands["adaLN_modulation"]), rope)
-        return x, watch(kinds)
-
-    if config.remat == "block":
-        layer = jax.checkpoint(layer)
-    elif config.remat == "dots":
-        layer = jax.checkpoint(layer, policy=_is_saved)
-    x, watched = _over_layers(config, layer, x, layers)
+    x, watched = run_blocks(config, operands["blocks"], x, c.astype(dtype), rope, watch)
     out = final_layer(operands["final_layer"], x, c)
     return unpatchify(out, config.grid_size, config.patch_size), watched
-
-
-def _is_saved(primitive, *arguments, **parameters) -> bool:
-    """What the policy `dots` keeps of a layer: what matmuls and cuDNN's attention return. The rest is cheap to redo."""
-    if primitive.name == "name":
-        return parameters["name"] == SCALE
-    if primitive.name.startswith("dot_product_attention_fwd"):
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
-
-
-def _over_layers(config: DiTConfig, layer: Callable, x: Array, layers: dict | list[dict]) -> tuple[Array, dict]:
-    if scans_layers(config):
-        return jax.lax.scan(layer, x, layers)
-    watched = []
-    for one in layers:
-        x, seen = layer(x, one)
-        watched.append(seen)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *watched)
-
-
-def _unrolled(blocks: dict, c: Array) -> list[dict]:
-    """Each layer's operands, in whose adaLN's place its `modulation` stands. These depend on the condition alone, so
-    that one matmul makes them of all layers; their weights' gradients come layer by layer, and devices of a mesh sum
-    those of one layer while others are still to come."""
-    leaves, structure = jax.tree.flatten(blocks)
-    layers = [structure.unflatten(one) for one in zip(*(_unstack(leaf) for leaf in leaves), strict=True)]
-    adalns = [layer["adaLN_modulation"] for layer in layers]
-    made = _by_one_matmul(blocks["adaLN_modulation"]["linear"], [adaln["linear"] for adaln in adalns], c)
-    modulations = [modulation(adaln, y) for adaln, y in zip(adalns, made, strict=True)]
-    return [layer | {"adaLN_modulation": m} for layer, m in zip(layers, modulations, strict=True)]
-
-
-@jax.custom_vjp
-def _by_one_matmul(stacked: Linear, layers: list[Linear], c: Array) -> tuple[Array, ...]:
-    """What each of the maps, given stacked and one by one, makes of c (B, C'): (B, n, out) each. The gradients of the
-    maps go to the latter."""
-    return tuple(jax.vmap(lambda one: one(c))(stacked))
-
-
-def _by_one_matmul_bwd(residuals: tuple, dys: tuple[Array, ...]) -> tuple[None, list[Linear], Array]:
-    stacked, layers, c = residuals
-    dlayers = [jax.vjp(lambda one: one(c), one)[1](dy)[0] for one, dy in zip(layers, dys, strict=True)]
-    (dc,) = jax.vjp(lambda c: jax.vmap(lambda one: one(c))(stacked), c)[1](jnp.stack(dys))
-    return None, dlayers, dc
-
-
-_by_one_matmul.defvjp(lambda *arguments: (_by_one_matmul(*arguments), arguments), _by_one_matmul_bwd)
-
-
-def _unstack(leaf: Array) -> tuple[Array, ...]:
-    """The layers of a leaf. Their gradients are stacked, which XLA does in what reads the stack: it would sum as many
-    padded arrays as there are layers if they were slices'."""
-    layers = lambda leaf: tuple(leaf[i] for i in range(leaf.shape[0]))  # noqa: E731
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return layers(leaf)
-    stack = lambda _, grads: (jnp.stack(grads),)  # noqa: E731
-    unstack = jax.custom_vjp(layers)
-    unstack.defvjp(lambda leaf: (layers(leaf), None), stack)
-    return unstack(leaf)
 
 
 def count_params(config: DiTConfig) -> dict[str, int]:

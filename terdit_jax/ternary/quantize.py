@@ -50,22 +50,18 @@ def _absmean(weight: Array) -> Array:
     return jnp.mean(jnp.abs(weight), axis=(-2, -1), keepdims=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def ternarize(
-    weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32, unrolled: bool = False
-) -> tuple[Array, Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array, Array]:
     """Codes of a master weight, its scale, and the sink through which its straight-through gradient returns.
 
-    Codes are integers and carry no gradient, so dL/dW = alpha dL/dw, with w = alpha T the weight in use, travels
-    through `sink`, an array of zeros that a matmul accepts beside the codes and never reads (XLA removes it). It
-    passes to W without a clipping mask and without a term through gamma; dL/dalpha = <dL/dw, T> is made of it once a
-    step, where matmuls run once a microbatch.
+    Codes are integers and carry no gradient. dL/dW = alpha dL/dw, with w = alpha T the weight in use, therefore returns
+    through `sink`: an array of zeros that a matmul accepts beside the codes and never reads, so XLA removes it.
+    `straight_through` is the backward pass.
 
     Args:
       weight: (..., out, in) float32.
       alpha: (...,) float32.
       grad_dtype: dtype in which the gradient is produced and crosses the mesh.
-      unrolled: whether gradients come layer by layer, stacked only on paper: each is then summed where it lies.
 
     Returns:
       codes (..., out, in) int8, alpha (...,) of `sound_alpha`, kept off zero so that it can be divided by, and sink
@@ -76,25 +72,33 @@ def ternarize(
     return absmean_codes(weight), alpha, jnp.zeros(weight.shape, grad_dtype)
 
 
-def _ternarize_fwd(
-    weight: Array, alpha: Array, grad_dtype: DTypeLike, unrolled: bool
-) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-    made = ternarize(weight, alpha, grad_dtype, unrolled)
+def straight_through(codes: Array, alpha: Array, dalpha: Array, dsink: Array) -> tuple[Array, Array]:
+    """The gradients of a master weight and its scale, from the cotangents of what `ternarize` returned.
+
+    dL/dW is the sink's, without a mask where W was clipped and without a term through gamma. dL/dalpha = <dL/dw, T> is
+    made of it once a step, where matmuls run once a microbatch.
+
+    Args:
+      codes: (..., out, in) int8.
+      alpha: (...,) float32.
+      dalpha: (...,) float32, what reached alpha itself.
+      dsink: (..., out, in), alpha dL/dw.
+
+    Returns:
+      dL/dW (..., out, in) and dL/dalpha (...,), float32: Adam's moments need its range, and the sum has millions of
+      terms.
+    """
+    dweight = dsink.astype(jnp.float32)
+    return dweight, dalpha + jnp.sum(dweight * codes, axis=(-2, -1)) / alpha
+
+
+def _ternarize_fwd(weight: Array, alpha: Array, grad_dtype: DTypeLike) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    made = ternarize(weight, alpha, grad_dtype)
     return made, made[:2]
 
 
-def _ternarize_bwd(
-    grad_dtype: DTypeLike, unrolled: bool, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]
-) -> tuple[Array, Array]:
-    codes, alpha = residuals
-    _, through_alpha, dw = cotangents
-    dw = dw.astype(jnp.float32)  # masters are float32: Adam's moments need its range; the sum has millions of terms
-    along = lambda dw, codes: jnp.sum(dw * codes, axis=(-2, -1))  # noqa: E731
-    if unrolled:
-        sums = jnp.stack([along(*layer) for layer in zip(dw, codes, strict=True)])
-    else:
-        sums = along(dw, codes)
-    return dw, through_alpha + sums / alpha
+def _ternarize_bwd(_, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return straight_through(*residuals, *cotangents[1:])
 
 
 ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)

@@ -19,7 +19,7 @@ from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint, Judge
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.data.reader import heldout_batches
 from terdit_jax.errors import UserError, going_on
-from terdit_jax.model.transformer import activation_rms, make_operands
+from terdit_jax.model.transformer import activation_rms
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_shards, local_block
 from terdit_jax.training.examples import example_keys, make_examples, to_devices
@@ -91,7 +91,9 @@ class Actions:
         )
         saves = self._every(config.checkpoint.every or config.train.num_steps)
         latent_scale = setup.dataset.metadata.latent_scale
-        self._heldout_loss = make_heldout_loss(config, setup.model, setup.schedule, setup.mesh, latent_scale)
+        self._heldout_loss = make_heldout_loss(
+            config, setup.model, setup.schedule, setup.mesh, latent_scale, setup.plan
+        )
         self._summarize = on_mesh(setup.mesh, jax.jit(partial(_summarize, setup), donate_argnums=0))
         self._summary_kind = "compile"  # the first one compiles
         self._learning_rate = learning_rate_schedule(config.optimizer)
@@ -234,6 +236,7 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
         num_classes=model.num_classes,
         class_dropout_prob=0.0,
     )
-    rms = activation_rms(model, make_operands(model, state["params"]), examples["x_t"], examples["t"], examples["y"])
+    plan, inputs = setup.plan, (examples["x_t"], examples["t"], examples["y"])
+    rms = activation_rms(model, plan.make_operands(model, state["params"]), *inputs, plan.run_blocks)
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
     return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}

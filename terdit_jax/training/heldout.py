@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import make_operands
+from terdit_jax.model.plan import Plan
 from terdit_jax.parallel.sharding import constrain
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.step import mean_loss, on_mesh
@@ -20,7 +20,7 @@ _SEED_OFFSET = 0x5EED
 
 
 def make_heldout_loss(
-    config: ConfigDict, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float
+    config: ConfigDict, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
 ) -> Callable[[dict, dict, Array], Array]:
     """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
 
@@ -36,6 +36,6 @@ def make_heldout_loss(
             num_classes=model.num_classes,
             class_dropout_prob=0.0,
         )
-        return mean_loss(model, schedule, make_operands(model, params), examples)[0]
+        return mean_loss(model, schedule, plan.make_operands(model, params), examples, plan)[0]
 
     return on_mesh(mesh, jax.jit(heldout_loss))

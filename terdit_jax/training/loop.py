@@ -23,7 +23,9 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
       observers: of the run.
     """
     latent_scale = setup.dataset.metadata.latent_scale
-    train_step = make_train_step(setup.config, setup.model, setup.schedule, setup.optimizer, setup.mesh, latent_scale)
+    train_step = make_train_step(
+        setup.config, setup.model, setup.schedule, setup.optimizer, setup.mesh, latent_scale, setup.plan
+    )
     start = step = int(state["step"])
     batches = device_batches(setup, start)
     goodput, profiler = observers.goodput, observers.profiler

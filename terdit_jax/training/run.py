@@ -142,6 +142,7 @@ def _introduce(setup: Setup, start: int) -> None:
     say(f"{setup.config.name}: {counts['total']:,} parameters ({kind})")
     axes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}")
+    say(f"plan: {setup.plan}")
     say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
 
 

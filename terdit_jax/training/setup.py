@@ -15,11 +15,12 @@ from terdit_jax.data.reader import AnyDataset, open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
+from terdit_jax.fast.plan import choose_plan
 from terdit_jax.files import check_folder
 from terdit_jax.memory import check_host, host_memory
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.implementations import attention_implementation
-from terdit_jax.model.transformer import abstract_params, make_operands
+from terdit_jax.model.plan import Plan
+from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, batch_shards, check_heads
@@ -40,6 +41,7 @@ class Setup:
     dataset: AnyDataset
     schedule: Schedule
     optimizer: optax.GradientTransformationExtraArgs
+    plan: Plan
 
 
 def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
@@ -52,15 +54,16 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
-    check_memory(config, model, mesh)
-    check_arrays(model, mesh)
-    check_options(compiler_options(config, mesh), jax.local_devices()[0])
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
+    plan = choose_plan(model, mesh)
+    check_memory(config, model, mesh, plan)
+    check_arrays(model, mesh, plan)
+    check_options(compiler_options(config, mesh), jax.local_devices()[0])
     dataset = _open_data(config, model)
     workdir = as_path(workdir, "--workdir")
     check_folder(workdir, "--workdir")
-    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer))
+    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer), plan)
 
 
 def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
@@ -74,14 +77,14 @@ def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
     check_heads(model.num_kv_heads, mesh)
 
 
-def check_memory(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
+def check_memory(config: ConfigDict, model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
     """Raises UserError for what no device or host here can hold: by the least that a run needs, so it misses some."""
     local, shards = mesh.local_devices, mesh.shape["fsdp"] * mesh.shape["tensor"]
     state = _STATE_COPIES * 4 * model.num_params // shards
     examples = max(1, config.train.batch_size // (config.train.accumulation_steps * batch_shards(mesh)))
     tokens = model.num_tokens // mesh.shape["tensor"]
     numbers = examples * tokens * model.hidden_size * model.depth
-    if attention_implementation(model) == "xla":  # which makes the scores of all pairs of tokens
+    if plan.attention == "xla":  # which makes the scores of all pairs of tokens
         numbers += examples * model.num_heads // mesh.shape["tensor"] * model.num_tokens**2
     kept = numbers * model.activation_dtype.itemsize
     limit = (local[0].memory_stats() or {}).get("bytes_limit") or host_memory() // len(local)
@@ -101,11 +104,11 @@ def check_memory(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
             check_host(5 * count * example, f"config.{section}.{field}={count}", "give fewer")
 
 
-def check_arrays(model: DiTConfig, mesh: Mesh) -> None:
+def check_arrays(model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
     """Raises UserError if a parameter, or what the forward pass makes of it, cannot be cut as the mesh asks for."""
     params = abstract_sharded(abstract_params(model), mesh)
     with jax.set_mesh(mesh):
-        jax.eval_shape(partial(make_operands, model), params)
+        jax.eval_shape(partial(plan.make_operands, model), params)
 
 
 def _open_data(config: ConfigDict, model: DiTConfig) -> AnyDataset:

@@ -11,7 +11,7 @@ import optax
 
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.transformer import init_params, make_operands
+from terdit_jax.model.transformer import init_params, packed_operands
 from terdit_jax.parallel.sharding import abstract_sharded, path_name, place
 from terdit_jax.reproducible import make_key
 from terdit_jax.ternary.linear import PackedLinear
@@ -50,7 +50,7 @@ def packed_codes(model: DiTConfig, params: dict) -> dict[str, Array]:
     """The 2-bit codes of every ternary matrix by operand path; empty for a full-precision model."""
     if not model.ternary:
         return {}
-    blocks = make_operands(model, params, packed=True)["blocks"]
+    blocks = packed_operands(model, params)["blocks"]
     return {
         "blocks": {
             kind: {

@@ -4,7 +4,6 @@ Everything is one jitted function of (state, batch); what surrounds it, from rea
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 
 import jax
@@ -18,12 +17,12 @@ import optax
 from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.implementations import scans_layers
-from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.model.plan import PLAIN, Plan
+from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.compiler_options import compiler_options
-from terdit_jax.parallel.mesh import fsdp_rings
 from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.reproducible import pinned
+from terdit_jax.ternary.linear import no_gradient
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay
 from terdit_jax.training.spikes import judge_loss
@@ -31,20 +30,22 @@ from terdit_jax.training.state import State
 from terdit_jax.training.window import quartile_sums
 
 
-def mean_loss(model: DiTConfig, schedule: Schedule, operands: dict, examples: Examples) -> tuple[Array, dict]:
+def mean_loss(
+    model: DiTConfig, schedule: Schedule, operands: dict, examples: Examples, plan: Plan = PLAIN
+) -> tuple[Array, dict]:
     """The mean of MSE + VB over the examples, and the sums a log window takes."""
-    out = forward(model, operands, examples["x_t"], examples["t"], examples["y"])
+    out = forward(model, operands, examples["x_t"], examples["t"], examples["y"], plan.run_blocks)
     losses = training_losses(schedule, out, examples["x_0"], examples["x_t"], examples["t"], examples["noise"])
     sums = {name: jnp.mean(losses[name]) for name in ("loss", "mse", "vb")}
     return sums["loss"], sums | quartile_sums(losses["loss"], examples["t"], schedule.num_timesteps)
 
 
 def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
-    """What of the operands has a gradient, and how it comes back among the rest.
+    """Splits the differentiable leaves from the integer ones, and returns a function that merges them back.
 
     Returns:
-      Their float leaves, and a function of as many leaves to a tree like the operands, in which integers are as they
-      were, or what its second argument makes of them.
+      The float leaves, and a function from as many leaves to a tree like the operands; its second argument is applied
+      to the integer leaves.
     """
     leaves, structure = jax.tree.flatten(operands)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -58,7 +59,12 @@ def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
 
 
 def loss_and_grads(
-    model: DiTConfig, schedule: Schedule, params: dict, examples: Examples, accumulation_steps: int = 1
+    model: DiTConfig,
+    schedule: Schedule,
+    params: dict,
+    examples: Examples,
+    accumulation_steps: int = 1,
+    plan: Plan = PLAIN,
 ) -> tuple[dict, dict]:
     """The step's loss terms and the gradient of its mean loss.
 
@@ -68,11 +74,12 @@ def loss_and_grads(
       params: float32 parameters.
       examples: B of them; B is divisible by accumulation_steps.
       accumulation_steps: microbatches, run one after the other over the same codes.
+      plan: how the model is run.
 
     Returns:
       {"loss", "mse", "vb"} () means and {"quartile_loss", "quartile_count"} (4,) sums; gradients shaped as params.
     """
-    operands, to_params = jax.vjp(lambda p: make_operands(model, p), params)
+    operands, to_params = jax.vjp(lambda p: plan.make_operands(model, p), params)
     floats, with_floats = split_floats(operands)
 
     def place(floats: list[Array]) -> list[Array]:
@@ -80,7 +87,7 @@ def loss_and_grads(
         return split_floats(constrain_tree(with_floats(floats)))[0]
 
     def micro(examples: Examples) -> tuple[dict, list[Array]]:
-        loss = lambda floats: mean_loss(model, schedule, with_floats(floats), examples)  # noqa: E731
+        loss = lambda floats: mean_loss(model, schedule, with_floats(floats), examples, plan)  # noqa: E731
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(floats)
         return sums, grads
 
@@ -89,7 +96,6 @@ def loss_and_grads(
     else:
         sums, grads = _accumulate(micro, place, examples, accumulation_steps)
     # Integer codes take no gradient; theirs has come back through the sinks beside them.
-    no_gradient = lambda codes: np.zeros(codes.shape, jax.dtypes.float0)  # noqa: E731
     (param_grads,) = to_params(with_floats(grads, no_gradient))
     return sums, param_grads
 
@@ -112,13 +118,6 @@ def _accumulate(micro: Callable, place: Callable, examples: Examples, steps: int
     (sums, grads), _ = jax.lax.scan(add, (sums, place(grads)), micros)
     sums = {name: value if name.startswith("quartile") else value / steps for name, value in sums.items()}
     return sums, jax.tree.map(lambda total, leaf: (total / steps).astype(leaf.dtype), grads, shapes[1])
-
-
-def global_norm(model: DiTConfig, grads: dict) -> Array:
-    """The root of the sum of all squares, of unrolled layers summed one by one: their stack is then never made."""
-    if not scans_layers(model):
-        grads = grads | {"blocks": jax.tree.map(list, grads["blocks"])}
-    return optax.tree.norm(grads)
 
 
 def apply_gradients(
@@ -170,6 +169,7 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     latent_scale: float,
+    plan: Plan,
 ) -> Callable[[State, dict], State]:
     """The jitted step (state, global batch) -> state. The given state's memory is reused; do not read it again.
 
@@ -179,13 +179,13 @@ def make_train_step(
       schedule: the 1000-step process.
       optimizer: of `make_optimizer`.
       mesh: where state and batch lie.
-      latent_scale: what stored latents are multiplied by.
+      latent_scale: factor of stored latents.
+      plan: how the model is run.
 
     Raises:
       UserError: `config.train.compiler_options` is no list of --name=value; when called, a matrix too narrow for
         `mesh.gather` "codes".
     """
-    model = dataclasses.replace(model, fsdp_rings=fsdp_rings(mesh))
 
     def train_step(state: State, batch: dict[str, Array]) -> State:
         indices = jnp.arange(config.train.batch_size, dtype=jnp.int32)
@@ -197,8 +197,9 @@ def make_train_step(
             num_classes=model.num_classes,
             class_dropout_prob=model.class_dropout_prob,
         )
-        sums, grads = loss_and_grads(model, schedule, state["params"], examples, config.train.accumulation_steps)
-        return apply_gradients(optimizer, config.optimizer, state, sums, grads, global_norm(model, grads))
+        steps = config.train.accumulation_steps
+        sums, grads = loss_and_grads(model, schedule, state["params"], examples, steps, plan)
+        return apply_gradients(optimizer, config.optimizer, state, sums, grads, plan.gradient_norm(grads))
 
     return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from terdit_jax.kernels import backward, mosaic, rows
+from terdit_jax.fast.hopper import backward, forward, warpgroup
 
 B, T = 64, 256
 
@@ -16,7 +16,7 @@ def test_pairs_of_a_thread_lower(width, heads):
     y, norm = shape(B, T, 3 * width, dtype=jnp.bfloat16), {"scale": shape(width), "bias": shape(width)}
     rope, gradients = shape(2, T, head_dim // 2), [shape(B, T, heads, head_dim, dtype=jnp.bfloat16)] * 3
     for scale in (None, shape(B, T)):
-        traced = mosaic.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, heads=heads)
+        traced = forward.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, heads=heads)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
         eight = None if scale is None else "float8_e4m3fn"
         arguments = y, scale, shape(3), (norm, norm), rope, *gradients
@@ -25,4 +25,4 @@ def test_pairs_of_a_thread_lower(width, heads):
 
 
 def test_widths_that_a_warpgroup_cannot_share():
-    assert rows.supports(1536, 4096) and not rows.supports(1536, 4096 + 128)
+    assert warpgroup.supports(1536, 4096) and not warpgroup.supports(1536, 4096 + 128)

@@ -1,6 +1,6 @@
-"""The modes of inference: which numbers matmuls take and how weights lie in memory, chosen by one word.
+"""The modes of inference: the dtypes of weights and matmuls, by one word; each equals `model.transformer.forward`.
 
-What is computed in them is `lean`'s; docs/deployment.md has each one's speed, memory and error.
+`inference_pass` computes in them; docs/deployment.md has each one's speed, memory and error.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from terdit_jax.errors import UserError
-from terdit_jax.kernels import rows
+from terdit_jax.fast.hopper import warpgroup
+from terdit_jax.fast.plan import choose_attention
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params
 from terdit_jax.parallel.compiler_options import WITHOUT_TRITON, Options
@@ -21,6 +22,7 @@ MODES = {
     "fast": "weights and activations in 8 bits: another function, faster, half the memory of exact",
     "small": "weights at 2 bits, matmuls in 8: the function of fast in an eighth of the memory of exact",
     "small_exact": "weights at 2 bits: the trained model's function",
+    "plain": "the forward pass of training over weights at 2 bits: what the others are compared with",
 }
 
 _RESERVED = 0.25  # of a device's memory, for activations and the compiler
@@ -28,17 +30,19 @@ _RESERVED = 0.25  # of a device's memory, for activations and the compiler
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """weights: dtype in which codes stay in memory, or "packed". operand: dtype of matmul operands. products: dtype of
-    what matmuls return, their sums being float32 or int32. kernels: whether `mosaic` has the passes between them."""
+    """weights: dtype in which codes stay in memory, or "packed". matmul_dtype: of both factors of a matmul.
+    product_dtype: of its result, summed in float32 or int32. kernels: whether Hopper's kernels run between matmuls.
+    attention: implementation of `jax.nn.dot_product_attention`."""
 
     weights: str
-    operand: str
-    products: str
+    matmul_dtype: str
+    product_dtype: str
     kernels: bool = False
+    attention: str = "xla"
 
 
 def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None:
-    """The numbers of a mode on the mesh's devices, or None for the forward pass of training over packed codes.
+    """The dtypes of a mode on the mesh's devices, or None for the forward pass of training over packed codes.
 
     That one is what `auto` takes on CPUs, where it equals quantisation-aware training bit for bit, and wherever the
     matrices are full precision or cut over the mesh.
@@ -55,6 +59,8 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
         raise UserError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
     device = mesh.devices.flat[0]
     cut = [f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "data" and size > 1]
+    if mode == "plain":
+        return None
     if mode == "auto":
         if not config.ternary or cut or device.platform == "cpu":
             return None
@@ -64,18 +70,19 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
     if cut:
         raise UserError(f"mode {mode}: needs whole matrices on each device, mesh {', '.join(cut)} cuts them; give auto")
     eight = _eight_bit_dtype(device)
-    operand = eight if mode in ("fast", "small") else config.dtype
+    matmul_dtype = eight if mode in ("fast", "small") else config.dtype
     return Numerics(
-        weights="packed" if mode.startswith("small") else operand,
-        operand=operand,
-        products="int32" if operand == "int8" else config.dtype,
-        kernels=_has_kernels(config, device) and operand != "int8",
+        weights="packed" if mode.startswith("small") else matmul_dtype,
+        matmul_dtype=matmul_dtype,
+        product_dtype="int32" if matmul_dtype == "int8" else config.dtype,
+        kernels=_has_kernels(config, device) and matmul_dtype != "int8",
+        attention=choose_attention(config, device),
     )
 
 
 def compiler_options(numerics: Numerics | None) -> Options | None:
     """For `jax.jit` of what computes in these numbers: in 8 bits, where Triton costs most, GPUs do without it."""
-    if numerics is None or jax.default_backend() != "gpu" or jnp.dtype(numerics.operand).itemsize > 1:
+    if numerics is None or jax.default_backend() != "gpu" or jnp.dtype(numerics.matmul_dtype).itemsize > 1:
         return None
     return WITHOUT_TRITON
 
@@ -94,9 +101,9 @@ def _eight_bit_dtype(device: jax.Device) -> str:
 
 
 def _has_kernels(config: DiTConfig, device: jax.Device) -> bool:
-    if not rows.run_on(device) or config.activation_dtype != jnp.bfloat16:
+    if not warpgroup.run_on(device) or config.activation_dtype != jnp.bfloat16:
         return False
-    return rows.supports(config.hidden_size, config.kv_width, config.mlp_width)
+    return warpgroup.supports(config.hidden_size, config.kv_width, config.mlp_width)
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Rows cut over the threads of a warpgroup, and the pairs of neighbouring features that a row is made of.
 
 A thread holds pieces as wide as the hardware loads, of two features at least: what needs both features of a pair, RoPE,
-asks no other thread. What is computed with rows is `mosaic`'s and `backward`'s.
+asks no other thread. What is computed with rows is `forward`'s and `backward`'s.
 """
 
 import jax

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.inference import rowwise
+from terdit_jax.fast import xla_passes
 from terdit_jax.model.embedders import rope_table
 
 B, T = 2, 5
@@ -39,7 +39,7 @@ def assert_operand(operand, scale, expected, dtype):
 @pytest.mark.parametrize("dtype", OPERANDS)
 def test_quantize(dtype):
     h = draws(B, T, 64) * np.array([1e-3, 1, 50, 1e4, 1])[:, None]
-    operand, scale = rowwise.quantize(jnp.asarray(h), dtype)
+    operand, scale = xla_passes.quantize(jnp.asarray(h), dtype)
     if scale is not None:
         for token in range(T):  # each on its own scale
             assert_operand(operand[:, token], scale[:, token], h[:, token], dtype)
@@ -49,7 +49,7 @@ def test_quantize(dtype):
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
 def test_tokens_of_zeros_stay_zeros(dtype):
-    operand, scale = rowwise.quantize(jnp.zeros((1, 2, 8)), dtype)
+    operand, scale = xla_passes.quantize(jnp.zeros((1, 2, 8)), dtype)
     assert np.all(np.asarray(operand.astype(jnp.float32)) == 0) and np.all(np.isfinite(scale)) and np.all(scale > 0)
 
 
@@ -60,7 +60,7 @@ def test_add_norm_modulate(dtype, scaled):
     y_scale = np.abs(draws(B, T, seed=3)) if scaled else None
     gate, gain, shift = vectors[2].astype(np.float64)
     sums = x + gate[:, None] * y * (y_scale[..., None] if scaled else 1)
-    new_x, operand, scale = rowwise.add_norm_modulate(jnp.asarray(x), y, y_scale, jnp.asarray(vectors), 2, dtype)
+    new_x, operand, scale = xla_passes.add_norm_modulate(jnp.asarray(x), y, y_scale, jnp.asarray(vectors), 2, dtype)
     np.testing.assert_allclose(new_x, sums, rtol=1e-5, atol=1e-5)
     assert_operand(operand, scale, rms_norm(sums) * gain[:, None] + shift[:, None], dtype)
 
@@ -72,7 +72,7 @@ def test_swiglu(dtype, scaled):
     y_scale = np.abs(draws(B, T, seed=3)) if scaled else None
     a, b = np.split(y.astype(np.float64) * (y_scale[..., None] if scaled else 1), 2, axis=-1)
     a, b = a * alphas[0], b * alphas[1]
-    operand, scale = rowwise.swiglu(jnp.asarray(y), y_scale, jnp.asarray(alphas), dtype)
+    operand, scale = xla_passes.swiglu(jnp.asarray(y), y_scale, jnp.asarray(alphas), dtype)
     assert_operand(operand, scale, a / (1 + np.exp(-a)) * b, dtype)
 
 
@@ -97,12 +97,12 @@ def test_queries_keys_values(kv_heads, normed):
         turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (rope[0] + 1j * rope[1])[:, None]
         return np.stack([turned.real, turned.imag], axis=-1).reshape(B, T, -1, head_dim)
 
-    orders = [rowwise.rotary_order(n, head_dim) for n in (heads, kv_heads)]
+    orders = [xla_passes.rotary_order(n, head_dim) for n in (heads, kv_heads)]
     columns = np.concatenate([orders[0], width + orders[1], width + kv_width + np.arange(kv_width)])
     ordered = tuple(
         {name: jnp.asarray(a[order]) for name, a in norm.items()} for norm, order in zip(norms, orders, strict=True)
     )
-    made = rowwise.queries_keys_values(
+    made = xla_passes.queries_keys_values(
         jnp.asarray(y[..., columns]), y_scale, alphas, ordered if normed else None, jnp.asarray(rope), heads
     )
     for i, (a, n) in enumerate(((q, heads), (k, kv_heads))):

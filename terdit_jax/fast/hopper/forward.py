@@ -1,6 +1,6 @@
-"""The passes of `rowwise` as Mosaic GPU kernels: a row is read once, kept in a warpgroup's registers, written once.
+"""Mosaic GPU kernels equal to the passes of `xla_passes`: a row is read once, kept in registers, written once.
 
-They compute what `rowwise` does, which remains the reference and the path everywhere else; XLA makes two to three
+They compute what `xla_passes` does, which remains the reference and the path everywhere else; XLA makes two to three
 kernels of each, with float32 rows in memory between. Every pass is a jitted function, so that layers share a lowering.
 Nothing in them is specific to Hopper but fp8.
 """
@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from terdit_jax.kernels import rows
-from terdit_jax.ternary.activations import TINY
+from terdit_jax.fast.eight_bit import TINY
+from terdit_jax.fast.hopper import warpgroup
 
 EPS = 1e-5  # of both norms
 ENOUGH_BLOCKS = 1024  # a Hopper GPU has 132 cores, each of which runs several
@@ -28,27 +28,27 @@ ENOUGH_BLOCKS = 1024  # a Hopper GPU has 132 cores, each of which runs several
 _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
-class Kinds(NamedTuple):
-    """What training's passes store of the rows that they make: these in bfloat16, and what those are in 8 bits."""
+class Stored(NamedTuple):
+    """What training stores of the rows that a pass makes: in bfloat16 or not, and in a dtype of 8 bits or None."""
 
-    wide: bool
-    eight: DTypeLike | None
+    bfloat16: bool
+    rounded: DTypeLike | None
 
 
 @partial(jax.jit, static_argnames=("dtype",))
 def add_norm_modulate(
-    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike | Kinds
+    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike | Stored
 ) -> tuple[Array | None, ...]:
-    """As `rowwise.add_norm_modulate`; x is bfloat16. For training, behind x what `Kinds` says, and the scale."""
+    """As `xla_passes.add_norm_modulate`; x is bfloat16. For training, after x what `Stored` says, and the scale."""
     width = x.shape[-1]
     count = rows_of_block(x.shape)
 
     def body(x_ref, y_ref, y_scale_ref, vectors_ref, site_ref, x_out, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
-        gate, gain, shift = (rows.load(vectors_ref.at[site_ref[0], which, image]) for which in range(3))
+        gate, gain, shift = (warpgroup.load(vectors_ref.at[site_ref[0], which, image]) for which in range(3))
 
         def load(index):
-            return rows.load(x_ref.at[image, tokens + index]), rows.load(y_ref.at[image, tokens + index])
+            return warpgroup.load(x_ref.at[image, tokens + index]), warpgroup.load(y_ref.at[image, tokens + index])
 
         def process(index, loaded):
             token = tokens + index
@@ -67,30 +67,30 @@ def add_norm_modulate(
     return call(body, (x.shape[0], x.shape[1] // count), arguments, [_like(x, jnp.bfloat16), *operand_types(x, dtype)])
 
 
-@partial(jax.jit, static_argnames=("kinds",))
-def norm_modulate(x: Array, gain: Array, shift: Array, kinds: Kinds) -> tuple[Array | None, ...]:
-    """x / sqrt(mean(x^2) + 1e-5) * gain + shift: (B, T, D) bfloat16, (B, D) and (B, D) float32 -> (B, T, D) of `kinds`
+@partial(jax.jit, static_argnames=("stored",))
+def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored) -> tuple[Array | None, ...]:
+    """x / sqrt(mean(x^2) + 1e-5) * gain + shift: (B, T, D) bfloat16, (B, D) and (B, D) float32 -> (B, T, D) of `stored`
     and (B, T)."""
     width = x.shape[-1]
     count = rows_of_block(x.shape)
 
     def body(x_ref, gain_ref, shift_ref, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
-        gain, shift = rows.load(gain_ref.at[image]), rows.load(shift_ref.at[image])
+        gain, shift = warpgroup.load(gain_ref.at[image]), warpgroup.load(shift_ref.at[image])
 
         def process(index, x):
             x = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
             store_operand([x * inverse * gain + shift], outs, image, tokens + index)
 
-        pipelined(count, lambda index: rows.load(x_ref.at[image, tokens + index]), process)
+        pipelined(count, lambda index: warpgroup.load(x_ref.at[image, tokens + index]), process)
 
-    return call(body, (x.shape[0], x.shape[1] // count), [x, gain, shift], operand_types(x, kinds))
+    return call(body, (x.shape[0], x.shape[1] // count), [x, gain, shift], operand_types(x, stored))
 
 
 @partial(jax.jit, static_argnames=("dtype",))
-def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Kinds) -> tuple[Array | None, ...]:
-    """As `rowwise.swiglu`. For training, what `Kinds` says, and the scale."""
+def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Stored) -> tuple[Array | None, ...]:
+    """As `xla_passes.swiglu`. For training, what `Stored` says, and the scale."""
     width = y.shape[-1] // 2
     like = jax.ShapeDtypeStruct((*y.shape[:2], width), y.dtype)
     outputs = operand_types(like, dtype)
@@ -108,7 +108,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Ki
         def load(index):
             row = y_ref.at[image, tokens + index]
             starts = [first + k * part for k in range(together)]
-            return [tuple(rows.load(row.at[pl.ds(side + start, part)]) for side in (0, width)) for start in starts]
+            return [tuple(warpgroup.load(row.at[pl.ds(side + start, part)]) for side in (0, width)) for start in starts]
 
         def process(index, loaded):
             scale = 1.0 if y_scale_ref is None else y_scale_ref[image, tokens + index]
@@ -127,11 +127,11 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Ki
 
 @partial(jax.jit, static_argnames=("dtype",))
 def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
-    """As `ternary.activations.quantize`, which is also `rowwise`'s, to float8 or to bfloat16."""
+    """`fast.eight_bit.quantize`, to float8 or to bfloat16."""
 
     def body(x_ref, *outs):
         image, token = jax.lax.axis_index("image"), jax.lax.axis_index("block")
-        store_operand([rows.load(x_ref.at[image, token]).astype(jnp.float32)], outs, image, token)
+        store_operand([warpgroup.load(x_ref.at[image, token]).astype(jnp.float32)], outs, image, token)
 
     return call(body, x.shape[:2], [x], operand_types(x, dtype))
 
@@ -140,7 +140,7 @@ def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
 def queries_keys_values(
     y: Array, y_scale: Array | None, alphas: Array, norms: tuple[dict, dict] | None, rope: Array, heads: int
 ) -> tuple[Array, Array, Array]:
-    """As `rowwise.queries_keys_values`, in bfloat16, but of features in the published order.
+    """As `xla_passes.queries_keys_values`, in bfloat16, but of features in the published order.
 
     RoPE turns the pairs (2i, 2i + 1) of a head. Queries, keys and values are blocks of their own.
     """
@@ -164,24 +164,24 @@ def queries_keys_values(
                 outs[which][images + index, token] = process(row, scale)
 
             at = pl.ds(starts[which], sizes[which])
-            pipelined(count, lambda index: rows.load(y_ref.at[images + index, token, at]), scale_store)
+            pipelined(count, lambda index: warpgroup.load(y_ref.at[images + index, token, at]), scale_store)
 
         def norm_rotate(which):
             size = sizes[which]
             # Halves of rows that all images share: cosines, sines, then even and odd ones of scale and of bias.
-            shared = [rows.load_half(rope_ref.at[part, token, pl.ds(0, size // 2)]) for part in range(2)]
+            shared = [warpgroup.load_half(rope_ref.at[part, token, pl.ds(0, size // 2)]) for part in range(2)]
             for leaf in ("scale", "bias") if norm_refs else ():
-                shared += rows.split(rows.load(norm_refs[which][leaf]))
+                shared += warpgroup.split(warpgroup.load(norm_refs[which][leaf]))
             if count > 1:  # registers are few
                 for place, row in enumerate(shared):
                     scratch[place, pl.ds(0, size // 2)] = row
                 plgpu.commit_smem()
-                fetch = lambda place: rows.load_half(scratch.at[place, pl.ds(0, size // 2)])  # noqa: E731
+                fetch = lambda place: warpgroup.load_half(scratch.at[place, pl.ds(0, size // 2)])  # noqa: E731
             else:
                 fetch = lambda place: shared[place]  # noqa: E731
 
             def process(row, scale):
-                even, odd = (part * scale for part in rows.split(row))
+                even, odd = (part * scale for part in warpgroup.split(row))
                 if norm_refs:
                     mean = jnp.sum(even + odd) * (1 / size)
                     even, odd = even - mean, odd - mean
@@ -189,7 +189,7 @@ def queries_keys_values(
                     even = even * inverse * fetch(2) + fetch(4)
                     odd = odd * inverse * fetch(3) + fetch(5)
                 cos, sin = fetch(0), fetch(1)
-                return rows.join(even * cos - odd * sin, even * sin + odd * cos)
+                return warpgroup.join(even * cos - odd * sin, even * sin + odd * cos)
 
             each(which, process)
 
@@ -283,11 +283,11 @@ def scale_of(peak: Array, dtype: DTypeLike) -> Array:
     return jnp.maximum(peak, TINY) * (1 / float(jnp.finfo(dtype).max))
 
 
-def operand_types(like, dtype: DTypeLike | Kinds) -> list[jax.ShapeDtypeStruct | None]:
-    """An operand and its scale, None without one; of `Kinds` the row in bfloat16 and in 8 bits, None if not stored."""
+def operand_types(like, dtype: DTypeLike | Stored) -> list[jax.ShapeDtypeStruct | None]:
+    """An operand and its scale, None without one; of `Stored` the row in bfloat16 and in 8 bits, None if not stored."""
     wide = []
-    if isinstance(dtype, Kinds):
-        wide, dtype = [_like(like, jnp.bfloat16) if dtype.wide else None], dtype.eight
+    if isinstance(dtype, Stored):
+        wide, dtype = [_like(like, jnp.bfloat16) if dtype.bfloat16 else None], dtype.rounded
         if dtype is None:
             return [*wide, None, None]
     eight = jnp.dtype(dtype).itemsize == 1
@@ -312,4 +312,4 @@ def images_of_block(images: int, tokens: int, most: int = 8) -> int:
 
 def parts_of_row(width: int, most: int = 8) -> int:
     """Pieces that a row is taken in, to bound live registers."""
-    return next(n for n in (8, 4, 2, 1) if n <= most and width % (2 * rows.LANES * n) == 0)
+    return next(n for n in (8, 4, 2, 1) if n <= most and width % (2 * warpgroup.LANES * n) == 0)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.inference import rowwise
-from terdit_jax.kernels import mosaic
+from terdit_jax.fast import xla_passes
+from terdit_jax.fast.hopper import forward
 from terdit_jax.model.embedders import rope_table
 from tests.interpreted import interpreted_kernels
 
@@ -21,7 +21,7 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    monkeypatch.setattr(mosaic, "ENOUGH_BLOCKS", 4)  # so that blocks of these few rows have two each
+    monkeypatch.setattr(forward, "ENOUGH_BLOCKS", 4)  # so that blocks of these few rows have two each
     with interpreted_kernels(monkeypatch):
         yield
 
@@ -41,7 +41,7 @@ def assert_equal_but_for_rounding(actual, expected):
 
 
 def assert_same_pass(name, *arguments):
-    made, expected = (getattr(module, name)(*arguments) for module in (mosaic, rowwise))
+    made, expected = (getattr(module, name)(*arguments) for module in (forward, xla_passes))
     made, expected = (jax.tree.leaves(leaves) for leaves in (made, expected))
     assert len(made) == len(expected)
     for pair in zip(made, expected, strict=True):
@@ -57,8 +57,8 @@ def test_add_norm_modulate(dtype):
 def test_norm_modulate():
     x, gain, shift = draws(B, T, D, seed=2, dtype=jnp.bfloat16), draws(B, D, seed=3), draws(B, D, seed=4)
     vectors = jnp.stack([jnp.zeros((B, D)), gain, shift])[None]
-    expected = rowwise.add_norm_modulate(x, jnp.zeros_like(x), None, vectors, jnp.int32(0), "bfloat16")[1]
-    assert_equal_but_for_rounding(mosaic.norm_modulate(x, gain, shift, mosaic.Kinds(True, None))[0], expected)
+    expected = xla_passes.add_norm_modulate(x, jnp.zeros_like(x), None, vectors, jnp.int32(0), "bfloat16")[1]
+    assert_equal_but_for_rounding(forward.norm_modulate(x, gain, shift, forward.Stored(True, None))[0], expected)
 
 
 def test_swiglu(dtype):
@@ -72,15 +72,15 @@ def test_training_rounds_to_8_bits_what_it_has_rounded_to_bfloat16():
     x, y = (draws(B, T, n * D, seed=n, dtype=jnp.bfloat16) for n in (1, 2))
     y_scale, vectors, eight = jnp.abs(draws(B, T, seed=3)), draws(1, 3, B, D, seed=4), OPERANDS[1]
     for run in (
-        lambda kinds: mosaic.norm_modulate(x, *vectors[0, 1:], kinds),
-        lambda kinds: mosaic.add_norm_modulate(x, y[..., :D], y_scale, vectors, jnp.int32(0), kinds)[1:],
-        lambda kinds: mosaic.swiglu(y, y_scale, jnp.array([0.7, -1.3]), kinds),
+        lambda kinds: forward.norm_modulate(x, *vectors[0, 1:], kinds),
+        lambda kinds: forward.add_norm_modulate(x, y[..., :D], y_scale, vectors, jnp.int32(0), kinds)[1:],
+        lambda kinds: forward.swiglu(y, y_scale, jnp.array([0.7, -1.3]), kinds),
     ):
-        both, wide, narrow = (run(mosaic.Kinds(*kinds)) for kinds in ((True, eight), (True, None), (False, eight)))
+        both, wide, narrow = (run(forward.Stored(*kinds)) for kinds in ((True, eight), (True, None), (False, eight)))
         assert wide[1:] == (None, None) and narrow[0] is None
         np.testing.assert_array_equal(both[0], wide[0])
         for made in (both, narrow):
-            for actual, expected in zip(made[1:], rowwise.quantize(both[0], eight), strict=True):
+            for actual, expected in zip(made[1:], xla_passes.quantize(both[0], eight), strict=True):
                 assert_equal_but_for_rounding(actual, expected)
 
 
@@ -98,9 +98,9 @@ def test_queries_keys_values(kv_heads, normed):
     alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, head_dim))
     scale = jnp.abs(draws(B, T, seed=1)) + 0.1
     arguments = (scale, alphas, norms if normed else None, rope, HEADS)
-    made = mosaic.queries_keys_values(y, *arguments)
-    # `rowwise` has the features of a head in another order.
-    orders = [rowwise.rotary_order(count, head_dim) for count in (HEADS, kv_heads)]
+    made = forward.queries_keys_values(y, *arguments)
+    # `xla_passes` has the features of a head in another order.
+    orders = [xla_passes.rotary_order(count, head_dim) for count in (HEADS, kv_heads)]
     columns = np.concatenate([orders[0], width + orders[1], np.arange(width + kv_width, y.shape[-1])])
     ordered = tuple(
         {name: leaf[order] for name, leaf in norm.items()} for norm, order in zip(norms, orders, strict=True)
@@ -110,7 +110,7 @@ def test_queries_keys_values(kv_heads, normed):
         *(a.reshape(B, T, -1)[..., order].reshape(a.shape) for a, order in zip(made, orders, strict=False)),
         made[2],
     ]
-    # In float32, `rowwise` does not round between norm and rotation, as kernels never do.
+    # In float32, `xla_passes` does not round between norm and rotation, as kernels never do.
     y = y[..., columns].astype(jnp.float32)
-    for actual, expected in zip(made, rowwise.queries_keys_values(y, *arguments), strict=True):
+    for actual, expected in zip(made, xla_passes.queries_keys_values(y, *arguments), strict=True):
         assert_equal_but_for_rounding(actual, expected.astype(jnp.bfloat16))

@@ -1,7 +1,7 @@
-"""The passes between the matmuls of a block, each over whole rows: norm, modulate, gate, rotate, SwiGLU, quantise.
+"""The passes between the matmuls of a block, over whole rows; equal to `model.block` between its matmuls.
 
-Everywhere but on Hopper GPUs, where `mosaic` has the same passes as kernels, the compiler fuses them as it can. All
-arithmetic is float32, rounded once at the end. What is multiplied, and in which numbers, is `lean`'s.
+The compiler fuses them as it can. All arithmetic is float32, rounded once at the end. `inference_pass` multiplies
+between them; on Hopper GPUs `hopper.forward` has the same passes as kernels.
 """
 
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.fast.eight_bit import quantize
 from terdit_jax.model.layers import layer_norm, rms_norm
-from terdit_jax.ternary.activations import quantize
 
 
 def norm_modulate(x: Array, gain: Array, shift: Array) -> Array:

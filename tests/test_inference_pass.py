@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from terdit_jax.inference import lean
-from terdit_jax.inference.modes import Numerics
+from terdit_jax.fast import inference_pass
+from terdit_jax.fast.modes import Numerics
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.interop.exports import export
-from terdit_jax.model.transformer import forward, make_operands
+from terdit_jax.model.transformer import forward, packed_operands
 from terdit_jax.parallel.mesh import make_mesh
 from tests.deployed import golden_weights, random_params, small_config, weights_of
 from tests.golden_models import assert_close, golden_arrays, nhwc
@@ -38,13 +38,13 @@ def inputs(config, batch=8):
 
 
 def both(config, numerics, batch=8):
-    """What training's forward pass, in float32, and the lean one return."""
-    operands = make_operands(config, random_params(config), packed=True)
+    """What training's forward pass, in float32, and that of inference return."""
+    operands = packed_operands(config, random_params(config))
     exact = dataclasses.replace(config, dtype="float32")
     expected = jax.jit(forward, static_argnums=0)(exact, operands, *inputs(config, batch))
-    lean_operands = lean.make_lean_operands(config, numerics, operands)
-    compute = jax.jit(lean.lean_forward, static_argnums=(0, 1))
-    return expected, compute(config, numerics, lean_operands, *inputs(config, batch))
+    operands = inference_pass.make_inference_operands(config, numerics, operands)
+    compute = jax.jit(inference_pass.inference_forward, static_argnums=(0, 1))
+    return expected, compute(config, numerics, operands, *inputs(config, batch))
 
 
 def error(actual, expected):
@@ -83,16 +83,16 @@ def test_kernels_make_the_same_function(monkeypatch, weights, operand):
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_where_weights_lie_changes_no_bit(dtype):
     numerics, _ = EIGHT_BITS[dtype]
-    packed = Numerics("packed", numerics.operand, numerics.products)
+    packed = Numerics("packed", numerics.matmul_dtype, numerics.product_dtype)
     np.testing.assert_array_equal(both(small_config(), packed)[1], both(small_config(), numerics)[1])
 
 
 def test_what_is_held():
     config = small_config()
-    operands = make_operands(config, random_params(config), packed=True)
+    operands = packed_operands(config, random_params(config))
     for weights, bits in (("packed", 2), ("float8_e4m3fn", 8), ("bfloat16", 16)):
         numerics = Numerics(weights, "bfloat16" if weights == "bfloat16" else "float8_e4m3fn", "float32")
-        layers = lean.make_lean_operands(config, numerics, operands)["layers"]
+        layers = inference_pass.make_inference_operands(config, numerics, operands)["layers"]
         matrices = [layer[name] for layer in layers for name in ("qkv", "out", "w13", "down")]
         rows = 3 * config.hidden_size + config.hidden_size + 2 * config.mlp_width
         codes = config.depth * (rows * config.hidden_size + config.hidden_size * config.mlp_width)
@@ -103,12 +103,12 @@ def test_what_is_held():
 def test_modulations_worked_out_before_the_loop(labels, monkeypatch):
     """For guided calls, whose rows are a picture and its unconditional twin, and for unguided ones."""
     config, timesteps = small_config(), np.array([900, 500, 3])
-    operands = make_operands(config, random_params(config), packed=True)
-    operands = lean.make_lean_operands(config, FLOAT32, operands)
+    operands = packed_operands(config, random_params(config))
+    operands = inference_pass.make_inference_operands(config, FLOAT32, operands)
     labels = jnp.array(labels)
-    bound = jax.jit(lean.bind_schedule(config, FLOAT32, operands, timesteps, labels))
-    monkeypatch.setattr(lean, "SCHEDULE_BYTES", 0)
-    plain = jax.jit(lean.bind_schedule(config, FLOAT32, operands, timesteps, labels))
+    bound = jax.jit(inference_pass.bind_schedule(config, FLOAT32, operands, timesteps, labels))
+    monkeypatch.setattr(inference_pass, "SCHEDULE_BYTES", 0)
+    plain = jax.jit(inference_pass.bind_schedule(config, FLOAT32, operands, timesteps, labels))
     twins = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], axis=1).ravel()
     for y in (labels, twins):
         x_t = np.random.default_rng(0).standard_normal((len(y), *config.sample_shape), np.float32)
@@ -125,7 +125,7 @@ def test_modulations_worked_out_before_the_loop(labels, monkeypatch):
 def test_golden_outputs_of_the_public_code(tmp_path, mode, dtype, tolerance):
     export(golden_weights("terdit_tiny"), tmp_path / "model.safetensors", "packed")
     model, io = load_model(tmp_path / "model.safetensors", dtype=dtype, mode=mode), golden_arrays("terdit_tiny_io")
-    assert model.numerics.operand == dtype
+    assert model.numerics.matmul_dtype == dtype
     assert_close(model(nhwc(io["x"]), io["t"], io["y"]), nhwc(io["out"]), tolerance)
 
 

@@ -1,7 +1,7 @@
-"""The backward passes of `mosaic`'s kernels, for training: a row of each array is read once and written once.
+"""Kernels equal to the gradients of `forward`'s passes: a row of each array is read once and written once.
 
 Sums over tokens, for the gradients of what tokens share, leave as one part a block. The cut over a warpgroup's
-threads and the barriers are as in `mosaic`; what they compute are the gradients of `model.fused`'s functions.
+threads and the barriers are as in `forward`; `fused_block` calls them in turn.
 """
 
 from functools import partial
@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from terdit_jax.kernels import mosaic, rows
-from terdit_jax.kernels.mosaic import EPS, Kinds
+from terdit_jax.fast.hopper import forward, warpgroup
+from terdit_jax.fast.hopper.forward import EPS, Stored
 
 
 @partial(jax.jit, static_argnames=("eight",))
@@ -54,23 +54,23 @@ def add_norm_modulate(
 
         def step(index, sums):
             token = block * count + index
-            x, dh = (rows.load(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
+            x, dh = (warpgroup.load(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
             scale = 1.0 if dh_scale_ref is None else dh_scale_ref[image, token]  # in factors: rows are registers
-            dn = dh * rows.load(gain_ref.at[image])
+            dn = dh * warpgroup.load(gain_ref.at[image])
             squares, along = jnp.sum(x * x), jnp.sum(dn * x)
             inverse = jax.lax.rsqrt(squares * (1 / width) + EPS)
             n = x * inverse
             slope = along * inverse * (1 / width)
-            total = rows.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * (inverse * scale)
+            total = warpgroup.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * (inverse * scale)
             dx_out[image, token] = total.astype(jnp.bfloat16)
             new = [sums[0] + dh * scale, sums[1] + dh * n * scale]
             if gated:
-                mosaic.store_operand([total * rows.load(gate_ref.at[image])], dy_outs, image, token)
-                y = rows.load(y_ref.at[image, token]).astype(jnp.float32)
+                forward.store_operand([total * warpgroup.load(gate_ref.at[image])], dy_outs, image, token)
+                y = warpgroup.load(y_ref.at[image, token]).astype(jnp.float32)
                 new.append(sums[2] + total * (y if y_scale_ref is None else y * y_scale_ref[image, token]))
             return tuple(new)
 
-        zeros = rows.strided(jnp.zeros((width,), jnp.float32))
+        zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
         sums = jax.lax.fori_loop(0, count, step, (zeros,) * (2 + gated))
         for k, total in enumerate(sums):
             sums_out[image, block, k] = total
@@ -78,10 +78,10 @@ def add_norm_modulate(
     B, blocks = x.shape[0], x.shape[1] // count
     outputs = [
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        *mosaic.operand_types(x, Kinds(gated, eight)),
+        *forward.operand_types(x, Stored(gated, eight)),
         jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32),
     ]
-    *made, sums = mosaic.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh, dh_scale], outputs)
+    *made, sums = forward.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh, dh_scale], outputs)
     return *made, jnp.sum(sums, axis=1)
 
 
@@ -99,21 +99,21 @@ def add_gated(
     def body(y_ref, y_scale_ref, gate_ref, dx_ref, *outs):
         *dy_outs, sums_out = outs
         image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
-        gate = rows.load(gate_ref.at[image])
+        gate = warpgroup.load(gate_ref.at[image])
 
         def step(index, total):
             token = block * count + index
-            dx, y = (rows.load(ref.at[image, token]).astype(jnp.float32) for ref in (dx_ref, y_ref))
-            mosaic.store_operand([dx * gate], dy_outs, image, token)
+            dx, y = (warpgroup.load(ref.at[image, token]).astype(jnp.float32) for ref in (dx_ref, y_ref))
+            forward.store_operand([dx * gate], dy_outs, image, token)
             return total + dx * (y if y_scale_ref is None else y * y_scale_ref[image, token])
 
-        zeros = rows.strided(jnp.zeros((width,), jnp.float32))
+        zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
         sums_out[image, block] = jax.lax.fori_loop(0, count, step, zeros)
 
     B, blocks = y.shape[0], y.shape[1] // count
     sums = jax.ShapeDtypeStruct((B, blocks, width), jnp.float32)
-    outputs = [*mosaic.operand_types(y, Kinds(True, eight)), sums]
-    *made, sums = mosaic.call(body, (B, blocks), [y, y_scale, gate, dx], outputs)
+    outputs = [*forward.operand_types(y, Stored(True, eight)), sums]
+    *made, sums = forward.call(body, (B, blocks), [y, y_scale, gate, dx], outputs)
     return *made, jnp.sum(sums, axis=1)
 
 
@@ -140,9 +140,9 @@ def swiglu(
       The gradient of y_scale y, (B, T, 2 F) in bfloat16 and in 8 bits, and its scale (B, T).
     """
     width = y.shape[-1] // 2
-    parts = mosaic.parts_of_row(width)
+    parts = forward.parts_of_row(width)
     part = width // parts
-    count = mosaic.rows_of_block(y.shape)
+    count = forward.rows_of_block(y.shape)
 
     def body(y_ref, y_scale_ref, alphas_ref, dh_ref, dh_scale_ref, dy_out, *eight_outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
@@ -157,7 +157,7 @@ def swiglu(
             def load(k):
                 first, second = (pl.ds(start + k * part, part) for start in (0, width))
                 sources = (y_ref, first), (y_ref, second), (dh_ref, first)
-                return first, second, [rows.load(ref.at[image, token, at]) for ref, at in sources]
+                return first, second, [warpgroup.load(ref.at[image, token, at]) for ref, at in sources]
 
             loaded = (load(k) for k in range(parts))
             if eight is not None:
@@ -174,10 +174,10 @@ def swiglu(
                     dy_out[image, token, at] = d
                     kept.append(d)
             if eight is not None:
-                mosaic.store_operand([d.astype(jnp.float32) for d in das + dbs], eight_outs, image, token)
+                forward.store_operand([d.astype(jnp.float32) for d in das + dbs], eight_outs, image, token)
 
-    outputs = mosaic.operand_types(y, Kinds(True, eight))
-    return mosaic.call(body, (y.shape[0], y.shape[1] // count), [y, y_scale, alphas, dh, dh_scale], outputs)
+    outputs = forward.operand_types(y, Stored(True, eight))
+    return forward.call(body, (y.shape[0], y.shape[1] // count), [y, y_scale, alphas, dh, dh_scale], outputs)
 
 
 @partial(jax.jit, static_argnames=("heads", "eight"))
@@ -211,7 +211,7 @@ def queries_keys_values(
     """
     B, T, total = y.shape
     width = total // 3
-    count = mosaic.images_of_block(B, T)
+    count = forward.images_of_block(B, T)
     gains = [norm["scale"] for norm in norms]
     gradients = [d.reshape(B, T, width) for d in (dq, dk, dv)]
 
@@ -223,29 +223,29 @@ def queries_keys_values(
 
             def step(index, sums):
                 image = block * count + index
-                d_even, d_odd = rows.split(rows.load(d_refs[which].at[image, token]))
-                cos, sin = (rows.load_half(rope_ref.at[part, token]) for part in range(2))
+                d_even, d_odd = warpgroup.split(warpgroup.load(d_refs[which].at[image, token]))
+                cos, sin = (warpgroup.load_half(rope_ref.at[part, token]) for part in range(2))
                 # What was turned by an angle is turned back by it.
                 d = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
                 scale = alpha if y_scale_ref is None else alpha * y_scale_ref[image, token]
-                n = [part * scale for part in rows.split(rows.load(y_ref.at[image, token, at]))]
+                n = [part * scale for part in warpgroup.split(warpgroup.load(y_ref.at[image, token, at]))]
                 mean = jnp.sum(n[0] + n[1]) * (1 / width)
                 n = [part - mean for part in n]
                 inverse = jax.lax.rsqrt(jnp.sum(n[0] * n[0] + n[1] * n[1]) * (1 / width) + EPS)
                 n = [part * inverse for part in n]
                 sums = [total + new for total, new in zip(sums, (d[0] * n[0], d[1] * n[1], *d), strict=True)]
-                gain = rows.split(rows.load(gain_refs[which]))
+                gain = warpgroup.split(warpgroup.load(gain_refs[which]))
                 d = [part * factor for part, factor in zip(d, gain, strict=True)]
                 mean = jnp.sum(d[0] + d[1]) * (1 / width)
                 along = jnp.sum(d[0] * n[0] + d[1] * n[1]) * (1 / width)
-                dy = rows.join(*((a - mean - b * along) * (inverse * alpha) for a, b in zip(d, n, strict=True)))
+                dy = warpgroup.join(*((a - mean - b * along) * (inverse * alpha) for a, b in zip(d, n, strict=True)))
                 dy_out[image, token, at] = dy
                 if eight is not None:  # where the scale will be, the largest magnitude so far
-                    peak = mosaic.largest([dy.astype(jnp.float32)])
+                    peak = forward.largest([dy.astype(jnp.float32)])
                     scale_out[image, token] = jnp.maximum(scale_out[image, token], peak) if which else peak
                 return sums
 
-            zeros = rows.strided_half(jnp.zeros((width // 2,), jnp.float32))
+            zeros = warpgroup.strided_half(jnp.zeros((width // 2,), jnp.float32))
             sums = jax.lax.fori_loop(0, count, step, [zeros] * 4)
             for k, total in enumerate(sums):
                 sums_out[block, token, 2 * which + k // 2, k % 2] = total
@@ -256,31 +256,31 @@ def queries_keys_values(
         @pl.loop(0, count)
         def _(index):
             image = block * count + index
-            d = rows.load(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
+            d = warpgroup.load(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
             d = d.astype(jnp.bfloat16)
             dy_out[image, token, pl.ds(2 * width, width)] = d
             if eight is not None:
                 # Queries' and keys' parts come back from the cache, each thread's as it has stored them.
-                parts = [rows.load(dy_out.at[image, token, pl.ds(which * width, width)]) for which in range(2)]
+                parts = [warpgroup.load(dy_out.at[image, token, pl.ds(which * width, width)]) for which in range(2)]
                 parts = [part.astype(jnp.float32) for part in (*parts, d)]
                 before = scale_out[image, token]  # read by all ahead of the barriers in `largest`, written behind them
-                peak = jnp.maximum(before, mosaic.largest(parts[2:]))
-                scale = mosaic.scale_of(peak, eight)
+                peak = jnp.maximum(before, forward.largest(parts[2:]))
+                scale = forward.scale_of(peak, eight)
                 scale_out[image, token] = scale
                 for which, part in enumerate(parts):
                     eight_out[image, token, pl.ds(which * width, width)] = (part * (1 / scale)).astype(eight)
 
     blocks = B // count
     outputs = [
-        *mosaic.operand_types(y, Kinds(True, eight)),
+        *forward.operand_types(y, Stored(True, eight)),
         jax.ShapeDtypeStruct((blocks, T, 4, 2, width // 2), jnp.float32),
     ]
-    arguments = [y, y_scale, alphas, mosaic.rotary_table(rope, heads), gains, gradients]
-    *made, sums = mosaic.call(body, (blocks, T), arguments, outputs)
+    arguments = [y, y_scale, alphas, forward.rotary_table(rope, heads), gains, gradients]
+    *made, sums = forward.call(body, (blocks, T), arguments, outputs)
     return *made, jnp.sum(sums, axis=1).swapaxes(-1, -2).reshape(blocks, 4, width)
 
 
 def _rows_of_block(shape: tuple[int, ...]) -> int:
     """Rows whose sums leave as one: twice as many as of a forward pass, for half the parts."""
-    count = mosaic.rows_of_block(shape)
+    count = forward.rows_of_block(shape)
     return 2 * count if shape[1] % (2 * count) == 0 and count > 1 else count

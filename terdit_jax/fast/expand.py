@@ -1,4 +1,4 @@
-"""2-bit codes straight to the numbers that matmuls read, without a pass over int8 codes between.
+"""2-bit codes straight to the numbers that matmuls read; equal to `ternary.packing.unpack` and a cast.
 
 How codes are packed is `packing`'s. Each packed byte becomes a whole word by integer arithmetic: four bytes of fp8 or
 int8, two halves of bf16, so that the compiler's loop reads and writes words.

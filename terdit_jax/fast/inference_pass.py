@@ -1,8 +1,7 @@
-"""The forward pass of a ternary model rearranged for inference: the same function as `model.transformer.forward`.
+"""The forward pass of a ternary model arranged for inference; equals `model.transformer.forward`.
 
-What training needs to keep apart is joined here: one matmul for q, k and v and one for w1 and w3, the modulations of
-all layers before the first, scales behind the sums. The passes between matmuls are `rowwise`'s or `mosaic`'s; the
-numbers that each mode computes in are `modes`'s.
+One matmul makes q, k and v, one w1 x and w3 x, and the modulations of all layers are made before the first. Scales are
+applied after the sums. `xla_passes` or `hopper.forward` compute between matmuls, in the dtypes that `modes` chooses.
 """
 
 from functools import partial
@@ -15,27 +14,27 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from terdit_jax.diffusion.guidance import ConditionalDenoise
-from terdit_jax.inference import rowwise
-from terdit_jax.inference.modes import Numerics
-from terdit_jax.kernels import mosaic, swiglu_matmul
+from terdit_jax.fast import xla_passes
+from terdit_jax.fast.expand import expand
+from terdit_jax.fast.hopper import forward as hopper_passes
+from terdit_jax.fast.hopper import swiglu_matmul
+from terdit_jax.fast.modes import Numerics
 from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.embedders import condition, final_layer, patchify, rope_table, sincos_2d_table, unpatchify
-from terdit_jax.model.implementations import attention_implementation
 from terdit_jax.model.layers import linear
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
-from terdit_jax.ternary.expand import expand
 
 SCHEDULE_BYTES = 2**30  # of device memory for the modulations of a whole sampling run
 
 
-def make_lean_operands(config: DiTConfig, numerics: Numerics, operands: dict) -> dict:
-    """What `lean_forward` reads.
+def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dict) -> dict:
+    """Arranges operands for `inference_forward`.
 
     Args:
       config: a ternary architecture.
       numerics: of the mode.
-      operands: of `make_operands(..., packed=True)`, whole on each device.
+      operands: of `packed_operands(...)`, whole on each device.
 
     Returns:
       The embedders and the final layer as they are; "modulation" with the depth in front, its matrix packed; "layers",
@@ -60,7 +59,9 @@ def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_for
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     repeats = heads // kv_heads
     # Kernels take features as they are published, XLA turns pairs best that lie half a head apart.
-    orders = [slice(None) if numerics.kernels else rowwise.rotary_order(count, head_dim) for count in (heads, kv_heads)]
+    orders = [
+        slice(None) if numerics.kernels else xla_passes.rotary_order(count, head_dim) for count in (heads, kv_heads)
+    ]
     packed, alpha = attention["qkv"].packed, attention["qkv"].alpha  # (repeats + 2, kv_width, in / 4)
     # Back to the published head order (kv head, repeat, head_dim).
     q = packed[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
@@ -86,14 +87,14 @@ def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_for
 
 def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:
     """Shift, scale and gate of attention, then of the feed-forward, of all layers: c (R, C') -> (L, R, 6, D)."""
-    layer = lambda _, layer: (None, modulation(layer, layer["linear"](c.astype(config.activation_dtype))))  # noqa: E731
+    layer = lambda _, layer: (None, modulation(layer, c.astype(config.activation_dtype)))  # noqa: E731
     return jax.lax.scan(layer, None, operands["modulation"]["linear"])[1]
 
 
 def _make_vectors(operands: dict, m: Array) -> Array:
-    """What `rowwise.add_norm_modulate` reads at each of its sites, (2 L, 3, R, D) float32, from modulations.
+    """What `xla_passes.add_norm_modulate` reads at each of its sites, (2 L, 3, R, D) float32, from modulations.
 
-    Site 2 l leads from attention to feed-forward, site 2 l + 1 from there to the next layer's attention; behind the
+    Site 2 l leads from attention to feed-forward, site 2 l + 1 from there to the next layer's attention; after the
     last layer gain and shift are the first one's, which its start needs.
     """
     parts = (m[:, :, part].astype(jnp.float32) for part in range(6))  # (L, R, D) each
@@ -109,10 +110,10 @@ def _make_vectors(operands: dict, m: Array) -> Array:
     return vectors.reshape(-1, *vectors.shape[2:])
 
 
-def lean_forward(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
-    """As `model.transformer.forward`, from operands of `make_lean_operands`."""
+def inference_forward(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
+    """As `model.transformer.forward`, from operands of `make_inference_operands`."""
     c = condition(operands, t, y)
-    return lean_blocks(config, numerics, operands, x_t, c, modulations(config, operands, c))
+    return inference_blocks(config, numerics, operands, x_t, c, modulations(config, operands, c))
 
 
 def bind_schedule(
@@ -126,18 +127,18 @@ def bind_schedule(
     Args:
       config: the architecture.
       numerics: of the mode.
-      operands: of `make_lean_operands`.
+      operands: of `make_inference_operands`.
       timesteps: (S,) int, all that the network will be asked for.
       labels: (B,) int, of the pictures.
 
     Returns:
-      The network, to be called as `lean_forward` is, with one timestep for all rows and labels (n B,) which of every
-      picture are its own or the null class, n times each.
+      The network, called as `inference_forward` is, with one timestep for all rows and labels (n B,): for each image,
+      its own or the null class, n times.
     """
     B = len(labels)
     table_bytes = 12 * config.depth * config.hidden_size * len(timesteps) * (B + 1)
     if table_bytes > SCHEDULE_BYTES:
-        return partial(lean_forward, config, numerics, operands)
+        return partial(inference_forward, config, numerics, operands)
     rows = jnp.append(labels, config.num_classes)
     all_t, all_y = jnp.repeat(jnp.asarray(timesteps), B + 1), jnp.tile(rows, len(timesteps))
     c = condition(operands, all_t, all_y)
@@ -148,18 +149,18 @@ def bind_schedule(
     def denoise(x_t: Array, t: Array, y: Array) -> Array:
         step = jnp.argmax(jnp.asarray(timesteps) == t[0])
         row = jnp.where(y == config.num_classes, B, jnp.arange(len(y)) // (len(y) // B))
-        return lean_blocks(config, numerics, operands, x_t, c[step][row], m[:, step][:, row])
+        return inference_blocks(config, numerics, operands, x_t, c[step][row], m[:, step][:, row])
 
     return denoise
 
 
-def lean_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
-    """The forward pass behind its conditions.
+def inference_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
+    """The forward pass after its conditions.
 
     Args:
       config: the architecture.
       numerics: of the mode.
-      operands: of `make_lean_operands`.
+      operands: of `make_inference_operands`.
       x_t: (B, H, W, C) float noisy latents.
       c: (B, C') of `condition`.
       m: (L, B, 6, D) of `modulations`.
@@ -178,7 +179,7 @@ def lean_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Arra
 
 
 def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
-    dtype, operand = config.activation_dtype, numerics.operand
+    dtype, matmul_dtype = config.activation_dtype, numerics.matmul_dtype
     passes = _passes(numerics)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
     vectors = _make_vectors(operands, m)
@@ -186,44 +187,44 @@ def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c
     if config.positions == "rope_1d_sincos_2d":
         x = x + sincos_2d_table(config.grid_size, config.hidden_size)
     x = x.astype(dtype)
-    h, scale = rowwise.quantize(rowwise.norm_modulate(x, vectors[-1, 1], vectors[-1, 2]), operand)
+    h, scale = xla_passes.quantize(xla_passes.norm_modulate(x, vectors[-1, 1], vectors[-1, 2]), matmul_dtype)
     for index, layer in enumerate(operands["layers"]):
         y = _multiply(numerics, h, layer["qkv"])
         q, k, v = passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
-        h = jax.nn.dot_product_attention(q, k, v, implementation=attention_implementation(config)).reshape(x.shape)
+        h = jax.nn.dot_product_attention(q, k, v, implementation=numerics.attention).reshape(x.shape)
         h, scale = _quantized(numerics, h)
         y = _multiply(numerics, h, layer["out"])
-        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), operand)
+        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), matmul_dtype)
         h, scale = _gated(numerics, h, scale, layer)
         y = _multiply(numerics, h, layer["down"])
-        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), operand)
+        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), matmul_dtype)
     return unpatchify(final_layer(operands["final_layer"], x, c), config.grid_size, config.patch_size)
 
 
 def _gated(numerics: Numerics, h: Array, scale: Array | None, layer: dict) -> tuple[Array, Array | None]:
-    """The feed-forward up to its last matmul: an operand (B, T, D) and its scale (B, T) or None -> (B, T, F) and so."""
+    """The feed-forward up to its last matmul: h (B, T, D) and its scale (B, T) or None -> (B, T, F) and its scale."""
     (B, T, D), weight, alphas = h.shape, _unpacked(numerics, layer["w13"]), layer["alphas_w13"]
     if numerics.kernels and swiglu_matmul.pays(B * T, D, len(weight) // 2):
         scale = None if scale is None else scale.reshape(B * T)
         h = swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), scale, weight, alphas)
         return _quantized(numerics, h.reshape(B, T, -1))
-    return _passes(numerics).swiglu(_multiply(numerics, h, weight), scale, alphas, numerics.operand)
+    return _passes(numerics).swiglu(_multiply(numerics, h, weight), scale, alphas, numerics.matmul_dtype)
 
 
 def _quantized(numerics: Numerics, h: Array) -> tuple[Array, Array | None]:
-    """The operand that h (B, T, D) becomes, and its scale (B, T) or None."""
-    return (h, None) if numerics.operand == h.dtype else _passes(numerics).quantize(h, numerics.operand)
+    """h (B, T, D) in the matmul's dtype, and its scale (B, T) or None."""
+    return (h, None) if numerics.matmul_dtype == h.dtype else _passes(numerics).quantize(h, numerics.matmul_dtype)
 
 
 def _passes(numerics: Numerics) -> ModuleType:
-    return mosaic if numerics.kernels else rowwise
+    return hopper_passes if numerics.kernels else xla_passes
 
 
 def _unpacked(numerics: Numerics, weight: Array) -> Array:
-    return expand(weight, numerics.operand) if weight.dtype == jnp.uint8 else weight
+    return expand(weight, numerics.matmul_dtype) if weight.dtype == jnp.uint8 else weight
 
 
 def _multiply(numerics: Numerics, h: Array, weight: Array) -> Array:
-    """h (B, T, in) times weight (out, in), or (out, in / 4) packed -> (B, T, out) in `numerics.products`."""
+    """h (B, T, in) times weight (out, in), or (out, in / 4) packed -> (B, T, out) in `numerics.product_dtype`."""
     weight = _unpacked(numerics, weight)
-    return jax.lax.dot_general(h, weight, (((2,), (1,)), ((), ())), preferred_element_type=numerics.products)
+    return jax.lax.dot_general(h, weight, (((2,), (1,)), ((), ())), preferred_element_type=numerics.product_dtype)

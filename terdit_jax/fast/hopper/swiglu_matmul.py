@@ -1,7 +1,7 @@
-"""A matmul on Hopper's tensor cores whose sums meet in SwiGLU before they leave: w1 x and w3 x never reach memory.
+"""A matmul on Hopper's tensor cores with SwiGLU on its sums, equal to w1, w3 and SwiGLU of `model.block.feed_forward`.
 
 After `jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu`: one warpgroup fetches tiles, two multiply, and each holds
-the sums of the same columns of both matrices. It pays where rows are many; elsewhere XLA multiplies, and `mosaic` has
+the sums of the same columns of both matrices. It pays where rows are many; elsewhere XLA multiplies, and `forward` has
 SwiGLU.
 """
 

@@ -1,0 +1,152 @@
+"""A network of fused blocks has the values and gradients of plain ones, up to the rounding of bfloat16 or 8 bits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terdit_jax.fast import fused_block
+from terdit_jax.fast.hopper import backward, forward
+from terdit_jax.fast.plan import FastPlan
+from terdit_jax.model.plan import PLAIN
+from terdit_jax.model.transformer import abstract_params, activation_rms
+from terdit_jax.model.transformer import forward as run_model
+from terdit_jax.parallel.mesh import make_mesh
+from tests.golden_models import random_params, tiny_config
+from tests.interpreted import interpreted_kernels
+
+B, T, D, HEADS = 2, 4, 256, 4
+EIGHT_BIT = fused_block.EIGHT_BIT
+CONFIG = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, dtype="bfloat16", grad_dtype="bfloat16")
+FUSED, UNFUSED = FastPlan(layers="unrolled", fused=True), FastPlan(layers="unrolled")
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr(forward, "ENOUGH_BLOCKS", B * T // 2)
+    with interpreted_kernels(monkeypatch):
+        yield
+
+
+def draws(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+INPUTS = draws(B, 4, 4, 4, seed=5), jnp.array([20, 700]), jnp.array([1, 10])
+TARGET = draws(B, 4, 4, 8, seed=6)
+
+
+def run(plan, config, params):
+    return run_model(config, plan.make_operands(config, params), *INPUTS, plan.run_blocks)
+
+
+def gradients(plan, config=CONFIG):
+    """Every leaf but small ones: the gradients of queries' and keys' alphas are zero but for rounding, as norms undo
+    what they do."""
+    loss = lambda params: jnp.mean((run(plan, config, params) - TARGET) ** 2)  # noqa: E731
+    return [leaf for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(random_params(config))) if leaf.size > 8]
+
+
+def errors(made, exact):
+    """Each leaf's relative distance from the float32 gradient."""
+    return np.array([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in zip(made, exact, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Gradients of plain blocks in float32."""
+    return gradients(PLAIN, dataclasses.replace(CONFIG, dtype="float32", grad_dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def rounded(exact):
+    """Errors of plain blocks that round to 8 bits at their matmuls."""
+    return errors(gradients(dataclasses.replace(UNFUSED, matmul_dtype=EIGHT_BIT)), exact)
+
+
+def assert_rounded_alike(errors, plain):
+    """No leaf is further from float32 than rounding takes it in plain blocks, give or take what one draw of rounding
+    errors differs from another. Where rounding hides nothing, a wrong factor of 1.2 in one pass shows."""
+    assert 0.01 < errors.mean() < 1.1 * plain.mean()
+    assert (errors < 1.3 * plain + 0.01).all(), np.round(errors / plain, 2)
+
+
+@pytest.mark.parametrize("ternary", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradients_in_bfloat16_are_no_further_from_float32_than_plain_ones(exact, ternary):
+    config = dataclasses.replace(CONFIG, ternary=ternary)
+    if not ternary:
+        exact = gradients(PLAIN, dataclasses.replace(config, dtype="float32", grad_dtype="float32"))
+    plain, ours = (errors(gradients(plan, config), exact) for plan in (UNFUSED, FUSED))
+    assert ours.max() < 0.2 and ours.mean() < 1.2 * plain.mean()
+
+
+@pytest.mark.parametrize(
+    ("remat", "layers"),
+    [
+        ("dots", "unrolled"),
+        pytest.param("none", "unrolled", marks=pytest.mark.slow),
+        pytest.param("block", "unrolled", marks=pytest.mark.slow),
+        pytest.param("dots", "scanned", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(exact, rounded, remat, layers):
+    """On a GPU they are not equal: programs that differ in the last bit of a bfloat16 before a rounding to 8 bits
+    differ by a step of 8 bits after it, and two draws of such errors are further apart than each is from float32."""
+    plan = dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT, layers=layers)
+    made = gradients(plan, dataclasses.replace(CONFIG, remat=remat))
+    assert_rounded_alike(errors(made, exact), rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_gradients_in_8_bits_are_the_same_on_a_mesh(exact, rounded, axis):
+    plan = dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT, gather="codes" if axis == "fsdp" else None)
+    shape = {"data": 1, "fsdp": 1, "tensor": 1, "slices": 1, axis: 2}
+    with jax.set_mesh(make_mesh(shape, jax.devices()[:2])):
+        made = gradients(plan, dataclasses.replace(CONFIG, remat="dots"))
+    assert_rounded_alike(errors(made, exact), rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["swiglu", "add_gated", "add_norm_modulate"])
+def test_a_pass_that_is_a_fifth_too_large_does_not_pass_for_rounding(monkeypatch, exact, rounded, wrong):
+    original = getattr(backward, wrong)
+
+    def amplified(*arguments, **options):
+        enlarge = lambda a: a * 1.2 if a is not None and a.dtype == jnp.bfloat16 else a  # noqa: E731
+        return tuple(enlarge(a) for a in original(*arguments, **options))
+
+    monkeypatch.setattr(backward, wrong, amplified)
+    made = gradients(dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT))
+    with pytest.raises(AssertionError):
+        assert_rounded_alike(errors(made, exact), rounded)
+
+
+def test_watched_activations_are_those_of_plain_blocks():
+    params = random_params(CONFIG)
+    ours, plain = (
+        activation_rms(CONFIG, plan.make_operands(CONFIG, params), *INPUTS, plan.run_blocks) for plan in (FUSED, PLAIN)
+    )
+    assert ours.keys() == plain.keys()
+    for name, values in plain.items():
+        np.testing.assert_allclose(ours[name], values, rtol=0.01)
+
+
+@pytest.mark.parametrize("matmul_dtype", ["same", EIGHT_BIT])
+def test_recomputation_keeps_products_alone(matmul_dtype):
+    """With remat "dots", neither rows in 8 bits nor what kernels make: little more than half of what "none" keeps."""
+    plan = dataclasses.replace(FUSED, matmul_dtype=matmul_dtype)
+
+    def kept(remat):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        _, pullback = jax.eval_shape(
+            lambda params: jax.vjp(lambda params: run(plan, config, params), params), abstract_params(config)
+        )
+        return [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape[:2] == (B, T)]
+
+    none, dots = (kept(remat) for remat in ("none", "dots"))
+    assert jnp.float8_e4m3fn not in {leaf.dtype for leaf in none + dots}
+    size = lambda leaves: sum(leaf.size for leaf in leaves)  # noqa: E731
+    assert size(dots) < 0.7 * size(none)
