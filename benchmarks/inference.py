@@ -24,11 +24,11 @@ import threading
 import time
 
 from absl import flags
-from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run
 from benchmarks.random_codes import random_operands
+from terdit_jax.config import SampleConfig
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
@@ -129,8 +129,7 @@ def measure_ours(text: str) -> Iterator[dict]:
 
     config, batches = parse_run(text)
     model = dataclasses.replace(DiTConfig.from_config(config), dtype="bfloat16", remat="none")
-    settings = config.sample
-    settings.cfg_scale = 4.0
+    settings = dataclasses.replace(config.sample, cfg_scale=4.0)
     gpu = jax.default_backend() == "gpu"
     with locked(_LOCK.value):
         rate = measure_matmul_rate(*(() if gpu else (256, 2)))
@@ -197,15 +196,14 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def _time(model, settings: ConfigDict, numerics, operands: dict, batch: int, profiled: bool) -> dict:
+def _time(model, settings: SampleConfig, numerics, operands: dict, batch: int, profiled: bool) -> dict:
     import jax
 
     from terdit_jax.fast.inference_pass import bind_schedule
     from terdit_jax.fast.modes import compiler_options
     from terdit_jax.inference.sampling import make_draw
 
-    settings = ConfigDict(settings)
-    settings.num_steps = 50 if batch <= 8 else 10
+    settings = dataclasses.replace(settings, num_steps=50 if batch <= 8 else 10)
     bind = functools.partial(bind_schedule, model, numerics)
     draw = make_draw(model, settings, 0, bind, compiler_options(numerics))
     arguments = operands, np.arange(batch, dtype=np.int32) % model.num_classes, np.arange(batch, dtype=np.int32)

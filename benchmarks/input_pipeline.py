@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(_CONFIG)
     if config is None:
         raise UserError("--config is missing, e.g. --config=configs/terdit_600m.py")
-    config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size
-    config.data.synthetic = True
+    batch_size = _BATCH_SIZE.value or config.train.batch_size
+    config = config.with_fields({"train.batch_size": batch_size, "data.synthetic": True})
     with tempfile.TemporaryDirectory() as scratch:
         synthetic = set_up(config, pathlib.Path(scratch) / "run")
         path = pathlib.Path(scratch) / "data"

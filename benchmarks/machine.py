@@ -9,41 +9,40 @@ import pathlib
 import tempfile
 import time
 
-from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.config import RunConfig, freeze
 from terdit_jax.config_file import load_config
 from terdit_jax.errors import UserError
 
 
-def load_changed(text: str) -> ConfigDict:
+def load_changed(text: str) -> RunConfig:
     """The configuration of "PATH[@FIELD=VALUE...]", named by its changes too."""
     path, *changes = text.split("@")
-    config = load_config(path)
+    config = freeze(load_config(path))
     for change in changes:
         field, _, value = change.partition("=")
         try:
-            config.update_from_flattened_dict({field: ast.literal_eval(value)})
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+            name = f"{config.name}, {field.rpartition('.')[2]}={value}"
+            config = config.with_fields({field: ast.literal_eval(value), "name": name})
+        except (UserError, ValueError, SyntaxError) as error:
             raise UserError(f"{text}: {change!r} is no FIELD=VALUE of the configuration") from error
-        config.name += f", {field.rpartition('.')[2]}={value}"
     return config
 
 
-def parse_run(text: str) -> tuple[ConfigDict, list[int] | None]:
+def parse_run(text: str) -> tuple[RunConfig, list[int] | None]:
     """A configuration and batches from "PATH[:input_size=N][@BATCH/BATCH...]".
 
     Another input size makes another name: latents of 64 are pictures of 512 px.
     """
     path, _, batches = text.partition("@")
     path, _, override = path.partition(":")
-    config = load_config(path)
+    config = freeze(load_config(path))
     if override:
         field, _, size = override.partition("=")
         if field != "input_size" or not size.isdigit():
             raise UserError(f"--configs={text}: only :input_size=N can be set, a latent's height")
-        config.model.input_size = int(size)
-        config.name = f"{config.name}_{8 * int(size)}"
+        config = config.with_fields({"model.input_size": int(size), "name": f"{config.name}_{8 * int(size)}"})
     return config, [int(batch) for batch in batches.split("/")] if batches else None
 
 

@@ -21,6 +21,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from terdit_jax.config import freeze
 from terdit_jax.config_file import load_config
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError, run_command
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
 def write_random(config_path: str, artifact: pathlib.Path) -> None:
     """An artifact of a configuration with random codes and floats."""
-    config = load_config(config_path)
+    config = freeze(load_config(config_path))
     model = DiTConfig.from_config(config)
     layout = published_layout(model, packed=True)
     run = describe_run(config, 0, make_synthetic(model.sample_shape, model.num_classes).metadata)

@@ -11,12 +11,12 @@ import time
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks.machine import load_changed
 from benchmarks.random_codes import random_operands
 from terdit_jax.aot.collectives import Collective, read_collectives, sent_bytes
+from terdit_jax.config import MeshConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
 from terdit_jax.fast.modes import choose_numerics
@@ -84,12 +84,16 @@ class _Job:
     def __init__(self, run: dict):
         self.run, self.config = run, load_changed(run["path"])
         self.devices = jax.devices()[: run["devices"]]
-        config = self.config
-        config.train.batch_size = run["batch"] * len(self.devices)
-        config.train.accumulation_steps = run.get("accumulation", 1)
-        config.compute.remat = run["remat"] or config.compute.remat
-        config.mesh.update(data=1, fsdp=1, tensor=1, slices=1, gather=run["gather"])
-        config.mesh["data" if run["layout"] == "one" else run["layout"]] = len(self.devices)
+        mesh = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.slices": 1, "mesh.gather": run["gather"]}
+        mesh["mesh.data" if run["layout"] == "one" else f"mesh.{run['layout']}"] = len(self.devices)
+        self.config = config = self.config.with_fields(
+            {
+                "train.batch_size": run["batch"] * len(self.devices),
+                "train.accumulation_steps": run.get("accumulation", 1),
+                "compute.remat": run["remat"] or self.config.compute.remat,
+                **mesh,
+            }
+        )
         self.model, self.optimizer = DiTConfig.from_config(config), make_optimizer(config.optimizer)
         self.mesh = make_mesh(config.mesh, self.devices)
         plan = choose_plan(self.model, self.mesh)
@@ -132,9 +136,8 @@ def measure_sampling(run: dict, turn: Callable[[], object] = lambda: None) -> di
     """
     config, devices = load_changed(run["path"]), jax.devices()[: run["devices"]]
     model = dataclasses.replace(DiTConfig.from_config(config), dtype="bfloat16", remat="none")
-    settings = config.sample
-    settings.update(num_steps=run["steps"], cfg_scale=4.0)
-    mesh = make_mesh(ConfigDict({"data": len(devices), "fsdp": 1, "tensor": 1, "slices": 1}), devices)
+    settings = dataclasses.replace(config.sample, num_steps=run["steps"], cfg_scale=4.0)
+    mesh = make_mesh(MeshConfig(data=len(devices)), devices)
     numerics = choose_numerics("fast", model, mesh)
     operands = _copied(make_inference_operands(model, numerics, random_operands(model)), mesh)
     draw = make_draw(model, settings, 0, functools.partial(bind_schedule, model, numerics))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from benchmarks.torch_inference import FIELDS
+from terdit_jax.config import freeze
 from terdit_jax.config_file import load_config
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError, run_command
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     path, batch_size, peer = _ONE.value.split(":")
     if peer not in PEERS:
         raise UserError(f"--one={_ONE.value}: no peer {peer!r}, choose one of {', '.join(PEERS)}")
-    config = load_config(path)
+    config = freeze(load_config(path))
     model = DiTConfig.from_config(config)
     row = {"config": config.name, "peer": peer, "batch_size": int(batch_size), "devices": 1}
     print(json.dumps(row | measure(model, peer, int(batch_size), _DEVICE.value)))

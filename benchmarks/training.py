@@ -23,6 +23,7 @@ from absl import flags
 import jax
 
 from benchmarks.machine import kernel_times, measure_matmul_rate
+from terdit_jax.config import freeze
 from terdit_jax.config_file import load_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.parallel.chips import peak_flops
@@ -68,11 +69,10 @@ def main(argv: Sequence[str]) -> None:
 def measure_run(run: str) -> dict:
     """One row: the step of a config at a batch size, state and data as in training, saving and logging left out."""
     path, batch_size, *options = run.split(":")
-    config = load_config(path)
-    config.train.batch_size = int(batch_size)
-    for name, value in (option.split("=") for option in options):
-        config.compute[name] = value
-    config.data.synthetic = True
+    compute = {f"compute.{name}": value for name, value in (option.split("=") for option in options)}
+    config = freeze(load_config(path)).with_fields(
+        {"train.batch_size": int(batch_size), "data.synthetic": True, **compute}
+    )
     setup = set_up(config, "/tmp/benchmarks_training")
     step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0, setup.plan)
     batch = next(device_batches(setup, 0))

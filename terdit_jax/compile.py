@@ -7,20 +7,20 @@ python -m terdit_jax.compile --table=docs/pods
 It runs on a CPU, with the compilers of `pip install 'terdit-jax[aot]'`. docs/pods_compile.md says how to read it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import os
 import re
 
 from absl import flags
 from etils import epath
 import jax
-from ml_collections import ConfigDict
 
 from terdit_jax.aot.program import lower_sample, lower_train
 from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.suggest import describe_suggestions, suggest
 from terdit_jax.aot.table import compare, make_tables
 from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
+from terdit_jax.config import RunConfig
 from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.fast.modes import MODES
@@ -70,10 +70,10 @@ def main(argv: Sequence[str]) -> None:
         refuse_unused([_MESH], "with --suggest, which tries all meshes")
     topology = parse_topology(_TOPOLOGY.value)
     _be_on_cpu(topology)
-    _set_mesh(config)
+    config = config.with_fields(dict(_mesh_sizes()))
     devices = open_devices(topology)
 
-    def compile_one(config: ConfigDict) -> dict:
+    def compile_one(config: RunConfig) -> dict:
         if _WHAT.value == "train":
             program = lower_train(config, topology, devices)
         else:
@@ -101,13 +101,14 @@ def _be_on_cpu(topology: Topology) -> None:
         jax.config.update("jax_num_cpu_devices", topology.num_chips)
 
 
-def _set_mesh(config: ConfigDict) -> None:
+def _mesh_sizes() -> Iterator[tuple[str, int]]:
+    """The fields of --mesh."""
     given = ",".join(_MESH.value or [])
     for part in given.split(",") if _MESH.present else []:
         axis, _, size = part.partition("=")
         if axis not in AXES or not re.fullmatch(r"-1|[0-9]{1,7}", size):
             raise UserError(f"--mesh={given}: give sizes of {', '.join(AXES)}, as data=2,fsdp=128")
-        config.mesh[axis] = int(size)
+        yield f"mesh.{axis}", int(size)
 
 
 if __name__ == "__main__":

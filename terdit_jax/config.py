@@ -1,293 +1,400 @@
-"""The configuration's schema: every field of a run with its type, default and meaning, and the rule for its values.
+"""The configuration of a run: frozen dataclasses, each field with its default, meaning, rule and use on resume.
 
-Files in `configs/` start from `base_config()` and set what their model needs; `config_file` loads them. `validate`
-refuses values that cannot work before anything is allocated.
+All else comes from these fields: the `base_config` that files in `configs/` start from, the checks, what a resumed run
+may change, and the tables of docs/configs.md. Files and flags are read by `config_file`.
 """
 
-from collections.abc import Callable, Collection, Iterator
-import difflib
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
-import numpy as np
 
+from terdit_jax.config_rules import (
+    AXIS,
+    NAME,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    SHARE,
+    TEXT,
+    Field,
+    flatten,
+    one_of,
+    setting,
+    shown,
+    whole,
+)
 from terdit_jax.errors import UserError
 
 
-def base_config() -> ConfigDict:
-    """Every field with its default: TerDiT-600M at 256 px as published. Sizes are in latent pixels, rates per step."""
-    config = ConfigDict()
-    config.name = "terdit_600m"
-    config.seed = 0  # parameters, data order, noise, timesteps, label dropout, posterior samples, flips
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture."""
 
-    config.model = ConfigDict(
-        {
-            "ternary": True,  # False: Large-DiT, the full-precision twin without the adaLN RMSNorm
-            "input_size": 32,  # height and width of the latent (256 px / 8)
-            "in_channels": 4,
-            "patch_size": 2,
-            "hidden_size": 1536,
-            "depth": 16,
-            "num_heads": 32,
-            "num_kv_heads": 0,  # 0: as many as num_heads
-            "ffn_multiple_of": 256,  # the feed-forward width is 8/3 of hidden_size, rounded up to this
-            "num_classes": 1000,
-            "class_dropout_prob": 0.1,
-            "qk_norm": True,
-            "positions": "rope_1d",  # rope_1d (published) | rope_1d_sincos_2d (adds absolute 2-D positions)
-            "adaln_rms_norm": True,  # RMSNorm behind the block's adaLN linear; ternary models only
-            "alpha_init": "normal",  # normal (published: N(0, 1)) | least_squares
-        }
+    ternary: bool = setting(
+        True,
+        "The blocks' matrices are ternary (TerDiT). `False`: Large-DiT, full precision, without the adaLN RMSNorm.",
     )
-    config.compute = ConfigDict(
-        {
-            "dtype": "bfloat16",  # activations and matmul operands; parameters stay float32
-            "grad_dtype": "bfloat16",  # gradients of ternary matrices as they cross the mesh; the others' have `dtype`
-            # Of matmuls with ternary matrices, but for the matrices' own gradient: same (as dtype) | float8_e4m3fn
-            # (Hopper GPUs) | int8 (TPUs, older GPUs). 8 bits round activations, token by token. In docs/ablations.md
-            # the loss stays within 1% without the RMSNorm behind adaLN, and is 4 to 5% higher with it.
-            "matmul_dtype": "same",
-            "remat": "none",  # none | block | dots
-            "attention": "auto",  # auto (cudnn on GPUs, xla elsewhere) | xla | cudnn
-            "passes": "auto",  # between matmuls: auto (kernels on Hopper GPUs, xla elsewhere) | xla
-            "layers": "auto",  # auto (unrolled on GPUs, scanned elsewhere) | scanned | unrolled
-            "plan": "auto",  # auto (whatever is quickest here) | plain (nothing of terdit_jax.fast)
-        }
+    input_size: int = setting(32, "Height and width of the input; 32 for 256 px, 64 for 512 px.", whole(1, 2**13))
+    in_channels: int = setting(
+        4, "Channels of the input: 4 for latents, 3 or 1 for images. The output has twice as many.", whole(1, 2**12)
     )
-    config.mesh = ConfigDict(
-        {
-            "data": -1,  # -1: what the other axes leave
-            "fsdp": 1,
-            "tensor": 1,
-            "slices": 1,  # TPU slices, or groups of GPU nodes, joined by a slower network; data spans them
-            "gather": "codes",  # codes | bfloat16: what of a ternary matrix that fsdp cuts travels, 2 bits or 16
-            "overlap": True,  # compile the step with the platform's options that hide communication behind arithmetic
-        }
+    patch_size: int = setting(
+        2, "Side of a patch; divides `input_size`. The model sees (input_size / patch_size)^2 tokens.", whole(1, 2**13)
+    )
+    hidden_size: int = setting(
+        1536, "Width D of the residual stream; a multiple of 4 and of `num_heads`.", whole(1, 2**17)
+    )
+    depth: int = setting(16, "Blocks.", whole(1, 2**10))
+    num_heads: int = setting(32, "Query heads; D / num_heads is even.", whole(1, 2**12))
+    num_kv_heads: int = setting(
+        0, "Key and value heads; divides `num_heads`. 0: as many as `num_heads`.", whole(0, 2**12)
+    )
+    ffn_multiple_of: int = setting(
+        256, "The feed-forward's width is 8 D / 3, rounded up to a multiple of this.", whole(1, 2**20)
+    )
+    num_classes: int = setting(1000, "Classes, without the null class. Must be the data set's.", whole(1, 2**24))
+    class_dropout_prob: float = setting(
+        0.1, "Chance that a training example's label becomes the null class, which guidance needs.", SHARE
+    )
+    qk_norm: bool = setting(
+        True, "LayerNorm over the whole width of queries and keys, before heads are split and rotated."
+    )
+    positions: str = setting(
+        "rope_1d",
+        "`rope_1d`: 1-D RoPE over the row-major token index, as published. `rope_1d_sincos_2d`: also absolute 2-D "
+        "positions; for small images.",
+        one_of("rope_1d", "rope_1d_sincos_2d"),
+    )
+    adaln_rms_norm: bool = setting(
+        True, "RMSNorm after the block's adaLN map, the paper's addition. Read only where `ternary` is on."
+    )
+    alpha_init: str = setting(
+        "normal",
+        "Start of each matrix's scale alpha. `normal`: N(0, 1), as in the public code. `least_squares`: the scale "
+        "that brings alpha T closest to W.",
+        one_of("normal", "least_squares"),
     )
 
-    config.data = ConfigDict(
-        {
-            "dir": "",  # a data set written by `python -m terdit_jax.prepare`
-            "synthetic": False,  # random latents of the model's shape instead; for bring-up and benchmarks
-            "horizontal_flip": True,
-            "in_memory": False,  # read the whole split once; for small data sets
-            "read_threads": 16,
-            "prefetch": 4,  # batches
-        }
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How it is calculated."""
+
+    dtype: str = setting(
+        "bfloat16",
+        "Of activations and of what matmuls read: `float32` or `bfloat16`. Parameters, moments and EMA are float32.",
+        one_of("float32", "bfloat16"),
     )
-    config.optimizer = ConfigDict(
-        {
-            "learning_rate": 5e-4,
-            "drop_step": 0,  # first step at drop_learning_rate; 0: no drop
-            "drop_learning_rate": 1e-4,
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.0,
-            "clip_norm": 2.0,
-            "ema_decay": 0.9999,
-            "ema_ramp": False,  # decay min(ema_decay, (1 + step) / (10 + step)): for short runs
-            "spike_sigma": 0.0,  # skip losses so many running deviations above their running mean; 0: never
-            "spike_window": 200,  # steps that mean and deviation reach back
-        }
+    grad_dtype: str = setting(
+        "bfloat16",
+        "Of ternary matrices' gradients as formed and sent over the mesh: `float32` or `bfloat16`; others `dtype`.",
+        one_of("float32", "bfloat16"),
     )
-    config.train = ConfigDict(
-        {
-            "num_steps": 1_750_000,
-            "batch_size": 256,  # over all devices and processes
-            "accumulation_steps": 1,  # microbatches an optimizer step
-            "max_nonfinite_steps": 10,  # skipped in a row before the run is aborted
-            "init_from": "",  # weights to start from: a workdir, an artifact, a published checkpoint, safetensors
-            "compilation_cache": "",  # a folder or gs:// that compiled programs are kept in for restarts; none if empty
-            "compiler_options": "",  # of XLA, for the step: "--xla_name=value --xla_other=value"
-        }
+    matmul_dtype: str = setting(
+        "same",
+        "In which attention and feed-forward multiply by ternary matrices, forward and for the gradient of their "
+        "input: `same` as `compute.dtype`, or 8 bits, `float8_e4m3fn` on Hopper GPUs and `int8` on TPUs and older "
+        "GPUs. 8 bits round activations and gradients, each token on a scale of its own: on CIFAR-10 the loss stays "
+        "within 1% without the RMSNorm after adaLN, and is 4 to 5% higher with it ([ablations.md]"
+        "(ablations.md#8-bits)).",
+        one_of("same", "float8_e4m3fn", "int8"),
     )
-    config.checkpoint = ConfigDict({"every": 5000, "keep": 3, "keep_every": 0})  # keep_every 0: none for good
-    config.log = ConfigDict(
-        {
-            "every": 100,
-            "heldout_every": 5000,  # 0: never
-            "heldout_batches": 8,
-            "samples_every": 10_000,  # 0: never
-            "score_every": 0,  # samples of the EMA weights judged, the best weights kept; 0: never
-            "score_samples": 500,
-            "tensorboard": True,
-        }
+    remat: str = setting(
+        "none",
+        "What the backward pass computes again. `none`: nothing. `dots`: all but the results of matmuls and of "
+        "cuDNN's attention. `block`: whole blocks. Saves memory in this order.",
+        one_of("none", "block", "dots"),
     )
-    config.sample = ConfigDict(  # the grids drawn during training, and the defaults of terdit_jax.sample
-        {
-            "method": "ddpm",  # ddpm | ddim | dpmpp_2m | dpmpp_2m_sde | unipc
-            "num_steps": 250,
-            "spacing": "auto",  # where the steps lie; auto: as published for ddpm and ddim, as measured for the others
-            "cfg_scale": 4.0,
-            "cfg_channels": 3,  # guidance mixes min(this, in_channels) channels; 0: all
-            "cfg_t_min": 0,  # guidance at timesteps cfg_t_min <= t < cfg_t_max only
-            "cfg_t_max": 1000,
-            "num_images": 16,
-        }
+    attention: str = setting(
+        "auto",
+        "`cudnn`, `xla`, or `auto`: cuDNN on GPUs in bfloat16 with heads of up to 128 features, a multiple of 8; XLA "
+        "elsewhere.",
+        one_of("auto", "xla", "cudnn"),
     )
-    return config.lock()
+    passes: str = setting(
+        "auto",
+        "What runs between a block's matmuls in training. `auto`: kernels on Hopper GPUs in bfloat16 (with `qk_norm`, "
+        "as many key heads as query heads, widths that are multiples of 256 and `mesh.tensor=1`), XLA's fusions "
+        "elsewhere. `xla`: always those.",
+        one_of("auto", "xla"),
+    )
+    layers: str = setting(
+        "auto",
+        "`scanned`: one compiled block, scanned over the depth. `unrolled`: longer to compile; a tenth faster on GPUs, "
+        "where a scan copies gradients and residuals. `auto` unrolls on GPUs.",
+        one_of("auto", "scanned", "unrolled"),
+    )
+    plan: str = setting(
+        "auto",
+        "`auto`: whatever is quickest on the devices at hand; the run prints what it chose. `plain`: nothing of "
+        "`terdit_jax.fast`, the code that the fast one is compared with.",
+        one_of("auto", "plain"),
+    )
 
 
-class Rule(NamedTuple):
-    """What a field accepts, as a predicate on values of the field's type and in words."""
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
 
-    accepts: Callable[[Any], bool]
-    words: str
+    data: int = setting(-1, "Cuts the batch; parameters are copied along it.", AXIS)
+    fsdp: int = setting(1, "Cuts the batch and, by rows or columns, every matrix with its moments and EMA.", AXIS)
+    tensor: int = setting(1, "Cuts heads and the feed-forward's width.", AXIS)
+    slices: int = setting(
+        1,
+        "TPU slices, or groups of GPU nodes, that only a slower network joins. They divide `data`; the other axes "
+        "stay within one ([parallelism.md](parallelism.md#several-slices)).",
+        whole(1, 2**20),
+    )
+    gather: str = setting(
+        "codes",
+        "How a ternary matrix that `fsdp` cuts travels to where it is used. `codes`: 2 bits a parameter. `bfloat16`: "
+        "16, to measure against; the numbers are the same.",
+        one_of("codes", "bfloat16"),
+    )
+    overlap: bool = setting(
+        True,
+        "Compiles the step with XLA's options that overlap communication with arithmetic, on GPUs and TPUs "
+        "([parallelism.md](parallelism.md#communication-behind-arithmetic)).",
+    )
 
 
-def _whole(low: int, high: int = 2**31 - 1) -> Rule:
-    """Steps, counts and sizes; they meet int32 arithmetic on devices, so that is the limit where no lower one is."""
-    return Rule(lambda value: low <= value <= high, f"must lie in [{low}, {high}]")
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples a run sees, and how they are read."""
+
+    dir: str = setting("", "A data set written by `python -m terdit_jax.prepare`.", PATH, free=True)
+    synthetic: bool = setting(
+        False, "Random latents of the model's shape instead of `dir`, for bring-up and benchmarks."
+    )
+    horizontal_flip: bool = setting(
+        True, "Mirrors half of the examples. Latents need a data set prepared with `--mirror`."
+    )
+    in_memory: bool = setting(False, "Reads the training split once and keeps it; the batches are the same.", free=True)
+    read_threads: int = setting(
+        16, "Threads that assemble batches; at most `prefetch` are busy.", whole(1, 1024), free=True
+    )
+    prefetch: int = setting(4, "Batches kept ready on the host.", whole(1, 1024), free=True)
 
 
-def _one_of(*choices: str) -> Rule:
-    return Rule(lambda value: value in choices, f"choose one of {', '.join(choices)}")
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW after a global-norm clip; the rate is constant and drops once."""
+
+    learning_rate: float = setting(5e-4, "Until the drop.", POSITIVE)
+    drop_step: int = setting(0, "The first step at `drop_learning_rate`. 0: no drop.", whole(0))
+    drop_learning_rate: float = setting(
+        1e-4, "From the drop on. Recalled for TerDiT, not confirmed by the paper's tables.", POSITIVE
+    )
+    b1: float = setting(0.9, "Adam's decay of the first moment.", SHARE)
+    b2: float = setting(0.999, "Adam's decay of the second moment.", SHARE)
+    eps: float = setting(1e-8, "Adam's, added to the root of the second moment.", POSITIVE)
+    weight_decay: float = setting(0.0, "AdamW's.", NOT_NEGATIVE)
+    clip_norm: float = setting(2.0, "Gradients with a larger global norm are scaled down to it.", POSITIVE)
+    ema_decay: float = setting(0.9999, "Decay, a step, of the averaged weights, which samples are drawn from.", SHARE)
+    ema_ramp: bool = setting(
+        False, "Decay min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their start."
+    )
+    spike_sigma: float = setting(
+        0.0,
+        "Skips and counts a loss this many running standard deviations above its running mean "
+        "([training.md](training.md)). 0: never.",
+        NOT_NEGATIVE,
+    )
+    spike_window: int = setting(
+        200, "Steps that running mean and deviation reach back; a run's first ones are never skipped.", whole(1)
+    )
 
 
-def _in_float32(value: float) -> float:
-    """As devices hold it: numbers above float32's range are infinite there, and those below its normal range are 0."""
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = float(np.float32(value))
-    return rounded if abs(rounded) >= np.finfo(np.float32).tiny else 0.0
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long a run is, and what its step is made of."""
+
+    num_steps: int = setting(1_750_000, "Where the run is complete.", whole(1), free=True)
+    batch_size: int = setting(
+        256,
+        "Examples a step over all devices; a multiple of `accumulation_steps` times the devices along `data` and "
+        "`fsdp`.",
+        whole(1),
+    )
+    init_from: str = setting(
+        "",
+        "Weights that a new run starts from: another workdir, an artifact, a published checkpoint or safetensors "
+        "([format.md](format.md)). Empty: a fresh start.",
+        PATH,
+    )
+    accumulation_steps: int = setting(
+        1, "Microbatches that a step is made of. Changes memory, not the examples.", whole(1), free=True
+    )
+    max_nonfinite_steps: int = setting(
+        10,
+        "Non-finite updates in a row at which the run is aborted; checked whenever figures are logged.",
+        whole(1),
+        free=True,
+    )
+    compilation_cache: str = setting(
+        "",
+        "A folder or `gs://` that keeps compiled programs, so that a restart does not compile again. Empty: JAX's own "
+        "setting, none by default.",
+        PATH,
+        free=True,
+    )
+    compiler_options: str = setting(
+        "",
+        'Options of XLA that the step is compiled with, as `"--xla_gpu_all_gather_combine_threshold_bytes=33554432 '
+        '--xla_dump_to=dump"`; they override those of `mesh.overlap` and the ones that GPUs always get '
+        "([parallelism.md](parallelism.md#communication-behind-arithmetic)). An unknown one is refused before anything "
+        "is read.",
+        TEXT,
+        free=True,
+    )
 
 
-_POSITIVE = Rule(lambda value: 0 < _in_float32(value) < np.inf, "must be positive and finite in float32")
-_NOT_NEGATIVE = Rule(lambda value: 0 <= value and _in_float32(value) < np.inf, "must be finite and not negative")
-_SHARE = Rule(lambda value: 0 <= value and _in_float32(value) < 1, "must be in [0, 1), in float32 too")
-_AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "must be -1 (what the others leave) or in [1, 1048576]")
-_NAME = Rule(lambda value: 0 < len(value) <= 100 and value.isprintable() and value.strip() == value != "",
-             "must be 1 to 100 printable characters, without spaces around them")  # fmt: skip
-_TEXT = Rule(lambda value: len(value) <= 10_000 and value.isprintable(), "must be at most 10000 printable characters")
-_PATH = Rule(lambda value: value == value.strip(), "must not begin or end with a space")
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When states are saved, and which stay."""
 
-# Of every field but booleans, whose type says it all. Limits above are far beyond any sensible value: they keep a
-# mistyped digit from asking for memory or hours that nobody has.
-RULES = {
-    "name": _NAME,
-    "seed": _whole(0, 2**32 - 1),
-    "model.input_size": _whole(1, 2**13),
-    "model.in_channels": _whole(1, 2**12),
-    "model.patch_size": _whole(1, 2**13),
-    "model.hidden_size": _whole(1, 2**17),
-    "model.depth": _whole(1, 2**10),
-    "model.num_heads": _whole(1, 2**12),
-    "model.num_kv_heads": _whole(0, 2**12),
-    "model.ffn_multiple_of": _whole(1, 2**20),
-    "model.num_classes": _whole(1, 2**24),
-    "model.class_dropout_prob": _SHARE,
-    "model.positions": _one_of("rope_1d", "rope_1d_sincos_2d"),
-    "model.alpha_init": _one_of("normal", "least_squares"),
-    "compute.dtype": _one_of("float32", "bfloat16"),
-    "compute.grad_dtype": _one_of("float32", "bfloat16"),
-    "compute.matmul_dtype": _one_of("same", "float8_e4m3fn", "int8"),
-    "compute.remat": _one_of("none", "block", "dots"),
-    "compute.attention": _one_of("auto", "xla", "cudnn"),
-    "compute.passes": _one_of("auto", "xla"),
-    "compute.layers": _one_of("auto", "scanned", "unrolled"),
-    "compute.plan": _one_of("auto", "plain"),
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "mesh.tensor": _AXIS,
-    "mesh.slices": _whole(1, 2**20),
-    "mesh.gather": _one_of("codes", "bfloat16"),
-    "data.dir": _PATH,
-    "data.read_threads": _whole(1, 1024),
-    "data.prefetch": _whole(1, 1024),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.drop_step": _whole(0),
-    "optimizer.drop_learning_rate": _POSITIVE,
-    "optimizer.b1": _SHARE,
-    "optimizer.b2": _SHARE,
-    "optimizer.eps": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.clip_norm": _POSITIVE,
-    "optimizer.ema_decay": _SHARE,
-    "optimizer.spike_sigma": _NOT_NEGATIVE,
-    "optimizer.spike_window": _whole(1),
-    "train.num_steps": _whole(1),
-    "train.batch_size": _whole(1),
-    "train.accumulation_steps": _whole(1),
-    "train.max_nonfinite_steps": _whole(1),
-    "train.init_from": _PATH,
-    "train.compilation_cache": _PATH,
-    "train.compiler_options": _TEXT,
-    "checkpoint.every": _whole(1),
+    every: int = setting(5000, "Steps between checkpoints. One is also saved at the end and on SIGTERM.", whole(1))
     # The newest checkpoint counts only once its checksums stand beside it: until then the one before it must stay.
-    "checkpoint.keep": _whole(2),
-    "checkpoint.keep_every": _whole(0),
-    "log.every": _whole(1),
-    "log.heldout_every": _whole(0),
-    "log.heldout_batches": _whole(1),
-    "log.samples_every": _whole(0),
-    "log.score_every": _whole(0),
-    "log.score_samples": _whole(1),
-    "sample.method": _one_of("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"),
-    "sample.num_steps": _whole(1, 1000),
-    "sample.spacing": _one_of("auto", "uniform", "quadratic", "power", "logsnr"),
-    "sample.cfg_scale": _NOT_NEGATIVE,
-    "sample.cfg_channels": _whole(0),
-    "sample.cfg_t_min": _whole(0, 999),
-    "sample.cfg_t_max": _whole(1, 1000),
-    "sample.num_images": _whole(1),
-}
-PATHS = ("data.dir", "train.init_from", "train.compilation_cache")
+    keep: int = setting(3, "How many of the newest stay.", whole(2))
+    keep_every: int = setting(0, "Checkpoints at multiples of this stay for good. 0: none.", whole(0))
 
 
-def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a nested mapping as (dotted name, value)."""
-    for name, value in tree.items():
-        if isinstance(value, (dict, ConfigDict)):
-            yield from flatten(value, f"{prefix}{name}.")
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run says of itself, and when."""
+
+    every: int = setting(100, "Steps between lines of `metrics.jsonl`, each over the steps since the last.", whole(1))
+    heldout_every: int = setting(5000, "Steps between held-out losses. 0: never.", whole(0))
+    heldout_batches: int = setting(8, "Batches of `batch_size` that a held-out loss is the mean of.", whole(1))
+    samples_every: int = setting(10_000, "Steps between sample grids. 0: never.", whole(0))
+    score_every: int = setting(
+        0,
+        "Steps between scores of samples of the averaged weights; the best are kept in `WORKDIR/best`. 0: never. Needs "
+        "a data set of images.",
+        whole(0),
+    )
+    score_samples: int = setting(500, "Images drawn for a score.", whole(1))
+    tensorboard: bool = setting(True, "Also write TensorBoard events.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The grids drawn during training, and the defaults of `terdit_jax.sample`."""
+
+    method: str = setting(
+        "ddpm",
+        "`ddpm`: ancestral, with the learned variance. `ddim`: deterministic. `dpmpp_2m`, `dpmpp_2m_sde`, `unipc`: "
+        "solvers for 10 to 25 steps ([sampling.md](sampling.md)).",
+        one_of("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"),
+    )
+    num_steps: int = setting(250, "Denoising steps, of 1,000.", whole(1, 1000))
+    spacing: str = setting(
+        "auto",
+        "Where the steps lie: `uniform`, `quadratic`, `power`, `logsnr`. `auto`: `uniform` for `ddpm` and `ddim`, as "
+        "published, `power` for the solvers.",
+        one_of("auto", "uniform", "quadratic", "power", "logsnr"),
+    )
+    cfg_scale: float = setting(
+        4.0, "Classifier-free guidance; 1 is none. The paper's images use 4.0, its FIDs 1.5.", NOT_NEGATIVE
+    )
+    cfg_channels: int = setting(
+        3,
+        "Guidance mixes the first min(this, in_channels) channels of the noise, 3 in the public code; 0: all.",
+        whole(0),
+    )
+    cfg_t_min: int = setting(0, "The lowest timestep with guidance.", whole(0, 999))
+    cfg_t_max: int = setting(
+        1000, "The first timestep without guidance again; outside the interval a step costs half.", whole(1, 1000)
+    )
+    num_images: int = setting(16, "Images of a grid.", whole(1))
+
+
+def _section(kind: type, *, free: bool = False) -> Any:
+    return dataclasses.field(default_factory=kind, metadata={"free": free})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run; by default TerDiT-600M at 256 px as published. `freeze` makes one of checked values."""
+
+    name: str = setting("terdit_600m", "What the log calls the model.", NAME, free=True)
+    seed: int = setting(
+        0,
+        "Seeds parameters, order of the data, noise, timesteps, label dropout, posterior samples, flips. Below 2^32.",
+        whole(0, 2**32 - 1),
+    )
+    model: ModelConfig = _section(ModelConfig)
+    compute: ComputeConfig = _section(ComputeConfig, free=True)
+    mesh: MeshConfig = _section(MeshConfig, free=True)
+    data: DataConfig = _section(DataConfig)
+    optimizer: OptimizerConfig = _section(OptimizerConfig, free=True)
+    train: TrainConfig = _section(TrainConfig)
+    checkpoint: CheckpointConfig = _section(CheckpointConfig, free=True)
+    log: LogConfig = _section(LogConfig, free=True)
+    sample: SampleConfig = _section(SampleConfig, free=True)
+
+    def __str__(self) -> str:
+        """One field a line, in the order of docs/configs.md; a star marks those that differ from their default."""
+        given, lines = dict(flatten(self.to_dict())), []
+        for name, field in FIELDS.items():
+            value = given[name]
+            mark, default = ("* ", f"   (default {shown(field.default)})") if value != field.default else ("  ", "")
+            lines.append(f"{mark}{name:<28} {shown(value)}{default}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, names in alphabetical order."""
+        return {
+            name: dict(sorted(vars(value).items())) if dataclasses.is_dataclass(value) else value
+            for name, value in sorted(vars(self).items())
+        }
+
+    def with_fields(self, changes: Mapping[str, Any]) -> "RunConfig":
+        """The configuration with other values for some fields, named as "train.num_steps"; raises as `freeze` does."""
+        return freeze({**dict(flatten(self.to_dict())), **changes})
+
+
+def _all_fields() -> Iterator[tuple[str, Field]]:
+    for top in dataclasses.fields(RunConfig):
+        if isinstance(top.default_factory, type):
+            for field in dataclasses.fields(top.default_factory):
+                free = field.metadata["free"] or top.metadata["free"]
+                yield f"{top.name}.{field.name}", Field(field.default, **{**field.metadata, "free": free})
         else:
-            yield f"{prefix}{name}", value
+            yield top.name, Field(top.default, **top.metadata)
 
 
-def validate(config: ConfigDict) -> None:
-    """Refuses fields of another type and values that cannot work, each for itself. How they go together is checked
-    where that is known: `DiTConfig`, `parallel.mesh`, `inference.sampling`, `training.setup`.
+FIELDS = dict(_all_fields())  # by dotted name, in the order above
+PATHS = tuple(name for name, field in FIELDS.items() if field.rule is PATH)
+
+
+def base_config() -> ConfigDict:
+    """Every field with its default, locked: what files in `configs/` and flags change."""
+    return ConfigDict(RunConfig().to_dict()).lock()
+
+
+def freeze(tree: Mapping[str, Any] | ConfigDict) -> RunConfig:
+    """The configuration with the values of a ConfigDict, or of a mapping by section or dotted name.
+
+    Each value is checked for itself. How they go together is checked where that is known: `DiTConfig`,
+    `parallel.mesh`, `inference.sampling`, `training.setup`.
 
     Raises:
-      UserError: naming the first offending field and its value.
+      UserError: naming the first field that is missing, unknown, of another type or against its rule.
     """
-    fields = dict(flatten(config))
-    for field, default in flatten(base_config()):
-        if field not in fields:
-            raise UserError(f"config.{field} is missing: start from terdit_jax.config.base_config()")
-        check_type(field, fields[field], type(default))
-        check(field, fields[field], "config.")
-
-
-def check(field: str, value: Any, prefix: str = "") -> None:
-    """Raises UserError, with the prefix before the field's name, for a value that the field's rule does not accept."""
-    rule = RULES.get(field)
-    if rule and not rule.accepts(value):
-        raise UserError(f"{prefix}{field}={shown(value)}: {rule.words}")
-
-
-def check_type(field: str, value: Any, kind: type) -> None:
-    """Raises UserError for a value of another type than a field's default has; whole numbers are floats too."""
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise UserError(f"config.{field}={value!r:.60}: must be of type {kind.__name__}, not {type(value).__name__}")
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in errors: strings in quotes, and nothing longer than a line."""
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
-
-
-def nearest(field: str, known: Collection[str]) -> str:
-    """The end of an error about an unknown field: the names that may have been meant, or those there are."""
-    section, _, name = field.rpartition(".")
-    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
-    close = [one for one in known if one.rpartition(".")[2] == name]
-    if section and beside:
-        close += [beside[one] for one in difflib.get_close_matches(name, beside, 3, 0.6)]
-    else:
-        close += difflib.get_close_matches(field, known, 3, 0.6)
-    if close:
-        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
-    if section and beside:
-        return f"config.{section} has {', '.join(beside)}"
-    return "docs/configs.md has them all"
+    given = dict(flatten(tree))
+    if unknown := sorted(given.keys() - FIELDS.keys()):
+        raise UserError(f"config.{unknown[0]}: there is no such field")
+    sections: dict[str, dict[str, Any]] = {}
+    for name, field in sorted(FIELDS.items()):
+        if name not in given:
+            raise UserError(f"config.{name} is missing: start from terdit_jax.config.base_config()")
+        field.check_type(given[name], f"config.{name}")
+        field.check(given[name], f"config.{name}")
+        section, _, short = name.rpartition(".")
+        sections.setdefault(section, {})[short] = type(field.default)(given[name])
+    own, default = sections.pop(""), RunConfig()
+    parts = {name: dataclasses.replace(getattr(default, name), **values) for name, values in sections.items()}
+    return RunConfig(**own, **parts)

@@ -3,7 +3,8 @@
 Fields, types and rules are `config`'s. Whatever is wrong with a file or an override is a UserError of one line.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+import difflib
 import os
 import re
 import sys
@@ -15,7 +16,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_flags
 
-from terdit_jax import config as schema
+from terdit_jax.config import FIELDS, PATHS, RunConfig, base_config, freeze
+from terdit_jax.config_rules import flatten
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.paths import as_path
 from terdit_jax.untrusted import parse_json
@@ -31,7 +33,7 @@ def define_config(help: str, flag_values: flags.FlagValues = flags.FLAGS) -> fla
     return holder
 
 
-def read_config(holder: flags.FlagHolder[ConfigDict | None]) -> ConfigDict | None:
+def read_config(holder: flags.FlagHolder[ConfigDict | None]) -> RunConfig | None:
     """The configuration that the flags describe, valid field by field; None without --config.
 
     Raises:
@@ -40,19 +42,13 @@ def read_config(holder: flags.FlagHolder[ConfigDict | None]) -> ConfigDict | Non
     if holder.value is None:
         return None
     given = dict(_fields(holder.value))
-    config = schema.base_config()
-    for field, default in schema.flatten(schema.base_config()):
-        value = given[field]
+    for name, value in sorted(given.items()):
         if value is _UNSET:
-            raise UserError(f"config.{field} is a placeholder that nothing fills: give --config.{field}=VALUE")
-        schema.check_type(field, value, type(default))
-        _assign(config, field, value)
-    schema.validate(config)
-    for field in schema.PATHS:
-        section, _, name = field.rpartition(".")
-        if value := config[section][name]:
-            config[section][name] = os.fspath(as_path(value, f"config.{field}"))
-    return config
+            raise UserError(f"config.{name} is a placeholder that nothing fills: give --config.{name}=VALUE")
+    config = freeze(given)
+    return config.with_fields(
+        {name: os.fspath(as_path(given[name], f"config.{name}")) for name in PATHS if given[name]}
+    )
 
 
 def load_config(path: epath.PathLike) -> ConfigDict:
@@ -83,7 +79,7 @@ class _ConfigParser(flags.ArgumentParser):
         if not argument:
             raise UserError("--config is empty: name a configuration, as --config=configs/digits.py")
         config = load_config(argument)
-        _check_overrides(dict(schema.flatten(schema.base_config())))
+        _check_overrides()
         return config.lock()
 
     def flag_type(self) -> str:
@@ -146,47 +142,46 @@ def _from_json(place: epath.Path, content: str) -> ConfigDict:
     `model` may not be missing: with another default it would be another model.
     """
     tree = parse_json(content, f"--config={place}", dict)
-    given, config = dict(schema.flatten(tree)), schema.base_config()
-    defaults = dict(schema.flatten(config))
-    missing = [field for field in defaults if field not in given]
-    if len(missing) == len(defaults):
+    given, config = dict(flatten(tree)), base_config()
+    missing = sorted(FIELDS.keys() - given.keys())
+    if len(missing) == len(FIELDS):
         raise UserError(f"--config={place}: holds no field of a configuration; a run's WORKDIR/config.json does")
     late = [field for field in missing if not field.startswith("model.")]
-    _check_fields(place, given | {field: defaults[field] for field in late})
+    _check_fields(place, given | dict.fromkeys(late))
     for field, value in given.items():
-        schema.check_type(field, value, type(defaults[field]))
-        _assign(config, field, value)
+        FIELDS[field].check_type(value, f"config.{field}")
+        section, _, name = field.rpartition(".")
+        (config[section] if section else config)[name] = value
     if late:
-        filled = ", ".join(f"{field}={defaults[field]!r}" for field in late)
+        filled = ", ".join(f"{field}={FIELDS[field].default!r}" for field in late)
         print(f"--config={place} lacks {len(late)} fields, which have their defaults: {filled}", file=sys.stderr)
     return config
 
 
 def _check_fields(place: epath.Path, given: dict[str, Any]) -> None:
     """Raises UserError unless the fields of a file are those of `base_config`."""
-    known = dict(schema.flatten(schema.base_config()))
     for field in given:
-        if field not in known:
-            raise UserError(f"--config={place}: there is no field {field}; {schema.nearest(field, known)}")
-    for field in known:
+        if field not in FIELDS:
+            raise UserError(f"--config={place}: there is no field {field}; {nearest(field, sorted(FIELDS))}")
+    for field in sorted(FIELDS):
         if field not in given:
             raise UserError(f"--config={place}: lacks {field}; terdit_jax.config.base_config() has every field")
 
 
-def _check_overrides(known: dict[str, Any]) -> None:
+def _check_overrides() -> None:
     """Raises UserError for an override of a field that is unknown: ml_collections would print the bare name."""
     for argument in sys.argv[1:]:
         match = re.match(r"--?(no)?config\.([^=]*)", argument)
-        if match is None or match[2] in known:
+        if match is None or match[2] in FIELDS:
             continue
-        section = [field for field in known if field.startswith(f"{match[2]}.")]
+        section = [field for field in sorted(FIELDS) if field.startswith(f"{match[2]}.")]
         if section:
             raise UserError(f"--config.{match[2]} is a section: give its fields, as --config.{section[0]}=VALUE")
-        raise UserError(f"--config.{match[2]}: there is no such field; {schema.nearest(match[2], known)}")
+        raise UserError(f"--config.{match[2]}: there is no such field; {nearest(match[2], sorted(FIELDS))}")
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """As `schema.flatten`, with references resolved and `_UNSET` for placeholders that hold nothing yet."""
+    """As `flatten`, with references resolved and `_UNSET` for placeholders that hold nothing yet."""
     for name, value in config.items(preserve_field_references=True):
         if isinstance(value, FieldReference):
             try:
@@ -203,6 +198,17 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _assign(config: ConfigDict, field: str, value: Any) -> None:
+def nearest(field: str, known: Collection[str]) -> str:
+    """The end of an error about an unknown field: the names that may have been meant, or those there are."""
     section, _, name = field.rpartition(".")
-    (config[section] if section else config)[name] = value
+    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
+    close = [one for one in known if one.rpartition(".")[2] == name]
+    if section and beside:
+        close += [beside[one] for one in difflib.get_close_matches(name, beside, 3, 0.6)]
+    else:
+        close += difflib.get_close_matches(field, known, 3, 0.6)
+    if close:
+        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
+    if section and beside:
+        return f"config.{section} has {', '.join(beside)}"
+    return "docs/configs.md has them all"

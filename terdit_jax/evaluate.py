@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from terdit_jax.checkpoints.reader import Checkpoints
-from terdit_jax.config import base_config
+from terdit_jax.config import MeshConfig
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
@@ -171,7 +171,7 @@ def _judge_by_classifier(workdir: str) -> None:
     if samples is None:
         size = 8 * int(np.prod(dataset.metadata.shape))  # bytes of an image, and of what is computed of it
         check_host(size * _NUM_SAMPLES.value, f"--num_samples={_NUM_SAMPLES.value}", "draw fewer")
-        model = load_model(workdir, mesh=make_mesh(base_config().mesh), ema=_WEIGHTS.value == "ema")
+        model = load_model(workdir, mesh=make_mesh(MeshConfig()), ema=_WEIGHTS.value == "ema")
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
         samples = LabelledImages(_draw(model, labels), labels)
     # Minutes on a CPU where images are many.

@@ -7,6 +7,7 @@ The second command, given again, goes on where it was stopped (docs/sampling.md)
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import re
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from terdit_jax.config import base_config
+from terdit_jax.config import SampleConfig
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command
@@ -99,10 +100,10 @@ def main(argv: Sequence[str]) -> None:
         "num_steps": _NUM_STEPS.value, "method": _METHOD.value, "spacing": _SPACING.value,
         "cfg_scale": _CFG_SCALE.value, "cfg_t_min": _CFG_T_MIN.value, "cfg_t_max": _CFG_T_MAX.value,
     }  # fmt: skip
-    settings = {**base_config().sample, **model.description.sample}
-    settings |= {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(model.description.sample, **changes)
     check_settings(settings)
-    settings["spacing"] = resolve_spacing(settings["spacing"], settings["method"])
+    settings = dataclasses.replace(settings, spacing=resolve_spacing(settings.spacing, settings.method))
     options = {"seed": _SEED.value, "vae": vae, **given}
     if output.suffix == ".png":
         size = (vae[0].downsampling if vae else 1) * model.config.input_size
@@ -128,7 +129,7 @@ def _draw_set(
     output: epath.Path,
     classes: list[int],
     labels: np.ndarray,
-    settings: dict[str, Any],
+    settings: SampleConfig,
     options: dict[str, Any],
 ) -> None:
     description, vae = model.description, options["vae"]
@@ -138,7 +139,7 @@ def _draw_set(
             "numerics": str(model.numerics),
             "weights": digest(model.operands), "vae": digest(vae[1]) if vae else None,
         },
-        settings=settings,
+        settings=vars(settings),
         labels={"order": _LABEL_ORDER.value, "classes": classes},
         num_samples=len(labels),
         seed=_SEED.value,

@@ -30,7 +30,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from terdit_jax.config import PATHS, base_config, flatten
+from terdit_jax.config import FIELDS, PATHS
 from terdit_jax.interop.exports import export
 from tests.commands import no_flags
 from tests.deployed import random_weights, small_config
@@ -186,7 +186,8 @@ def values_of(kind: str) -> list[str]:
 def all_cases() -> Iterator[Case]:
     """Every case; those of the configuration are given to both commands that read one."""
     fields = {
-        f"config.{name}": "path" if name in PATHS else type(value).__name__ for name, value in flatten(base_config())
+        f"config.{name}": "path" if name in PATHS else type(field.default).__name__
+        for name, field in sorted(FIELDS.items())
     }
     for command in COMMANDS:
         names = flags_of(command)

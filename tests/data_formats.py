@@ -19,7 +19,7 @@ import numpy as np
 
 from terdit_jax.aot.table import make_tables
 from terdit_jax.checkpoints.reader import Checkpoints
-from terdit_jax.config import base_config, validate
+from terdit_jax.config import RunConfig, freeze
 from terdit_jax.config_file import load_config
 from terdit_jax.data import builder, reader, sources
 from terdit_jax.data.codec import PixelCodec
@@ -119,8 +119,7 @@ def _workdirs() -> list[Format]:
     with tempfile.TemporaryDirectory() as folder:
         saved = make_workdir(Path(folder), steps=(1,), hidden_size=16, depth=1, ffn_multiple_of=16)
         files, run = read_folder(Path(folder)), Checkpoints(folder).newest_run()
-    config = base_config()
-    config.update(run["config"])
+    config = freeze(run["config"])
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
@@ -284,15 +283,13 @@ def _image_formats() -> list[Format]:
 
 
 def _load_config(path: Path) -> str:
-    config = load_config(path)
-    validate(config)
-    return _digest(config.to_dict())
+    return _digest(freeze(load_config(path)).to_dict())
 
 
 def _others() -> list[Format]:
     vae = read_folder(ROOT / "golden" / "vae_tiny")
     vae = {name: content for name, content in vae.items() if name.endswith((".json", ".safetensors"))}
-    config = json.dumps(base_config().to_dict())
+    config = json.dumps(RunConfig().to_dict())
     report = (ROOT.parent / "docs" / "pods" / "train_h200_8.json").read_bytes()
     return [
         Format("VAE", vae, ".", tuple(vae), "any", lambda path: vae_identity(*load_vae(path)), share=0.3),

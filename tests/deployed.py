@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
-from terdit_jax.config import base_config
+from terdit_jax.config import ModelConfig, RunConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.description import Description, architecture
 from terdit_jax.interop.published import StateDict, model_leaves, params_leaves, read_leaves
@@ -35,12 +35,10 @@ def small_config(**overrides) -> DiTConfig:
 
 def describe(model: DiTConfig, **fields) -> Description:
     """A description of a model that draws latents as they are."""
-    config = base_config()
-    config.model.update({name: getattr(model, name) for name in config.model})
-    config.sample.update({"num_steps": 5, "cfg_scale": 2.0})
-    sample = config.sample.to_dict()
+    described = ModelConfig(**{name: getattr(model, name) for name in vars(ModelConfig())})
+    sample = SampleConfig(num_steps=5, cfg_scale=2.0)
     plain = dict(name="tiny", ema=True, step=7, codec="none", latent_scale=1.0, sample=sample, provenance={"seed": "0"})
-    return Description(model=architecture(config), **{**plain, **fields})
+    return Description(model=architecture(described), **{**plain, **fields})
 
 
 def weights_of(model: DiTConfig, params: dict, **fields) -> Weights:
@@ -64,14 +62,13 @@ def golden_weights(name: str, model: DiTConfig | None = None) -> Weights:
 
 def make_workdir(path: Path, steps: tuple[int, ...] = (1, 2), **model) -> dict[int, tuple[dict, dict]]:
     """A workdir with checkpoints of a run that was never trained; returns step -> (raw parameters, averaged ones)."""
-    config = base_config()
     fields = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "ffn_multiple_of": 32, "num_classes": 10}
-    config.model.update({**fields, **model})
-    config.update({"name": "tiny", "sample": {"num_steps": 5, "cfg_scale": 2.0}})
+    sample = SampleConfig(num_steps=5, cfg_scale=2.0)
+    config = RunConfig(name="tiny", model=ModelConfig(**fields | model), sample=sample)
     checkpoints, data = CheckpointWriter(path, config.checkpoint), make_synthetic((8, 8, 4), 10).metadata
     saved = {}
     for step in steps:
-        raw, averaged = (random_params(architecture(config), 2 * step + i) for i in range(2))
+        raw, averaged = (random_params(architecture(config.model), 2 * step + i) for i in range(2))
         rest = {"opt_state": {}, "skipped": {"total": jnp.int32(0)}, "spikes": {}, "window": {"sums": {}}}
         state = {"step": jnp.int32(step), "params": raw, "ema_params": averaged, **rest}
         checkpoints.save(state, describe_run(config, step, data))

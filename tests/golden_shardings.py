@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from terdit_jax.config import freeze
 from terdit_jax.fast.plan import FastPlan
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
@@ -33,7 +34,7 @@ def describe(machine: str) -> dict:
     spec = importlib.util.spec_from_file_location("config", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    config = freeze(module.get_config())
     model, optimizer = DiTConfig.from_config(config), make_optimizer(config.optimizer)
     shape = mesh_shape(config.mesh, CHIPS[machine])
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))

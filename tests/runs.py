@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from terdit_jax.checkpoints.reader import Checkpoints
-from terdit_jax.config import base_config
+from terdit_jax.config import freeze
 from terdit_jax.data.builder import build
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.sources import make_digits_source
@@ -170,8 +170,7 @@ def saved_run(workdir: Path) -> tuple[dict, dict]:
     """The newest state of a workdir, as host arrays, and its JSON."""
     checkpoints = Checkpoints(workdir)
     run = checkpoints.newest_run()
-    config = base_config()
-    config.update(run["config"])
+    config = freeze(run["config"])
     target = abstract_state(DiTConfig.from_config(config), make_optimizer(config.optimizer), make_mesh(config.mesh))
     state, run = checkpoints.restore(target)
     return jax.tree.map(np.asarray, state), run

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint
-from terdit_jax.config import base_config
+from terdit_jax.config import ModelConfig, RunConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.resume import describe_run
@@ -13,9 +13,8 @@ from tests.deployed import random_params, small_config
 
 
 def describe(step):
-    config = base_config()
-    config.model.update({"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "ffn_multiple_of": 32})
-    config.model.num_classes = 10
+    model = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "ffn_multiple_of": 32, "num_classes": 10}
+    config = RunConfig(model=ModelConfig(**model))
     return describe_run(config, step, make_synthetic((8, 8, 4), 10).metadata)
 
 

@@ -10,6 +10,7 @@ import pytest
 from terdit_jax.aot.program import chip_bytes, lower_sample, lower_train, saved_activations
 from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.topology import open_devices, parse_topology
+from terdit_jax.config import freeze
 from terdit_jax.errors import UserError
 from terdit_jax.model.transformer import count_params
 from tests.runs import ROOT, SHRUNKEN, execute
@@ -20,9 +21,8 @@ def shipped(name, fields):
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
-    config.update_from_flattened_dict({field.replace("__", "."): value for field, value in fields.items()})
-    return config
+    changes = {field.replace("__", "."): value for field, value in fields.items()}
+    return freeze(module.get_config()).with_fields(changes)
 
 
 def lower(what="train", topology="cpu:8", **overrides):
@@ -83,9 +83,7 @@ def test_activations_saved_depend_on_the_remat_policy_and_the_microbatch(train_r
         return saved_activations(dataclasses.replace(program, model=dataclasses.replace(program.model, remat=remat)))
 
     assert saved("none") > saved("dots") > saved("block") > 0
-    halves = program.config.copy_and_resolve_references()
-    halves.train.accumulation_steps = 2
-    program = dataclasses.replace(program, config=halves)
+    program = dataclasses.replace(program, config=program.config.with_fields({"train.accumulation_steps": 2}))
     assert saved("none") == train_report[1]["memory"]["saved_activations"] // 2
 
 

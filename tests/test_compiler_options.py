@@ -6,15 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 
 
 def options_of(platform, num_devices=8, **fields):
     devices = np.array([SimpleNamespace(platform=platform)] * num_devices, object).reshape(1, num_devices, 1)
-    config = base_config()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    config = RunConfig().with_fields({name.replace("__", "."): value for name, value in fields.items()})
     return compiler_options(config, SimpleNamespace(devices=devices, size=num_devices))
 
 

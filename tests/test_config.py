@@ -1,17 +1,18 @@
 """Every field has a rule, values that cannot work are refused by name in one line, and the defaults are not."""
 
+import json
 import re
 
 import pytest
 
-from terdit_jax.config import RULES, base_config, check, flatten, nearest, validate
+from terdit_jax.config import FIELDS, RunConfig, base_config, freeze
+from terdit_jax.config_file import nearest
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS
 from terdit_jax.errors import UserError
 from terdit_jax.fast.gather import GATHERS
 from terdit_jax.inference.sampling import NUM_TIMESTEPS
 
-DEFAULTS = dict(flatten(base_config()))
 NAN, INF = float("nan"), float("inf")
 # A field, what it refuses, and what it takes at its limits.
 LIMITS = {
@@ -41,57 +42,63 @@ LIMITS = {
 }
 
 
-def config_with(**fields):
-    config = base_config()
-    config.update_from_flattened_dict(fields)
-    return config
+def test_the_defaults_are_valid_and_those_of_base_config():
+    assert freeze(base_config()) == RunConfig()
+    assert json.dumps(RunConfig().to_dict()) == json.dumps(base_config().to_dict())
 
 
-def test_the_defaults_are_valid():
-    validate(base_config())
-
-
-def test_every_field_but_a_boolean_has_a_rule_and_no_other():
-    assert set(RULES) == {field for field, value in DEFAULTS.items() if not isinstance(value, bool)}
+def test_every_field_but_a_boolean_has_a_rule_and_every_field_a_meaning():
+    for field in FIELDS.values():
+        assert (field.rule is None) == isinstance(field.default, bool)
+        assert field.meaning.endswith(".") and "\n" not in field.meaning
 
 
 @pytest.mark.parametrize("field", LIMITS)
 def test_a_rule_takes_what_lies_within_its_limits_and_names_what_does_not(field):
     refused, taken = LIMITS[field]
     for value in taken:
-        check(field, value)
+        RunConfig().with_fields({field: value})
     for value in refused:
-        with pytest.raises(UserError, match=re.escape(RULES[field].words)) as caught:
-            validate(config_with(**{field: value}))
+        with pytest.raises(UserError, match=re.escape(FIELDS[field].rule.words)) as caught:
+            RunConfig().with_fields({field: value})
         assert str(caught.value).startswith(f"config.{field}=") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", [field for field, value in DEFAULTS.items() if type(value) is int])
+@pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if type(field.default) is int])
 def test_no_whole_number_reaches_beyond_32_bits(field):
     for value in (2**63, -(2**63), 10**30):
         with pytest.raises(UserError):
-            check(field, value)
+            RunConfig().with_fields({field: value})
 
 
 def test_wrong_types_are_refused():
     with pytest.raises(TypeError):
         base_config().train.batch_size = "many"
-    loose = base_config().unlock()
-    loose.train = {**loose.train, "batch_size": True}
-    with pytest.raises(UserError, match="config.train.batch_size=True: must be of type int, not bool"):
-        validate(loose)
+    for field, value, words in (
+        ("train.batch_size", True, "must be of type int, not bool"),
+        ("model.qk_norm", 1, "must be of type bool, not int"),
+        ("optimizer.eps", 10**400, "must be of type float, not int"),
+    ):
+        with pytest.raises(UserError, match=f"config.{field}=.*: {words}"):
+            RunConfig().with_fields({field: value})
+
+
+def test_whole_numbers_are_floats_where_fields_are():
+    assert type(RunConfig().with_fields({"sample.cfg_scale": 4}).sample.cfg_scale) is float
 
 
 def test_a_configuration_without_a_field_is_refused():
     config = base_config().unlock()
     del config.log
     with pytest.raises(UserError, match="config.log.every is missing"):
-        validate(config)
+        freeze(config)
 
 
 def test_unknown_fields_are_refused():
     with pytest.raises(AttributeError, match="batchsize"):
         base_config().train.batchsize = 8
+    with pytest.raises(UserError, match="config.train.batchsize: there is no such field"):
+        RunConfig().with_fields({"train.batchsize": 8})
 
 
 @pytest.mark.parametrize(
@@ -108,9 +115,20 @@ def test_unknown_fields_are_refused():
     ],
 )
 def test_an_unknown_field_is_told_what_may_have_been_meant(field, meant):
-    assert meant in nearest(field, DEFAULTS)
+    assert meant in nearest(field, sorted(FIELDS))
 
 
 def test_configs_do_not_share_their_fields():
     base_config().model.depth = 1
     assert base_config().model.depth == 16
+
+
+def test_a_configuration_reads_as_a_field_a_line_with_changes_marked():
+    lines = str(RunConfig().with_fields({"mesh.data": 4, "train.init_from": "a/b"})).splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith("*")] == [
+        name for name in FIELDS if name not in ("mesh.data", "train.init_from")
+    ]
+    assert [" ".join(line.split()) for line in lines if line.startswith("*")] == [
+        "* mesh.data 4 (default -1)",
+        "* train.init_from 'a/b' (default '')",
+    ]

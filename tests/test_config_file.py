@@ -6,19 +6,19 @@ import sys
 from absl import flags
 import pytest
 
-from terdit_jax.config import base_config, flatten
+from terdit_jax.config import RunConfig
 from terdit_jax.config_file import define_config, load_config, read_config
+from terdit_jax.config_rules import flatten
 from terdit_jax.errors import UserError
 
 HEAD = "from ml_collections import ConfigDict, FieldReference, config_dict\nfrom terdit_jax.config import base_config\n"
 RETURNS = HEAD + "def get_config():\n    config = base_config()\n    {}\n    return config\n"
-SAVED = base_config().to_dict()
+SAVED = RunConfig().to_dict()
 
 
 def changed(**fields):
-    config = base_config()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-    return json.dumps(config.to_dict())
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    return json.dumps(RunConfig().with_fields(changes).to_dict())
 
 
 def without(section, *names):

@@ -6,16 +6,16 @@ import re
 
 import jax
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 import pytest
 
-from terdit_jax.config import base_config, validate
+from terdit_jax.config import RunConfig, freeze
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params, packed_bytes
 from terdit_jax.parallel.mesh import AXES, mesh_shape
 from terdit_jax.parallel.sharding import tree_shardings
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import init_state
+from tests import config_page
 
 ROOT = Path(__file__).parents[1]
 PATHS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -38,14 +38,17 @@ def load(name):
     return module
 
 
+def config_of(name) -> RunConfig:
+    return freeze(load(name).get_config())
+
+
 def model_of(name):
-    return DiTConfig.from_config(load(name).get_config())
+    return DiTConfig.from_config(config_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_is_sound(name):
-    config = load(name).get_config()
-    validate(config)
+    config = config_of(name)
     DiTConfig.from_config(config)
     assert config.name == name and config.data.dir
     assert config.optimizer.drop_step < config.train.num_steps
@@ -69,7 +72,7 @@ def test_every_published_config_is_there():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_size_and_number_of_images(name):
     total, ternary, images = PUBLISHED[name]
-    config = load(name).get_config()
+    config = config_of(name)
     assert count_params(model_of(name)) == {"total": total, "ternary": ternary}
     assert config.train.num_steps * config.train.batch_size == pytest.approx(images, rel=1e-3)
 
@@ -87,7 +90,7 @@ def test_docstring_and_readme_give_the_right_sizes(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("devices", [1, 8, 64])
 def test_batch_and_state_divide_over_the_mesh(name, devices):
-    config = load(name).get_config()
+    config = config_of(name)
     shape = mesh_shape(config.mesh, devices)
     mesh = AbstractMesh(shape, AXES)
     assert config.train.batch_size % (config.train.accumulation_steps * shape[0] * shape[1]) == 0
@@ -96,15 +99,6 @@ def test_batch_and_state_divide_over_the_mesh(name, devices):
     tree_shardings(state, mesh)  # raises where a dimension is not divisible
 
 
-def field_defaults(config, prefix=""):
-    defaults = {}
-    for name, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        defaults |= field_defaults(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return defaults
-
-
-def test_docs_list_every_field_with_its_default():
-    text = (ROOT / "docs" / "configs.md").read_text()
-    documented = dict(re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \| .+ \|$", text, re.MULTILINE))
-    assert documented == {field: str(value) or '""' for field, value in field_defaults(base_config()).items()}
+def test_docs_list_the_fields_as_they_are_defined():
+    text = config_page.PAGE.read_text()
+    assert config_page.with_tables(text) == text, "run python -m tests.config_page"

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import ModelConfig, RunConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.interop.description import (
@@ -28,9 +28,7 @@ ENORMOUS, GONE = 10**400, "gone"
 
 
 def model_of(**fields):
-    config = base_config()
-    config.model.update(fields)
-    return architecture(config)
+    return architecture(ModelConfig(**fields))
 
 
 def published_model(name, **fields):
@@ -46,7 +44,7 @@ def test_published_checkpoints_are_described_by_their_shapes(name):
     assert (description.name, description.model) == (name, model)
     assert (description.ema, description.step) == (True, None)
     assert (description.codec, description.latent_scale) == ("sd-vae-ft-mse", 0.18215)
-    assert dict(description.sample) == base_config().sample.to_dict()
+    assert description.sample == SampleConfig()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def test_it_survives_json(overrides, step):
 
 
 def test_the_model_fields_are_those_of_the_configuration():
-    assert set(describe(small_config()).to_dict()["model"]) == set(base_config().model)
+    assert set(describe(small_config()).to_dict()["model"]) == set(vars(ModelConfig()))
     # How a model is computed is the reader's choice and not described.
     model = dataclasses.replace(small_config(), dtype="bfloat16", layers="unrolled")
     assert Description.from_dict(describe(model).to_dict(), "a").model == describe(small_config()).model
@@ -170,9 +168,7 @@ def test_a_malformed_description_is_one_short_line(change):
 
 def test_what_the_sample_section_leaves_out_has_its_default():
     fields = changed({}) | {"sample": {"num_steps": 9, "cfg_scale": 3}}
-    assert dict(Description.from_dict(fields, "a").sample) == {
-        **base_config().sample.to_dict(), "num_steps": 9, "cfg_scale": 3.0,
-    }  # fmt: skip
+    assert Description.from_dict(fields, "a").sample == SampleConfig(num_steps=9, cfg_scale=3.0)
 
 
 @pytest.mark.parametrize(
@@ -204,15 +200,14 @@ def test_a_full_precision_model_has_no_adaln_norm_whatever_the_field_says():
 
 
 def test_a_run_describes_itself():
-    config = base_config()
-    config.update({"name": "mine", "seed": 3, "model": {"num_kv_heads": 8}, "sample": {"cfg_scale": 1.5}})
-    config.compute.dtype = "float32"
+    fields = {"name": "mine", "seed": 3, "model.num_kv_heads": 8, "sample.cfg_scale": 1.5, "compute.dtype": "float32"}
+    config = RunConfig().with_fields(fields)
     run = json.loads(json.dumps(resume.describe_run(config, 120, make_synthetic((32, 32, 4), 1000).metadata)))
     description = describe_run(run, ema=False, source="runs/a")
     assert (description.name, description.ema, description.step) == ("mine", False, 120)
     assert (description.model.num_kv_heads, description.model.num_heads) == (8, 32)
     assert (description.codec, description.latent_scale) == ("none", 1.0)
-    assert description.sample["cfg_scale"] == 1.5 and description.provenance["seed"] == "3"
+    assert description.sample.cfg_scale == 1.5 and description.provenance["seed"] == "3"
     assert Description.from_dict(json.loads(json.dumps(description.to_dict())), "a") == description
 
 

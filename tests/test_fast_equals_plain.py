@@ -6,11 +6,11 @@ import pkgutil
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
 
+from terdit_jax.config import MeshConfig
 import terdit_jax.fast
 from terdit_jax.fast import eight_bit, inference_pass, xla_passes
 from terdit_jax.fast.expand import expand
@@ -168,7 +168,7 @@ def test_a_fast_function_equals_its_plain_one(monkeypatch, module, number):
     if module == "fused_block" or module.startswith("hopper."):
         context = interpreted_kernels(monkeypatch)
     elif module == "gather":
-        context = jax.set_mesh(make_mesh(ConfigDict({"data": 1, "fsdp": 8, "tensor": 1})))
+        context = jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8)))
     with context:
         compare(*PAIRS[module][number])
 

@@ -6,12 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from terdit_jax.aot.collectives import mesh_axes, read_collectives, sent_bytes
 from terdit_jax.aot.program import activation_bytes
+from terdit_jax.config import MeshConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.fast.eight_bit import SAME
@@ -29,7 +29,7 @@ PATHS = {("attention", "qkv"): (2, 3, 16, 32), ("attention", "out"): (2, 1, 32, 
 
 
 def mesh_of(data, fsdp, tensor):
-    return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 
 def operands_of(codes, alphas, sinks):

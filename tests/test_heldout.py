@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, make_operands
@@ -44,7 +44,7 @@ def batch():
 @pytest.fixture(scope="module")
 def losses(params, batch):
     """Of the same records as batch 0, as batch 1 and as batch 0 again."""
-    config = base_config()
+    config = RunConfig()
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     loss = make_heldout_loss(config, MODEL, SCHEDULE, mesh, SCALE, PLAIN)
     return [float(loss(params, batch, jnp.int32(number))) for number in (0, 1, 0)]

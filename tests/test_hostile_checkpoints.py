@@ -10,7 +10,7 @@ import pytest
 
 from terdit_jax.checkpoints.best import BestCheckpoint
 from terdit_jax.checkpoints.reader import Checkpoints
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.resume import check_resumable, data_dir
@@ -130,7 +130,7 @@ def test_training_goes_on_from_no_such_run(workdir, field, value):
     run = Checkpoints(workdir).newest_run()
 
     def resume(workdir):
-        check_resumable(run, base_config(), "0" * 64, str(workdir))
+        check_resumable(run, RunConfig(), "0" * 64, str(workdir))
 
     refusal(resume, workdir)
     if not isinstance(value, str) and field != "data_fingerprint":

@@ -4,10 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from terdit_jax.config import MeshConfig
 from terdit_jax.fast import inference_pass
 from terdit_jax.fast.modes import Numerics
 from terdit_jax.inference.runtime import load_model
@@ -142,7 +142,7 @@ def artifact(tmp_path):
 def test_eight_devices_compute_what_one_does(artifact):
     path = artifact(small_config(depth=1))
     one = load_model(path, mode="exact")
-    eight = load_model(path, mode="exact", mesh=make_mesh(ConfigDict({"data": 8, "fsdp": 1, "tensor": 1})))
+    eight = load_model(path, mode="exact", mesh=make_mesh(MeshConfig(data=8, fsdp=1, tensor=1)))
     assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(eight.operands))
     assert_close(eight(*inputs(one.config)), one(*inputs(one.config)), 1e-5)
     labels = np.arange(8)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from terdit_jax.config import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.parallel import mesh as mesh_module
 from terdit_jax.parallel.mesh import AXES, fsdp_rings, make_mesh
@@ -67,7 +67,7 @@ def test_devices_without_coordinates_or_a_torus_form_one_ring():
 
 
 def config_of(data, fsdp, tensor, slices):
-    return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices})
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor, slices=slices)
 
 
 def pod(slices, *shape):

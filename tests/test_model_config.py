@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from terdit_jax.config import RULES, base_config
+from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, count_params, forward, make_operands
@@ -21,11 +21,12 @@ SIZES = {  # name: (hidden_size, depth, num_heads) of the published models
 
 
 def from_fields(**fields):
-    config = base_config()
-    sections = [config.model, config.compute, config.mesh]
-    for section in sections:
-        section.update({name: value for name, value in fields.items() if name in section})
-    assert all(any(name in section for section in sections) for name in fields)
+    config = RunConfig()
+    for section in ("model", "compute", "mesh"):
+        known = vars(getattr(config, section))
+        given = {name: fields.pop(name) for name in known if name in fields}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **given)})
+    assert not fields
     return DiTConfig.from_config(config)
 
 
@@ -82,8 +83,8 @@ POSITIVE = (
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *(({name: 0}, f"model.{name}=0: {RULES[f'model.{name}'].words}") for name in POSITIVE),
-        *(({name: -1}, f"model.{name}=-1: {RULES[f'model.{name}'].words}") for name in POSITIVE),
+        *(({name: 0}, f"model.{name}=0: {FIELDS[f'model.{name}'].rule.words}") for name in POSITIVE),
+        *(({name: -1}, f"model.{name}=-1: {FIELDS[f'model.{name}'].rule.words}") for name in POSITIVE),
         ({"num_kv_heads": -1}, "model.num_kv_heads=-1: must lie in [0, 4096]"),
         ({"patch_size": 3}, "model.input_size=32 is not divisible by model.patch_size=3"),
         ({"num_heads": 7}, "model.hidden_size=1536 is not divisible by model.num_heads=7"),

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from terdit_jax.config import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.fast.modes import MODES, Numerics, choose_numerics
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
@@ -70,7 +70,7 @@ def test_kernels_are_for_rows_that_they_can_cut():
 def test_modes_that_a_model_or_a_mesh_cannot_have(mode):
     with pytest.raises(UserError, match=f"mode {mode}: is of ternary models"):
         choose_numerics(mode, small_config(ternary=False), single_device_mesh())
-    cut = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    cut = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(UserError, match=f"mode {mode}: needs whole matrices .* fsdp=2, tensor=2"):
         choose_numerics(mode, small_config(), cut)
 

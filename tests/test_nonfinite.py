@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
-from terdit_jax.config import base_config
+from terdit_jax.config import ModelConfig, OptimizerConfig, RunConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.inference import picture_set
@@ -62,7 +62,7 @@ def poisoned(params, path, value):
 @pytest.fixture(scope="module")
 def trained():
     """A state, a function from (state, examples) to the next, and a held-out loss."""
-    config = base_config().optimizer
+    config = OptimizerConfig()
     optimizer, gradients = make_optimizer(config), jitted(MODEL)
     state = init_state(MODEL, optimizer, 0, random_params(MODEL))
 
@@ -138,8 +138,8 @@ def test_a_run_neither_saves_such_a_state_nor_ends_for_images(trained, caplog):
 @pytest.mark.parametrize(("path", "value"), [*POISONS[:2], *POISONS[4:8]])
 def test_checkpoints_are_read_by_nobody(tmp_path, path, value):
     """`sample`, `export` and `train.init_from` of a run, and what other software might have written into a file."""
-    config, data = base_config(), make_synthetic(MODEL.sample_shape, MODEL.num_classes).metadata
-    config.model.update({name: getattr(MODEL, name) for name in config.model if name != "num_kv_heads"})
+    model = ModelConfig(**{name: getattr(MODEL, name) for name in vars(ModelConfig()) if name != "num_kv_heads"})
+    config, data = RunConfig(model=model), make_synthetic(MODEL.sample_shape, MODEL.num_classes).metadata
     params = poisoned(random_params(MODEL), path, value)
     checkpoints = CheckpointWriter(tmp_path, config.checkpoint)
     checkpoints.save({"ema_params": jax.tree.map(jnp.asarray, params)}, describe_run(config, 3, data))
@@ -208,4 +208,4 @@ def test_a_set_is_not_finished_with_black_images(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scale", [-3, -1e-9, 1e38, 1e39, 1001, np.inf, np.nan])
 def test_guidance_that_overflows_or_is_none_is_refused(scale):
     with pytest.raises(UserError, match="cfg_scale=.*: give a number from 0 to 1000"):
-        check_settings({**base_config().sample, "cfg_scale": scale})
+        check_settings(SampleConfig(cfg_scale=scale))

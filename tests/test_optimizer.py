@@ -6,14 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import OptimizerConfig
 from terdit_jax.training.optimizer import ema_decay, learning_rate_schedule, make_optimizer
 
 
 def optimizer_config(**overrides):
-    config = base_config().optimizer
-    config.update(overrides)
-    return config
+    return OptimizerConfig(**overrides)
 
 
 def updates_of(config, params, gradients):
@@ -44,7 +42,7 @@ def test_updates_are_adamw():
 
 
 def test_defaults_are_the_published_recipe():
-    config = base_config().optimizer
+    config = OptimizerConfig()
     assert (config.b1, config.b2, config.eps, config.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
     assert (config.learning_rate, config.drop_learning_rate) == (5e-4, 1e-4)
     assert (config.clip_norm, config.ema_decay, config.ema_ramp) == (2.0, 0.9999, False)

@@ -7,7 +7,7 @@ import re
 from absl import flags
 import pytest
 
-from terdit_jax.config import PATHS, base_config
+from terdit_jax.config import FIELDS, PATHS
 from terdit_jax.errors import UserError
 from terdit_jax.paths import absolute, as_path, define_path, is_remote, local_path
 
@@ -91,11 +91,5 @@ def test_every_flag_that_names_a_place_is_one_of_define_path():
 
 def test_every_field_that_names_a_place_is_expanded():
     """A new field of text whose meaning is a folder shows up here: docs/configs.md and `PATHS` have to know it."""
-    text_fields = {
-        f"{section}.{name}"
-        for section, fields in base_config().items()
-        if hasattr(fields, "items")
-        for name, value in fields.items()
-        if value == ""
-    }
+    text_fields = {name for name, field in FIELDS.items() if field.default == ""}
     assert text_fields - set(PATHS) == {"train.compiler_options"}

@@ -1,14 +1,14 @@
 """The same numbers from a seed whatever JAX's settings say: 64-bit types, other generators, stricter promotion."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.evaluation.classifier import train_classifier
@@ -52,8 +52,8 @@ def as_bytes(tree):
 
 def test_training_programs():
     """State and dtypes from a fresh start, and what a step and a held-out loss compute, to the last operation."""
-    config, model, mesh, schedule = base_config(), small_config(depth=1), single_device_mesh(), linear_schedule()
-    config.train.batch_size, config.optimizer.ema_ramp, config.optimizer.drop_step = 4, True, 1
+    config = RunConfig().with_fields({"train.batch_size": 4, "optimizer.ema_ramp": True, "optimizer.drop_step": 1})
+    model, mesh, schedule = small_config(depth=1), single_device_mesh(), linear_schedule()
     optimizer, batch = make_optimizer(config.optimizer), records(model, 4)
 
     def programs():
@@ -110,7 +110,7 @@ def test_images_and_outputs(artifact):
 def test_sampling_programs(artifact, method, mode):
     def program():
         model = load_model(artifact, mode=mode)
-        settings = ConfigDict({**model.description.sample, "method": method, "cfg_t_max": 500})
+        settings = dataclasses.replace(model.description.sample, method=method, cfg_t_max=500)
         bind = partial(bind_schedule, model.config, model.numerics) if model.numerics else None
         draw = make_draw(model.config, settings, 0, bind)
         with pinned():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.training.resume import check_resumable, describe_run
@@ -27,14 +27,12 @@ FIXED = {
 
 
 def changed(**fields):
-    config = base_config()
-    config.update_from_flattened_dict(fields)
-    return config
+    return RunConfig().with_fields(fields)
 
 
 def saved_run():
     """As it comes back from the checkpoint's JSON."""
-    return json.loads(json.dumps(describe_run(base_config(), 120, DATA)))
+    return json.loads(json.dumps(describe_run(RunConfig(), 120, DATA)))
 
 
 def check(config, fingerprint=FINGERPRINT):
@@ -42,7 +40,7 @@ def check(config, fingerprint=FINGERPRINT):
 
 
 def value_of(field):
-    value = base_config().to_dict()
+    value = RunConfig().to_dict()
     for name in field.split("."):
         value = value[name]
     return value
@@ -51,12 +49,12 @@ def value_of(field):
 def test_a_saved_run_says_what_it_is():
     run = saved_run()
     assert (run["step"], run["seed"], run["data_fingerprint"]) == (120, 0, FINGERPRINT)
-    assert run["config"] == base_config().to_dict()
+    assert run["config"] == RunConfig().to_dict()
     assert (run["latent_scale"], run["codec"]) == (1.0, "none")
 
 
 def test_the_same_configuration_continues_silently():
-    assert check(base_config()) == []
+    assert check(RunConfig()) == []
 
 
 @pytest.mark.parametrize("field", FREE)
@@ -75,11 +73,11 @@ def test_a_fixed_field_is_refused_with_both_values(field):
 
 def test_every_field_of_the_model_is_fixed():
     """Spelled out as a rule, so that a field that is added to the model is fixed too."""
-    for name in base_config().model:
+    for name in vars(RunConfig().model):
         run = saved_run()
         run["config"]["model"][name] = "another"
         with pytest.raises(UserError, match=f"model.{name}='another'"):
-            check_resumable(run, base_config(), FINGERPRINT, "runs/a")
+            check_resumable(run, RunConfig(), FINGERPRINT, "runs/a")
 
 
 def test_all_free_changes_are_reported_one_line_each():
@@ -95,7 +93,7 @@ def test_a_fixed_field_is_refused_beside_free_ones():
 def test_another_data_set_is_refused():
     other = "f" * 64
     with pytest.raises(UserError, match=f"(?s){FINGERPRINT[:24]}.*{other[:24]}") as caught:
-        check(base_config(), other)
+        check(RunConfig(), other)
     assert "runs/a" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -103,4 +101,4 @@ def test_a_field_that_one_side_lacks_is_refused_if_it_is_fixed():
     run = saved_run()
     del run["config"]["model"]["qk_norm"]
     with pytest.raises(UserError, match="model.qk_norm=None, not True"):
-        check_resumable(run, base_config(), FINGERPRINT, "runs/a")
+        check_resumable(run, RunConfig(), FINGERPRINT, "runs/a")

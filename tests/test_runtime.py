@@ -7,11 +7,11 @@ import re
 import jax
 from jax import Array
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 import terdit_jax
+from terdit_jax.config import MeshConfig
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps
@@ -120,7 +120,7 @@ def test_a_full_precision_model_holds_its_matrices_in_the_activations_dtype(expo
 def test_a_mesh_changes_nothing_but_the_place(exported):
     path = exported(random_weights(small_config(hidden_size=64, depth=1, num_heads=4, num_kv_heads=2)))
     one = load_model(path)
-    many = load_model(path, mesh=make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2})))
+    many = load_model(path, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(one.operands))
     assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(many.operands))
     packed = [leaf for leaf in jax.tree.leaves(many.operands) if leaf.dtype == jnp.uint8]
@@ -135,7 +135,7 @@ def test_a_mesh_changes_nothing_but_the_place(exported):
 def test_a_mesh_that_does_not_divide_the_model_is_one_line(exported):
     path = exported(random_weights(small_config(num_heads=2)))
     with pytest.raises(UserError, match="mesh axis tensor=8 does not divide the 2 kv heads") as caught:
-        load_model(path, mesh=make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 8})))
+        load_model(path, mesh=make_mesh(MeshConfig(data=1, fsdp=1, tensor=8)))
     assert "\n" not in str(caught.value)
 
 

@@ -1,11 +1,12 @@
 """Sampling: pictures that neither batch nor mesh changes."""
 
+import dataclasses
+
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import MeshConfig, SampleConfig
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.model.transformer import init_params, packed_operands
@@ -14,7 +15,7 @@ from tests.golden_models import assert_close, random_params, tiny_config
 
 
 def mesh_of(data, fsdp, tensor):
-    return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,7 @@ def model():
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
     params["final_layer"]["linear"]["weight"] += 0.05
     params["blocks"]["adaLN_modulation"]["bias"] += 0.1
-    settings = base_config().sample
-    settings.update({"num_steps": 4, "cfg_scale": 2.0})
-    return config, params, settings
+    return config, params, SampleConfig(num_steps=4, cfg_scale=2.0)
 
 
 def draw(model, mesh, labels, batch_size, seed=0):
@@ -53,7 +52,7 @@ def test_batch_and_mesh_change_no_picture(model):
 def test_part_of_a_set_is_that_part_of_it():
     """Stochastic solver, guidance in an interval: picture i starts from, and is disturbed by, noise of its index."""
     config = tiny_config(depth=1, hidden_size=32, num_heads=2, ffn_multiple_of=32)
-    settings = ConfigDict({**base_config().sample, "method": "dpmpp_2m_sde", "num_steps": 4, "cfg_t_min": 500})
+    settings = SampleConfig(method="dpmpp_2m_sde", num_steps=4, cfg_t_min=500)
     operands, mesh, labels = (
         packed_operands(config, random_params(config)),
         single_device_mesh(),
@@ -63,7 +62,7 @@ def test_part_of_a_set_is_that_part_of_it():
     common = {"mesh": mesh, "batch_size": 4, "report": lambda done: None}
     whole = draw_all(draw_in_interval, operands, labels, **common)
     assert_close(draw_all(draw_in_interval, operands, labels[5:], first=5, **common), whole[5:], 1e-4)
-    always = draw_all(make_draw(config, ConfigDict({**settings, "cfg_t_min": 0}), 0), operands, labels, **common)
+    always = draw_all(make_draw(config, dataclasses.replace(settings, cfg_t_min=0), 0), operands, labels, **common)
     assert np.abs(always - whole).max() > 1e-3 * np.abs(whole).max()
 
 
@@ -79,4 +78,4 @@ def test_part_of_a_set_is_that_part_of_it():
 )
 def test_settings_that_no_sampler_can_follow(field, value, message):
     with pytest.raises(UserError, match=message):
-        check_settings({**base_config().sample, field: value})
+        check_settings(SampleConfig(**{field: value}))

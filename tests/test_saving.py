@@ -12,7 +12,7 @@ import pytest
 from terdit_jax.checkpoints import disk
 from terdit_jax.checkpoints.manifest import find_damage
 from terdit_jax.checkpoints.reader import Checkpoints
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.training import run
 from tests.faults.damages import flip
@@ -198,7 +198,7 @@ def put_garbage(path):
 @pytest.mark.parametrize(("spoil", "lines"), [(put_a_folder, 1), (put_garbage, 0)])
 def test_a_config_file_that_cannot_be_written_costs_a_line(tmp_path, caplog, spoil, lines):
     spoil(tmp_path / "config.json")
-    run._write_config(SimpleNamespace(workdir=tmp_path, config=base_config()))
+    run._write_config(SimpleNamespace(workdir=tmp_path, config=RunConfig()))
     assert len(loud_lines(caplog)) == lines == caplog.text.count("config.json cannot be written: Is a directory")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.training.setup import set_up
 from tests.runs import SHRUNKEN, execute, prepare_digits, train_arguments
@@ -17,13 +17,11 @@ def digits(tmp_path_factory):
 
 
 def digits_config(digits, **overrides):
-    config = base_config()
     fields = {
         "model.input_size": 8, "model.in_channels": 1, "model.patch_size": 4, "model.num_heads": 4,
         "model.num_classes": 10, "data.horizontal_flip": False, "data.dir": str(digits), **SHRUNKEN,
     }  # fmt: skip
-    config.update_from_flattened_dict({**fields, **{k.replace("__", "."): v for k, v in overrides.items()}})
-    return config
+    return RunConfig().with_fields({**fields, **{k.replace("__", "."): v for k, v in overrides.items()}})
 
 
 def test_a_sound_configuration_is_taken_and_nothing_written(digits, tmp_path):

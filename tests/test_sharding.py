@@ -4,12 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import MeshConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.fast.plan import choose_plan
@@ -30,7 +29,7 @@ BATCH = 16
 
 
 def mesh_of(data, fsdp, tensor):
-    return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 
 def stored_batch(step):
@@ -165,13 +164,10 @@ def test_a_width_that_does_not_divide_is_refused():
     ],
 )
 def test_meshes_that_do_not_multiply_out_are_refused(sizes, message):
-    config = base_config().mesh
-    config.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     with pytest.raises(UserError, match=message):
         mesh_shape(config, 8)
 
 
 def test_minus_one_takes_the_rest():
-    config = base_config().mesh
-    config.update({"data": 2, "fsdp": -1, "tensor": 2})
-    assert mesh_shape(config, 8) == (2, 2, 2)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (2, 2, 2)

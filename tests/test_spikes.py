@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import OptimizerConfig
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.spikes import empty_spikes, judge_loss
 from terdit_jax.training.state import init_state
@@ -17,7 +16,7 @@ from tests.golden_models import random_params, tiny_config
 
 def judged(losses, sigma=4.0, window=10, spikes=None):
     """Which losses are spikes, and the statistics behind the last."""
-    config = ConfigDict({"spike_sigma": sigma, "spike_window": window})
+    config = OptimizerConfig(spike_sigma=sigma, spike_window=window)
     judge = jax.jit(lambda spikes, loss: judge_loss(config, spikes, loss))
     spikes, found = spikes or empty_spikes(), []
     for loss in losses:
@@ -70,8 +69,7 @@ def test_a_loss_that_is_not_finite_is_left_to_the_other_guard(loss):
 
 def test_a_spike_teaches_nothing_but_is_logged():
     model = tiny_config(depth=1, hidden_size=32)
-    config = base_config().optimizer
-    config.update(spike_sigma=4.0, spike_window=10)
+    config = OptimizerConfig(spike_sigma=4.0, spike_window=10)
     optimizer = make_optimizer(config)
     _, spikes = judged(noise(30))
     state = init_state(model, optimizer, 0, random_params(model)) | {"spikes": spikes}

@@ -1,11 +1,11 @@
 """A training state made from given weights: sharded, complete, and with the codes of those weights in its window."""
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
 
+from terdit_jax.config import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import start_params
@@ -17,7 +17,7 @@ from tests.golden_models import random_params
 
 
 def test_given_parameters_start_a_sharded_state():
-    model, mesh = small_config(num_heads=4), make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    model, mesh = small_config(num_heads=4), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = jax.tree.map(np.asarray, random_params(model))
     state = make_state(model, optax.adam(1e-3), mesh, 0, params)
     for name in ("params", "ema_params"):

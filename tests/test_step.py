@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.config import base_config
+from terdit_jax.config import OptimizerConfig
 from terdit_jax.diffusion.loss import q_sample
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.fast.plan import FastPlan
@@ -31,9 +31,7 @@ SCHEDULE = linear_schedule()
 
 
 def optimizer_config(**overrides):
-    config = base_config().optimizer
-    config.update(overrides)
-    return config
+    return OptimizerConfig(**overrides)
 
 
 def jitted(model, accumulation_steps=1, plan=PLAIN):

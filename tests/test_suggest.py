@@ -4,7 +4,7 @@ import pytest
 
 from terdit_jax.aot.suggest import describe_suggestions, find_candidates, suggest
 from terdit_jax.aot.topology import parse_topology
-from terdit_jax.config import base_config
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 from tests.runs import SHRUNKEN
 from tests.test_compile import shipped
@@ -45,15 +45,13 @@ def test_what_is_compiled_is_ranked_by_what_the_compiler_says():
     tried = []
 
     def compile_one(config):
-        tried.append((dict(config.mesh), config.compute.remat, config.train.accumulation_steps))
+        tried.append((vars(config.mesh), config.compute.remat, config.train.accumulation_steps))
         taken = next(seconds)
         if taken is None:
             raise UserError("digits does not fit")
         return report(taken)
 
-    config = shrunken()
-    result = suggest(config, parse_topology("v5e:2x4"), compile_one, tries=4)
-    assert config.to_json() == shrunken().to_json(), "it is left alone"
+    result = suggest(shrunken(), parse_topology("v5e:2x4"), compile_one, tries=4)
     assert len(set(map(str, tried))) == 4
     assert [row.get("in_turn") for row in result["tried"]] == [1.0, 2.0, 3.0, None]
     assert [row["fits"] for row in result["tried"]] == [True, True, True, False]
@@ -62,9 +60,7 @@ def test_what_is_compiled_is_ranked_by_what_the_compiler_says():
 
 
 def large(**fields):
-    config = base_config()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-    return config
+    return RunConfig().with_fields({name.replace("__", "."): value for name, value in fields.items()})
 
 
 @pytest.mark.parametrize(

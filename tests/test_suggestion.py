@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from terdit_jax.config import validate
+from terdit_jax.config import freeze
 from terdit_jax.data.schema import Metadata, Shard, Split
 from terdit_jax.data.suggestion import choose_patch_size, remark, training_command
 from terdit_jax.model.config import DiTConfig
@@ -47,8 +47,8 @@ def config_of(words: list[str]):
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 28, 31, 32, 33, 48, 64, 97, 100, 251, 256, 512])
 def test_the_suggested_configuration_is_one_and_fits_the_data(size, classes, mirror, codec):
     channels = 3 if codec == "none" else 4
-    config = config_of(training_command(metadata(size, channels, classes, codec, mirror=mirror), "data/x"))
-    validate(config)
+    words = training_command(metadata(size, channels, classes, codec, mirror=mirror), "data/x")
+    config = freeze(config_of(words))
     model = DiTConfig.from_config(config)
     assert model.sample_shape == (size, size, channels) and model.num_classes == classes
     assert model.num_tokens <= 4096

@@ -56,7 +56,7 @@ def test_a_workdir_gives_its_raw_or_averaged_weights_of_a_step(workdir, ema, ste
     weights = open_weights(path, ema=ema, step=step)
     description = weights.description
     assert (description.name, description.step, description.ema, weights.masters) == ("tiny", found, ema, True)
-    assert description.sample["num_steps"] == 5 and weights.model == description.model
+    assert description.sample.num_steps == 5 and weights.model == description.model
     tree = tree_of(weights)
     jax.tree.map(np.testing.assert_array_equal, tree, saved[found][ema])
     assert [path for path, _ in weights.leaves()] == [leaf.path for leaf in model_leaves(weights.model)]

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from terdit_jax.aot.topology import Topology
-from terdit_jax.config import validate
+from terdit_jax.config import RunConfig
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
@@ -55,7 +54,7 @@ class Program:
     """
 
     what: str
-    config: ConfigDict
+    config: RunConfig
     model: DiTConfig
     mesh: Mesh
     plan: Plan
@@ -68,13 +67,13 @@ class Program:
     compiler_options: Options = dataclasses.field(default_factory=dict)
 
 
-def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> Program:
+def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]) -> Program:
     """The training step of a run on the machine.
 
     Raises:
       UserError: a configuration that is not sound, or that the machine does not divide.
     """
-    model, mesh = _prepare(config, topology, devices)
+    config, model, mesh = _prepare(config, topology, devices)
     check_division(config, model, mesh)
     options = compiler_options(config, mesh)
     check_options(options, devices[0])
@@ -106,7 +105,7 @@ def lower_train(config: ConfigDict, topology: Topology, devices: list[jax.Device
 
 
 def lower_sample(
-    config: ConfigDict, topology: Topology, devices: list[jax.Device], mode: str, batch_size: int
+    config: RunConfig, topology: Topology, devices: list[jax.Device], mode: str, batch_size: int
 ) -> Program:
     """The drawing of `batch_size` images a chip with the run's `config.sample`, every chip with the whole model.
 
@@ -115,8 +114,8 @@ def lower_sample(
     Raises:
       UserError: a configuration that is not sound, or a mode that the model cannot have.
     """
-    config.mesh.update(data=len(devices), fsdp=1, tensor=1)
-    model, mesh = _prepare(config, topology, devices)
+    config = config.with_fields({"mesh.data": len(devices), "mesh.fsdp": 1, "mesh.tensor": 1})
+    config, model, mesh = _prepare(config, topology, devices)
     model = dataclasses.replace(model, remat="none", layers="scanned")
     numerics = choose_numerics(mode, model, mesh)
     operands = jax.eval_shape(lambda params: packed_operands(model, params), abstract_params(model))
@@ -137,18 +136,17 @@ def lower_sample(
     return Program("sample", config, model, mesh, plan, lowered, held, images, steps, flops, mode)
 
 
-def _prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> tuple[DiTConfig, Mesh]:
-    validate(config)
+def _prepare(config: RunConfig, topology: Topology, devices: list[jax.Device]) -> tuple[RunConfig, DiTConfig, Mesh]:
     if config.compute.attention == "auto":
         # cuDNN's attention can only be compiled where cuDNN and a GPU are.
-        config.compute.attention = "xla"
-    config.compute.passes = "xla"  # kernels are compiled on the GPU itself
+        config = config.with_fields({"compute.attention": "xla"})
+    config = config.with_fields({"compute.passes": "xla"})  # kernels are compiled on the GPU itself
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh, devices)
     check_heads(model.num_kv_heads, mesh)
     if topology.is_gpu and config.compute.attention == "cudnn":
         raise UserError("config.compute.attention='cudnn' cannot be compiled without a GPU: give auto or xla")
-    return model, mesh
+    return config, model, mesh
 
 
 def chip_bytes(tree: Any) -> int:

@@ -11,10 +11,10 @@ import math
 
 import jax
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
 from terdit_jax.aot.program import activation_bytes, chip_bytes
 from terdit_jax.aot.topology import Topology
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
@@ -40,17 +40,14 @@ class Candidate:
     memory: float
     seconds: float
 
-    def apply(self, config: ConfigDict) -> ConfigDict:
+    def apply(self, config: RunConfig) -> RunConfig:
         """A copy of the configuration that runs this way."""
-        config = config.copy_and_resolve_references()
-        for axis, size in zip(AXES, self.mesh, strict=True):
-            config.mesh[axis] = size
-        config.compute.remat, config.train.accumulation_steps = self.remat, self.accumulation
-        return config
+        sizes = {f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)}
+        return config.with_fields({**sizes, "compute.remat": self.remat, "train.accumulation_steps": self.accumulation})
 
 
-def suggest(config: ConfigDict, topology: Topology, compile_one: Callable[[ConfigDict], dict], tries: int) -> dict:
-    """Compiles the `tries` most promising candidates; the configuration stays as it is.
+def suggest(config: RunConfig, topology: Topology, compile_one: Callable[[RunConfig], dict], tries: int) -> dict:
+    """Compiles the `tries` most promising candidates.
 
     Args:
       compile_one: makes the report of a configuration, or raises UserError where it does not fit.
@@ -90,7 +87,7 @@ def suggest(config: ConfigDict, topology: Topology, compile_one: Callable[[Confi
     }
 
 
-def find_candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
+def find_candidates(config: RunConfig, topology: Topology) -> Iterator[Candidate]:
     """Everything that divides, with its estimates."""
     model = DiTConfig.from_config(config)
     activations = {remat: activation_bytes(dataclasses.replace(model, remat=remat)) for remat in REMATS}
@@ -121,7 +118,7 @@ def _meshes(num_chips: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _memory(
-    config: ConfigDict, candidate: Candidate, mesh: AbstractMesh, params: dict, activations: dict[str, int], depth: int
+    config: RunConfig, candidate: Candidate, mesh: AbstractMesh, params: dict, activations: dict[str, int], depth: int
 ) -> float:
     """State, gradients, what a microbatch saves, and one layer at work."""
     tensor = candidate.mesh[2]
@@ -133,7 +130,7 @@ def _memory(
     return _STATE_COPIES * chip_bytes(params) + gradients + images * activations[candidate.remat] + layer
 
 
-def _seconds(config: ConfigDict, candidate: Candidate, topology: Topology, model: DiTConfig, params: dict) -> float:
+def _seconds(config: RunConfig, candidate: Candidate, topology: Topology, model: DiTConfig, params: dict) -> float:
     """Arithmetic at its peak, then what the axes send at the bandwidth that their share of the machine has."""
     data, fsdp, tensor = candidate.mesh
     passes = {"none": 3, "dots": 3, "block": 4}[candidate.remat]
@@ -162,7 +159,7 @@ def _bandwidth(topology: Topology, size: int) -> float:
     return max(chip.port_bandwidth, whole * math.log2(size) / math.log2(topology.num_chips))
 
 
-def _try(candidate: Candidate, config: ConfigDict, compile_one: Callable[[ConfigDict], dict]) -> dict:
+def _try(candidate: Candidate, config: RunConfig, compile_one: Callable[[RunConfig], dict]) -> dict:
     row = {
         "mesh": dict(zip(AXES, candidate.mesh, strict=True)),
         "remat": candidate.remat,

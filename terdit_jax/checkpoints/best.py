@@ -11,10 +11,10 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
+from terdit_jax.config import CheckpointConfig
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import is_number
 
@@ -40,7 +40,7 @@ class BestCheckpoint:
 
     def __init__(self, workdir: epath.PathLike, start_step: int):
         """Opens it for a run that goes on from `start_step`; what a lost continuation found later is dropped."""
-        keep = ConfigDict({"keep": 2, "keep_every": 0})
+        keep = CheckpointConfig(keep=2)
         self._checkpoints = CheckpointWriter(epath.Path(workdir) / FOLDER, keep)
         self._checkpoints.delete_after(start_step)
         run = self._checkpoints.newest_run()

@@ -14,12 +14,12 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
 from terdit_jax.checkpoints import disk
 from terdit_jax.checkpoints.manifest import write_manifest
 from terdit_jax.checkpoints.reader import ITEMS, RUN, Checkpoints, is_half_written
+from terdit_jax.config import CheckpointConfig
 from terdit_jax.errors import UserError
 from terdit_jax.files import set_aside
 
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 64 << 20
 class CheckpointWriter(Checkpoints):
     """The checkpoints of the run that writes them."""
 
-    def __init__(self, workdir: epath.PathLike, checkpoint: ConfigDict):
+    def __init__(self, workdir: epath.PathLike, checkpoint: CheckpointConfig):
         """Opens `workdir`/checkpoints, and clears what a killed save left in it.
 
         Args:

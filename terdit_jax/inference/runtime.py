@@ -14,9 +14,9 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.config import SampleConfig
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
@@ -128,8 +128,9 @@ class Denoiser:
             "num_steps": num_steps, "cfg_scale": cfg_scale, "method": method, "spacing": spacing,
             "cfg_t_min": cfg_t_min, "cfg_t_max": cfg_t_max,
         }  # fmt: skip
-        settings = {**self.description.sample, **{name: value for name, value in given.items() if value is not None}}
-        draw = _cached_draw(self.config, self.plan, self.numerics, tuple(sorted(settings.items())), seed)
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        settings = dataclasses.replace(self.description.sample, **changes)
+        draw = _cached_draw(self.config, self.plan, self.numerics, settings, seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
         return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
@@ -143,12 +144,10 @@ class Denoiser:
 
 
 @lru_cache(maxsize=16)
-def _cached_draw(
-    config: DiTConfig, plan: Plan, numerics: Numerics | None, settings: tuple[tuple[str, Any], ...], seed: int
-) -> Draw:
+def _cached_draw(config: DiTConfig, plan: Plan, numerics: Numerics | None, settings: SampleConfig, seed: int) -> Draw:
     """As `make_draw`; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
-    return make_draw(config, ConfigDict(dict(settings)), seed, bind, compiler_options(numerics), plan.run_blocks)
+    return make_draw(config, settings, seed, bind, compiler_options(numerics), plan.run_blocks)
 
 
 @lru_cache(maxsize=16)

@@ -3,19 +3,17 @@
 Where the weights come from is `runtime`'s, what pictures look like on disk `pictures`'s.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 import numpy as np
 
 from terdit_jax.batches import in_flight
-from terdit_jax.config import base_config
+from terdit_jax.config import SampleConfig
 from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
 from terdit_jax.diffusion.sampler import METHODS, sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace
@@ -40,7 +38,7 @@ Bind = Callable[[dict, np.ndarray, Array], ConditionalDenoise]
 
 def make_draw(
     model: DiTConfig,
-    settings: ConfigDict,
+    settings: SampleConfig,
     seed: int,
     bind: Bind | None = None,
     compiler_options: Options | None = None,
@@ -53,7 +51,7 @@ def make_draw(
 
     Args:
       model: the architecture.
-      settings: as `config.sample`; a field that older files lack has its default.
+      settings: a run's `config.sample`.
       seed: of all noise.
       bind: makes the network, as `inference_pass.bind_schedule`; `model.transformer.forward` if left out.
       compiler_options: of `modes.compiler_options`.
@@ -62,7 +60,6 @@ def make_draw(
     Raises:
       UserError: settings that the sampler does not know.
     """
-    settings = ConfigDict({**base_config().sample, **settings})
     check_settings(settings)
     full = linear_schedule(NUM_TIMESTEPS)
     timesteps = choose_timesteps(full, settings.num_steps, settings.spacing, settings.method)
@@ -89,18 +86,21 @@ def make_draw(
     return draw
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: SampleConfig) -> None:
     """Raises UserError naming the first field, as of `config.sample`, that no sampler can follow."""
-    for field, known in (("method", METHODS), ("spacing", ("auto", *SPACINGS))):
-        if settings[field] not in known:
-            raise UserError(f"{settings[field]!r} is no {field} of a sampler: give one of {', '.join(known)}")
-    low, high = settings["cfg_t_min"], settings["cfg_t_max"]
+    for field, value, known in (
+        ("method", settings.method, METHODS),
+        ("spacing", settings.spacing, ("auto", *SPACINGS)),
+    ):
+        if value not in known:
+            raise UserError(f"{value!r} is no {field} of a sampler: give one of {', '.join(known)}")
+    low, high = settings.cfg_t_min, settings.cfg_t_max
     if not 0 <= low < high <= NUM_TIMESTEPS:
         raise UserError(f"guidance from timestep {low} to {high}: give 0 <= cfg_t_min < cfg_t_max <= {NUM_TIMESTEPS}")
-    if not 1 <= settings["num_steps"] <= NUM_TIMESTEPS:
-        raise UserError(f"{settings['num_steps']} timesteps: give 1 to {NUM_TIMESTEPS}")
-    if not 0 <= settings["cfg_scale"] <= MAX_CFG_SCALE:
-        raise UserError(f"cfg_scale={settings['cfg_scale']}: give a number from 0 to {MAX_CFG_SCALE}")
+    if not 1 <= settings.num_steps <= NUM_TIMESTEPS:
+        raise UserError(f"{settings.num_steps} timesteps: give 1 to {NUM_TIMESTEPS}")
+    if not 0 <= settings.cfg_scale <= MAX_CFG_SCALE:
+        raise UserError(f"cfg_scale={settings.cfg_scale}: give a number from 0 to {MAX_CFG_SCALE}")
 
 
 def draw_all(

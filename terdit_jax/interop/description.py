@@ -7,12 +7,11 @@ Every file that we write carries one, as JSON; for checkpoints published without
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
 import numpy as np
 
-from terdit_jax.config import base_config
+from terdit_jax.config import ModelConfig, RunConfig, SampleConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import Layout
 from terdit_jax.model.config import DiTConfig
@@ -32,6 +31,8 @@ _MAX_EXACT = 1 << 53  # integers up to here are floats without rounding
 _MAX_SIZE = 1 << 20  # no field comes near it; beyond it arithmetic on shapes would be an attack
 _MAX_TOKENS = 1 << 16  # images of 4096 px; as many positions are tabulated
 
+_Section = TypeVar("_Section", ModelConfig, SampleConfig)
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
@@ -43,7 +44,7 @@ class Description:
     step: optimizer steps trained, if known.
     codec: what made the latents, "none" where the model draws pixels.
     latent_scale: what training multiplied latents by.
-    sample: the run's settings for drawing, the fields of `config.sample`.
+    sample: the run's settings for drawing.
     provenance: where it comes from, in words.
     """
 
@@ -53,14 +54,16 @@ class Description:
     step: int | None
     codec: str
     latent_scale: float
-    sample: Mapping[str, Any]
+    sample: SampleConfig
     provenance: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        model = {name: getattr(self.model, name) for name in base_config().model}
-        return fields | {"model": model, "sample": dict(self.sample), "provenance": dict(self.provenance)}
+        names = sorted(field.name for field in dataclasses.fields(ModelConfig))
+        model = {name: getattr(self.model, name) for name in names}
+        sample = dict(sorted(vars(self.sample).items()))
+        return fields | {"model": model, "sample": sample, "provenance": dict(self.provenance)}
 
     @classmethod
     def from_dict(cls, fields: object, source: str) -> "Description":
@@ -85,23 +88,20 @@ class Description:
             raise UserError(f"{source}: description.step={short(fields['step'])} must not be negative")
         if not all(isinstance(value, str) for value in fields["provenance"].values()):
             raise UserError(f"{source}: description.provenance must hold text only")
-        config = base_config()
-        _update(config.model, fields["model"], f"{source}: description.model", complete=True)
-        _update(config.sample, fields["sample"], f"{source}: description.sample", complete=False)
+        described = _parse(ModelConfig, fields["model"], f"{source}: description.model", complete=True)
+        sample = _parse(SampleConfig, fields["sample"], f"{source}: description.sample", complete=False)
         try:
-            model = architecture(config)
+            model = architecture(described)
         except UserError as error:
             raise UserError(f"{source}: its description makes no model: {str(error)[:200]}") from error
         if model.num_tokens > _MAX_TOKENS:
             raise UserError(f"{source}: description.model.input_size={model.input_size} is too large")
-        return cls(**fields | {"model": model, "sample": config.sample.to_dict()})
+        return cls(**fields | {"model": model, "sample": sample})
 
 
-def architecture(config: ConfigDict) -> DiTConfig:
-    """The model of a configuration with `compute` at its defaults, so that equal models compare equal."""
-    plain = base_config()
-    plain.model.update(config.model)
-    return DiTConfig.from_config(plain)
+def architecture(model: ModelConfig) -> DiTConfig:
+    """The model with `compute` at its defaults, so that equal models compare equal."""
+    return DiTConfig.from_config(RunConfig(model=model))
 
 
 def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
@@ -110,7 +110,6 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
     Raises:
       UserError: as `Description.from_dict`.
     """
-    defaults = base_config()
     with reading(f"{source}: its newest checkpoint does not describe a run"):
         config = run["config"]
         fingerprint, seed = run["data_fingerprint"], run["seed"]
@@ -118,12 +117,12 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
             raise ValueError(f"its data fingerprint is {short(fingerprint)}, its seed {short(seed)}")
         fields = {
             "name": config["name"],
-            "model": {**defaults.model, **config["model"]},
+            "model": {**vars(ModelConfig()), **config["model"]},
             "ema": ema,
             "step": run["step"],
             "codec": run["codec"],
             "latent_scale": run["latent_scale"],
-            "sample": {**defaults.sample, **config["sample"]},
+            "sample": {**vars(SampleConfig()), **config["sample"]},
             "provenance": {"data_fingerprint": fingerprint, "seed": str(seed)},
         }
     return Description.from_dict(fields, source)
@@ -152,20 +151,21 @@ def describe_published(layout: Layout, model_args: Mapping[str, Any], ema: bool,
     image_size, vae = model_args.get("image_size", 256), model_args.get("vae", "ema")
     if not is_count(image_size, 1, _MAX_SIZE - 1) or vae not in VAES:
         raise UserError(f"{source}: model_args has image_size={short(image_size)}, vae={short(vae)}")
-    config = base_config()
-    config.model.update(
-        {name: facts[name] for name in ("ternary", "hidden_size", "depth", "num_classes", "qk_norm", "adaln_rms_norm")}
+    told = ("ternary", "hidden_size", "depth", "num_classes", "qk_norm", "adaln_rms_norm")
+    model = ModelConfig(
+        **{name: facts[name] for name in told},
+        input_size=image_size // SD_DOWNSAMPLING,
+        num_heads=PUBLISHED_HEADS,
+        num_kv_heads=facts["kv_width"] * PUBLISHED_HEADS // facts["hidden_size"],
     )
-    config.model.update({"input_size": image_size // SD_DOWNSAMPLING, "num_heads": PUBLISHED_HEADS})
-    config.model.num_kv_heads = facts["kv_width"] * PUBLISHED_HEADS // facts["hidden_size"]
     return Description(
         name=names[0],
-        model=architecture(config),
+        model=architecture(model),
         ema=ema,
         step=None,
         codec=f"sd-vae-ft-{vae}",
         latent_scale=SD_LATENT_SCALE,
-        sample=config.sample.to_dict(),
+        sample=SampleConfig(),
         provenance={"source": "a checkpoint in the published layout"},
     )
 
@@ -235,20 +235,23 @@ def _rows(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
     return shape[0] * (4 if dtype == np.uint8 else 1)
 
 
-def _update(config: ConfigDict, fields: Mapping[str, Any], source: str, *, complete: bool) -> None:
-    """Untrusted fields into a section that knows their names and types."""
-    if unknown := sorted(map(str, fields.keys() - config.keys())):
+def _parse(kind: type[_Section], fields: Mapping[str, Any], source: str, *, complete: bool) -> _Section:
+    """The section of a configuration that untrusted fields describe."""
+    known = vars(kind())
+    if unknown := sorted(map(str, fields.keys() - known.keys())):
         raise UserError(f"{source} has the unknown field {short(unknown[0])}: a newer version may be needed")
-    if complete and (missing := sorted(config.keys() - fields.keys())):
+    if complete and (missing := sorted(known.keys() - fields.keys())):
         raise UserError(f"{source} lacks {missing[0]}")
+    values = {}
     for name, value in fields.items():
-        as_float = type(value) is int and type(config[name]) is float and abs(value) < _MAX_EXACT
-        same_kind = type(value) is type(config[name]) or as_float
+        as_float = type(value) is int and type(known[name]) is float and abs(value) < _MAX_EXACT
+        same_kind = type(value) is type(known[name]) or as_float
         if not same_kind or _is_long(value) or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{source}.{name}={short(value)} is of the wrong type or too long")
         if type(value) is int and abs(value) >= _MAX_SIZE:
             raise UserError(f"{source}.{name}={short(value)} is too large")
-        config[name] = value
+        values[name] = type(known[name])(value)
+    return kind(**values)
 
 
 def _is_long(value: object) -> bool:

@@ -7,9 +7,8 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from terdit_jax.config import RULES, check
+from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.errors import UserError
 
 MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this
@@ -18,7 +17,7 @@ MAX_PARAMS = 10**13  # more than any machine trains: beyond it, not even shapes 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """A TerDiT (`ternary`) or Large-DiT. Field meanings and defaults: `terdit_jax.config.base_config`."""
+    """A TerDiT (`ternary`) or Large-DiT. Field meanings and defaults: `terdit_jax.config`."""
 
     ternary: bool
     input_size: int
@@ -46,19 +45,19 @@ class DiTConfig:
     plan: str = "auto"
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> "DiTConfig":
+    def from_config(cls, config: RunConfig) -> "DiTConfig":
         """From a run's configuration. Raises UserError for values that make no model."""
-        fields = {**config.model, **config.compute, "gather": config.mesh.gather}
+        fields = {**vars(config.model), **vars(config.compute), "gather": config.mesh.gather}
         fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
         model = cls(**fields)
         model._check()
         return model
 
     def _check(self) -> None:
-        for field in RULES:
-            section, _, name = field.rpartition(".")
-            if section in ("model", "compute") or field == "mesh.gather":
-                check(field, getattr(self, name))
+        for name, field in FIELDS.items():
+            section, _, short = name.rpartition(".")
+            if section in ("model", "compute") or name == "mesh.gather":
+                field.check(getattr(self, short), name)
         _require(
             self.input_size % self.patch_size == 0,
             f"model.input_size={self.input_size} is not divisible by model.patch_size={self.patch_size}",

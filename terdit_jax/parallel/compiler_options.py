@@ -6,8 +6,8 @@ compiled for a machine that is not here is the one that runs there.
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
-from ml_collections import ConfigDict
 
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
 
 Options = dict[str, bool | str]
@@ -43,7 +43,7 @@ _ALWAYS: dict[str, Options] = {
 }
 
 
-def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
+def compiler_options(config: RunConfig, mesh: Mesh) -> Options:
     """The options that a run's step is compiled with, names without dashes; the run's own override the others.
 
     Raises:

@@ -9,23 +9,23 @@ import math
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
 import numpy as np
 
+from terdit_jax.config import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.processes import check_devices
 
 AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
+def mesh_shape(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     """The sizes of (data, fsdp, tensor), with one -1 replaced by what the others leave.
 
     Raises:
       UserError: sizes that are not positive, more than one -1, a product that is not the number of devices, or slices
         that do not divide `data`.
     """
-    sizes = [mesh[axis] for axis in AXES]
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh ({written}): every axis takes a positive size, and at most one takes -1 (the rest)")
@@ -34,14 +34,13 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int, int]:
         sizes[sizes.index(-1)] = num_devices // known
     if math.prod(sizes) != num_devices:
         raise UserError(f"mesh ({written}) does not multiply out to the {num_devices} devices there are")
-    slices = mesh.get("slices", 1)
-    if slices < 1 or sizes[0] % slices:
-        raise UserError(f"config.mesh.slices={slices} must divide mesh axis data={sizes[0]}: slices share its batch")
     data, fsdp, tensor = sizes
+    if mesh.slices < 1 or data % mesh.slices:
+        raise UserError(f"config.mesh.slices={mesh.slices} must divide mesh axis data={data}: slices share its batch")
     return data, fsdp, tensor
 
 
-def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices of all processes, or of those given.
 
     Slices (`mesh.slices`) follow each other along `data`, outside, and every other axis lies within one: what crosses
@@ -54,7 +53,7 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
         check_devices()
         devices = jax.devices()
     data, *within = mesh_shape(mesh, len(devices))
-    slices = _slices(devices, mesh.get("slices", 1))
+    slices = _slices(devices, mesh.slices)
     # A torus whose dimensions the axes do not follow is split: 256 by 8 chips lie on 8 x 16 x 16 only so.
     grids = [
         mesh_utils.create_device_mesh((data // len(slices), *within), part, allow_split_physical_axes=True)

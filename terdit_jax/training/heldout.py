@@ -6,8 +6,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from terdit_jax.config import RunConfig
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
@@ -20,7 +20,7 @@ _SEED_OFFSET = 0x5EED
 
 
 def make_heldout_loss(
-    config: ConfigDict, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
+    config: RunConfig, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
 ) -> Callable[[dict, dict, Array], Array]:
     """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
 

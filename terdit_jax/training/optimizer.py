@@ -6,11 +6,12 @@ Whether an update is taken at all is `step`'s decision.
 import jax
 from jax import Array
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import optax
 
+from terdit_jax.config import OptimizerConfig
 
-def learning_rate_schedule(optimizer: ConfigDict) -> optax.Schedule:
+
+def learning_rate_schedule(optimizer: OptimizerConfig) -> optax.Schedule:
     """Constant `learning_rate`; from `drop_step` on, if that is not 0, constant `drop_learning_rate`.
 
     Ternary codes settle when the rate falls: the share that flips at each step drops with it (TerDiT section 4.3).
@@ -23,7 +24,7 @@ def learning_rate_schedule(optimizer: ConfigDict) -> optax.Schedule:
     )
 
 
-def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Global-norm clip, then AdamW. Source: Large-DiT's training script (betas 0.9 and 0.999, no decay, clip 2).
 
     `update` takes the norm as `grad_norm`.
@@ -51,7 +52,7 @@ def _clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def ema_decay(optimizer: ConfigDict, step: Array) -> Array:
+def ema_decay(optimizer: OptimizerConfig, step: Array) -> Array:
     """The EMA's decay behind the update of `step` (0 first): constant, or ramped so that short runs forget their start.
 
     min(ema_decay, (1 + step) / (10 + step)) is the ramp of TensorFlow's ExponentialMovingAverage.

@@ -6,34 +6,14 @@ another run (model, data, order, batch) may not.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from terdit_jax.config import FIELDS, RunConfig
+from terdit_jax.config_rules import flatten
 from terdit_jax.data.schema import Metadata
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import printable, reading, short, short_json
 
-# Fields that a continued run may change, by prefix; every other one must stay.
-_FREE = (
-    "name",
-    "compute.",
-    "mesh.",
-    "optimizer.",
-    "checkpoint.",
-    "log.",
-    "sample.",
-    "train.num_steps",
-    "train.accumulation_steps",
-    "train.max_nonfinite_steps",
-    "train.compilation_cache",
-    "train.compiler_options",
-    "data.dir",
-    "data.in_memory",
-    "data.read_threads",
-    "data.prefetch",
-)
 
-
-def describe_run(config: ConfigDict, step: int, data: Metadata) -> dict[str, Any]:
+def describe_run(config: RunConfig, step: int, data: Metadata) -> dict[str, Any]:
     """The JSON saved beside a state: its step, seed, whole configuration, and what sampling must know of the data."""
     return {
         "step": step,
@@ -45,7 +25,7 @@ def describe_run(config: ConfigDict, step: int, data: Metadata) -> dict[str, Any
     }
 
 
-def check_resumable(run: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: str) -> list[str]:
+def check_resumable(run: dict[str, Any], config: RunConfig, fingerprint: str, workdir: str) -> list[str]:
     """The allowed changes, one line each, between a saved run and the configuration that is to continue it.
 
     Raises:
@@ -64,27 +44,28 @@ def data_dir(run: dict[str, Any], workdir: str) -> str:
         return path
 
 
-def _compare(run: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: str) -> list[str]:
+def _compare(run: dict[str, Any], config: RunConfig, fingerprint: str, workdir: str) -> list[str]:
     if run["data_fingerprint"] != fingerprint:
         raise UserError(
             f"{workdir} was trained on data set {printable(run['data_fingerprint'][:24])}, config.data.dir now holds "
             f"{fingerprint[:24]}: give that data set or another --workdir"
         )
-    before, after = _flatten(run["config"]), _flatten(config.to_dict())
+    before, after = dict(flatten(run["config"])), dict(flatten(config.to_dict()))
     changes = []
     for field in sorted(before.keys() | after.keys()):
         old, new = before.get(field), after.get(field)
         if old == new:
             continue
         old, new, name = short_json(old), short_json(new), printable(field[:80])
-        if not field.startswith(_FREE):
+        if not _may_change(field):
             raise UserError(f"{workdir} holds a run with {name}={old}, not {new}: give that value or another --workdir")
         changes.append(f"config.{name}: {old} -> {new}")
     return changes
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _may_change(name: str) -> bool:
+    """By the field's own word; a field that is no longer there may if its whole section may."""
+    if name in FIELDS:
+        return FIELDS[name].free
+    beside = [field.free for other, field in FIELDS.items() if other.startswith(f"{name.partition('.')[0]}.")]
+    return bool(beside) and all(beside)

@@ -7,10 +7,9 @@ import math
 from etils import epath
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 import optax
 
-from terdit_jax.config import validate
+from terdit_jax.config import RunConfig
 from terdit_jax.data.reader import AnyDataset, open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule
@@ -34,7 +33,7 @@ _STATE_COPIES = 4  # of every parameter in float32: itself, two moments, EMA
 class Setup:
     """What a run is made of, once its configuration has been found sound."""
 
-    config: ConfigDict
+    config: RunConfig
     workdir: epath.Path
     model: DiTConfig
     mesh: Mesh
@@ -44,13 +43,12 @@ class Setup:
     plan: Plan
 
 
-def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
+def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     """Checks configuration, devices, data and workdir against each other; writes nothing.
 
     Raises:
       UserError: with the first thing that does not fit.
     """
-    validate(config)
     model = DiTConfig.from_config(config)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
@@ -66,7 +64,7 @@ def set_up(config: ConfigDict, workdir: epath.PathLike) -> Setup:
     return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer), plan)
 
 
-def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
+def check_division(config: RunConfig, model: DiTConfig, mesh: Mesh) -> None:
     """Raises UserError if batch or heads do not divide over the mesh."""
     batch_size, accumulation = config.train.batch_size, config.train.accumulation_steps
     if batch_size % (accumulation * batch_shards(mesh)):
@@ -77,7 +75,7 @@ def check_division(config: ConfigDict, model: DiTConfig, mesh: Mesh) -> None:
     check_heads(model.num_kv_heads, mesh)
 
 
-def check_memory(config: ConfigDict, model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
+def check_memory(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
     """Raises UserError for what no device or host here can hold: by the least that a run needs, so it misses some."""
     local, shards = mesh.local_devices, mesh.shape["fsdp"] * mesh.shape["tensor"]
     state = _STATE_COPIES * 4 * model.num_params // shards
@@ -98,10 +96,12 @@ def check_memory(config: ConfigDict, model: DiTConfig, mesh: Mesh, plan: Plan) -
     prefetched = config.train.batch_size // jax.process_count() * example * (config.data.prefetch + 2)
     what = f"config.train.batch_size={config.train.batch_size}, config.data.prefetch={config.data.prefetch}"
     check_host(prefetched, what, "give fewer of either")
-    for section, field in (("sample", "num_images"), ("log", "score_samples")):
-        count = config[section][field]
-        if section == "sample" and config.log.samples_every or section == "log" and config.log.score_every:
-            check_host(5 * count * example, f"config.{section}.{field}={count}", "give fewer")
+    for field, every, count in (
+        ("sample.num_images", config.log.samples_every, config.sample.num_images),
+        ("log.score_samples", config.log.score_every, config.log.score_samples),
+    ):
+        if every:
+            check_host(5 * count * example, f"config.{field}={count}", "give fewer")
 
 
 def check_arrays(model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
@@ -111,7 +111,7 @@ def check_arrays(model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
         jax.eval_shape(partial(plan.make_operands, model), params)
 
 
-def _open_data(config: ConfigDict, model: DiTConfig) -> AnyDataset:
+def _open_data(config: RunConfig, model: DiTConfig) -> AnyDataset:
     if config.data.synthetic:
         return make_synthetic(model.sample_shape, model.num_classes)
     if not config.data.dir:

@@ -6,7 +6,8 @@ skipped. What skipping means is `step`'s.
 
 from jax import Array
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+
+from terdit_jax.config import OptimizerConfig
 
 
 def empty_spikes() -> dict[str, Array]:
@@ -20,7 +21,7 @@ def empty_spikes() -> dict[str, Array]:
     }
 
 
-def judge_loss(config: ConfigDict, spikes: dict[str, Array], loss: Array) -> tuple[Array, dict[str, Array]]:
+def judge_loss(config: OptimizerConfig, spikes: dict[str, Array], loss: Array) -> tuple[Array, dict[str, Array]]:
     """Whether the loss is a spike, and the statistics behind it.
 
     A spike lies more than `spike_sigma` running standard deviations above the running mean; the first `spike_window`

@@ -10,10 +10,10 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from terdit_jax.config import OptimizerConfig, RunConfig
 from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
@@ -122,7 +122,7 @@ def _accumulate(micro: Callable, place: Callable, examples: Examples, steps: int
 
 def apply_gradients(
     optimizer: optax.GradientTransformationExtraArgs,
-    config: ConfigDict,
+    config: OptimizerConfig,
     state: State,
     sums: dict,
     grads: dict,
@@ -163,7 +163,7 @@ def apply_gradients(
 
 
 def make_train_step(
-    config: ConfigDict,
+    config: RunConfig,
     model: DiTConfig,
     schedule: Schedule,
     optimizer: optax.GradientTransformationExtraArgs,
