@@ -24,6 +24,7 @@ from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 from terdit_jax.training.actions import DrawGrid
 from terdit_jax.training.observers import check_heartbeat, parse_steps
+from terdit_jax.training.overview import make_overview
 from terdit_jax.training.run import train
 from terdit_jax.training.setup import Setup, set_up
 
@@ -31,6 +32,9 @@ _CONFIG = define_config("File with get_config(), as configs/digits.py, or a run'
 _WORKDIR = define_path("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
 _HEARTBEAT = define_path(
     "heartbeat", None, "File that every process renews while it trains; WORKDIR/heartbeat.json, by the first, if none."
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print the configuration, the devices, parameters and memory, and start nothing."
 )
 _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: steps to trace for xprof, into WORKDIR/profile.")
 
@@ -41,6 +45,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     config = read_config(_CONFIG)
+    if config and _PRINT_CONFIG.value:
+        print(make_overview(config))
+        return
     if config is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are both needed, e.g. --config=configs/digits.py --workdir=runs/digits")
     # On CPUs, steps dispatched asynchronously fight over the cores: five times slower on two of them.

@@ -28,6 +28,7 @@ RUN = {
     "python -m terdit_jax.prepare --source=folder *": "",
     "python -m terdit_jax.prepare --source=tar *": ARCHIVE,
     "python -m terdit_jax.prepare --inspect=*": "--num_samples=2",
+    "python -m terdit_jax.main --config=configs/terdit_4b.py --print_config": "",
     "python -m terdit_jax.main * --config.data.synthetic=True *": f"{TRAINING} {LATENTS} --workdir=runs/bring_up",
     "python -m terdit_jax.main --config=configs/digits.py *": TRAINING,
     "python -m terdit_jax.main --config=configs/cifar10.py *": f"{TRAINING} --config.model.num_classes=2",

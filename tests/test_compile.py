@@ -7,12 +7,13 @@ import json
 import jax
 import pytest
 
-from terdit_jax.aot.program import chip_bytes, lower_sample, lower_train, saved_activations
+from terdit_jax.aot.program import lower_sample, lower_train, saved_activations
 from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.topology import open_devices, parse_topology
 from terdit_jax.config import freeze
 from terdit_jax.errors import UserError
 from terdit_jax.model.transformer import count_params
+from terdit_jax.parallel.sharding import chip_bytes
 from tests.runs import ROOT, SHRUNKEN, execute
 
 

@@ -5,7 +5,6 @@ Nothing is allocated: state, batch and weights are shapes with shardings. `repor
 
 import dataclasses
 from functools import lru_cache, partial
-import math
 from typing import Any
 
 import jax
@@ -147,12 +146,6 @@ def _prepare(config: RunConfig, topology: Topology, devices: list[jax.Device]) -
     if topology.is_gpu and config.compute.attention == "cudnn":
         raise UserError("config.compute.attention='cudnn' cannot be compiled without a GPU: give auto or xla")
     return config, model, mesh
-
-
-def chip_bytes(tree: Any) -> int:
-    """Bytes that one chip holds of a tree of shapes with shardings."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def saved_activations(program: Program) -> int:

@@ -17,11 +17,12 @@ import jax
 
 from terdit_jax.aot.collectives import Collective, mesh_axes, read_collectives, sent_bytes
 from terdit_jax.aot.costs import read_costs
-from terdit_jax.aot.program import Program, chip_bytes, saved_activations
+from terdit_jax.aot.program import Program, saved_activations
 from terdit_jax.aot.roofline import ASSUMPTIONS, Roofline, make_roofline, slowest_bandwidth
 from terdit_jax.aot.topology import Topology
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.chips import GIB
+from terdit_jax.parallel.sharding import chip_bytes
 from terdit_jax.versions import versions
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

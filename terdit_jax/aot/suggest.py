@@ -12,7 +12,7 @@ import math
 import jax
 from jax.sharding import AbstractMesh
 
-from terdit_jax.aot.program import activation_bytes, chip_bytes
+from terdit_jax.aot.program import activation_bytes
 from terdit_jax.aot.topology import Topology
 from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
@@ -20,7 +20,7 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.chips import GIB
 from terdit_jax.parallel.mesh import AXES
-from terdit_jax.parallel.sharding import abstract_sharded, batch_shards
+from terdit_jax.parallel.sharding import abstract_sharded, batch_shards, chip_bytes
 from terdit_jax.training.setup import check_division
 
 REMATS = ("none", "dots", "block")

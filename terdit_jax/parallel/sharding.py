@@ -6,6 +6,7 @@ matches no rule, or two, is an error. Activations are constrained by logical axi
 
 import math
 import re
+from typing import Any
 
 import jax
 from jax import Array
@@ -139,6 +140,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axis and LOGICAL_TO_MESH[axis] for axis in axes)))
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes that one chip holds of a tree of shapes with shardings."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -18,12 +18,13 @@ from terdit_jax.checkpoints.lock import WorkdirLock
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.errors import UserError, end_if_one_of_several
 from terdit_jax.files import refusing, write_json
-from terdit_jax.model.transformer import abstract_params, count_params, packed_bytes
+from terdit_jax.model.transformer import abstract_params
 from terdit_jax.reproducible import pinned
 from terdit_jax.training.actions import Actions, DrawGrid
 from terdit_jax.training.loop import run_steps
 from terdit_jax.training.metrics import MetricsWriter, say
 from terdit_jax.training.observers import Goodput, Observers, Steps
+from terdit_jax.training.overview import describe_devices, describe_model
 from terdit_jax.training.resume import check_resumable
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State, abstract_state, check_finite, make_state
@@ -134,14 +135,11 @@ def _write_config(setup: Setup) -> None:
 
 
 def _introduce(setup: Setup, start: int) -> None:
-    counts = count_params(setup.model)
     if not start:
         say(parameter_overview.get_parameter_overview(abstract_params(setup.model), include_stats=False))
         say(str(setup.config))
-    kind = f"ternary, {packed_bytes(setup.model) / 1e6:,.1f} MB packed" if setup.model.ternary else "full precision"
-    say(f"{setup.config.name}: {counts['total']:,} parameters ({kind})")
-    axes = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
-    say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}")
+    say(f"{setup.config.name}: {describe_model(setup.model)}")
+    say(describe_devices(setup.mesh))
     say(f"plan: {setup.plan}")
     say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
 
