@@ -11,4 +11,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax  # noqa: E402
 
+from tests.forked import programs  # noqa: E402
+
+programs()  # made before pytest-xdist starts its workers, so that they share it
 jax.config.update("jax_cpu_enable_async_dispatch", False)

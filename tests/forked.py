@@ -1,33 +1,43 @@
 """Commands in processes of their own that do not each import JAX anew: a server that has imported it forks for each.
 
-`python forked.py serve SOCKET` is the server. `python forked.py run SOCKET ARGUMENTS...` stands for
-`python ARGUMENTS...`, with its folder, environment and streams. Commands that are not ours go to Python itself.
+`python forked.py serve SOCKET` is the server, `Command` a command for tests to start, wait for and kill.
+`python forked.py run SOCKET ARGUMENTS...` stands for `python ARGUMENTS...`, with its folder, environment and streams.
+Commands that are not ours go to Python itself.
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import gc
 import json
 import os
+from pathlib import Path
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 
 OURS = ("terdit_jax.", "benchmarks.")
-# Of JAX's variables those that commands are given otherwise than the server: it has read its own while it was imported.
-VARIABLES = {
-    "JAX_PLATFORMS": str,
-    "JAX_COMPILATION_CACHE_DIR": str,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": float,
-}
+# JAX has read the server's variables while it was imported: of these a command's own count, or the want of them.
+VARIABLES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+PROGRAMS = "TERDIT_TEST_PROGRAMS"  # a variable for the workers of pytest-xdist
 COMMANDS = ("main", "prepare", "sample", "export", "evaluate", "compile")  # not imported: each defines flags
 SECONDS = 600  # that a command may take, on a machine with other work too
+
+
+def programs() -> Path:
+    """Where commands keep what they have compiled: one folder for this process and all that it starts."""
+    if PROGRAMS not in os.environ:
+        os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="programs_")
+        atexit.register(shutil.rmtree, os.environ[PROGRAMS], ignore_errors=True)
+    return Path(os.environ[PROGRAMS])
 
 
 @contextlib.contextmanager
@@ -52,17 +62,73 @@ def python_on_path(folder, environment):
         server.wait()
 
 
+class Command:
+    """A command that a server runs: what the tests use of `subprocess.Popen`, with text in both streams."""
+
+    def __init__(self, address: str, arguments: list[str], folder: str, environment: dict[str, str]):
+        outputs, inputs = zip(os.pipe(), os.pipe(), strict=True)
+        streams = [os.open(os.devnull, os.O_RDONLY), *inputs]
+        self._connection, self.pid = _request(address, arguments, folder, environment, streams)
+        for stream in streams:
+            os.close(stream)
+        self._pool = concurrent.futures.ThreadPoolExecutor(2)
+        self._outputs = [self._pool.submit(_read, output) for output in outputs]
+        self.arguments, self.returncode = arguments, None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, 128 more than the number of the signal that ended it."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.arguments, timeout)
+            self.returncode = _status(self._connection)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits, and returns what was printed on stdout and stderr."""
+        self.wait(timeout)
+        out, err = (output.result(timeout) for output in self._outputs)
+        self._pool.shutdown()
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _request(address, arguments, folder, environment, streams: list[int]) -> tuple[socket.socket, int]:
+    """A connection on which the exit status comes, and the command's process."""
+    request = json.dumps({"arguments": arguments, "folder": folder, "environment": environment}, default=str).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(address))
+    socket.send_fds(connection, [len(request).to_bytes(4, "little")], streams)
+    connection.sendall(request)
+    return connection, int.from_bytes(connection.recv(4), "little")
+
+
+def _read(stream: int) -> str:
+    with open(stream, errors="backslashreplace") as file:
+        return file.read()
+
+
+def _status(connection: socket.socket) -> int:
+    with connection:
+        status = connection.recv(1)
+    return status[0] if status else 1
+
+
 def _run(address: str, arguments: list[str]) -> int:
     ours = arguments[:1] == ["-m"] and arguments[1].startswith(OURS) or arguments[0].endswith(".py")
     if not ours:
         os.execv(sys.executable, [sys.executable, *arguments])
-    request = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)})
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(address)
-        socket.send_fds(connection, [len(request.encode()).to_bytes(4, "little")], [0, 1, 2])
-        connection.sendall(request.encode())
-        status = connection.recv(1)
-    return status[0] if status else 1
+    return _status(_request(address, arguments, os.getcwd(), dict(os.environ), [0, 1, 2])[0])
 
 
 def _serve(address: str) -> dict:
@@ -91,6 +157,7 @@ def _serve(address: str) -> dict:
             content += connection.recv(length - len(content))
         command = os.fork()
         if command:
+            connection.sendall(command.to_bytes(4, "little"))
             status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
             connection.sendall(bytes([status if status >= 0 else 128 - status]))
             os._exit(0)
@@ -120,8 +187,14 @@ def _be(request: dict) -> None:
     os.environ.update(request["environment"])
     import jax
 
-    for name, read in VARIABLES.items():
-        jax.config.update(name.lower(), read(os.environ[name]) if name in os.environ else None)
+    before = dict(jax.config.values)
+    for name in VARIABLES:
+        jax.config.update(name.lower(), None)
+    for name in os.environ:
+        if name.startswith("JAX_") and name.lower() in before:
+            number = isinstance(before[name.lower()], (int, float))
+            value = type(before[name.lower()])(float(os.environ[name])) if number else os.environ[name]
+            jax.config.update(name.lower(), value)
     if request["arguments"][0] == "-m":
         _, module, *rest = request["arguments"]
         sys.path[0] = request["folder"]

@@ -11,9 +11,7 @@ from pathlib import Path
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
-from typing import IO
 
 import jax
 import numpy as np
@@ -27,11 +25,11 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import abstract_state
-from tests.forked import python_on_path
+from tests.forked import Command, programs, python_on_path
 
 ROOT = Path(__file__).parents[1]
 # Runs of a few steps spend their time compiling: LLVM need not optimise.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # configs/digits.py, made small enough that a step takes milliseconds.
 SHRUNKEN = {
     "model.hidden_size": 32,
@@ -58,41 +56,26 @@ def prepare_digits(path: Path) -> Path:
     return path
 
 
-def start(
-    module: str,
-    *arguments: str,
-    cache: Path,
-    environment: Mapping[str, str] | None = None,
-    output: IO | int = subprocess.PIPE,
-) -> subprocess.Popen:
-    """A command in a process of its own, on one CPU device, with compiled programs kept in `cache`.
-
-    Who does not read its `output` meanwhile gives a file: a pipe takes 64 KiB, and then the command waits.
-    """
-    streams = {"stdout": output, "stderr": output, "text": True}
-    command = [sys.executable, "-m", f"terdit_jax.{module}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=command_environment(cache) | (environment or {}), **streams)
+def start(module: str, *arguments: str, cache: Path, environment: Mapping[str, str] | None = None) -> Command:
+    """A command in a process of its own, on one CPU device, with compiled programs kept in `cache`."""
+    return Command(
+        quick_python() / "server", ["-m", f"terdit_jax.{module}", *arguments],
+        folder=ROOT, environment=command_environment(cache) | (environment or {}),
+    )  # fmt: skip
 
 
 def execute(
     module: str, *arguments: str, status: int = 0, environment: Mapping[str, str] | None = None
 ) -> tuple[str, str]:
-    """Runs a command as `completed` does, checks its exit status, and returns what it printed on stdout and stderr."""
-    done = completed(module, *arguments, environment=environment)
-    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
+    """Runs a command to its end with the programs of those before it; as `finish`."""
+    return finish(start(module, *arguments, cache=programs(), environment=environment), status)
 
 
-def completed(
-    module: str, *arguments: str, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end: a fork of a process that has imported JAX, with the programs of those before it."""
-    folder = quick_python()
-    return subprocess.run(
-        [folder / "python", "-m", f"terdit_jax.{module}", *arguments],
-        cwd=ROOT, env=command_environment(programs()) | (environment or {}), capture_output=True, text=True,
-        timeout=300, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+def completed(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `execute`, whatever the status."""
+    process = start(module, *arguments, cache=programs())
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.arguments, process.returncode, out, err)
 
 
 def command_environment(cache: Path) -> dict[str, str]:
@@ -114,12 +97,7 @@ def quick_python() -> Path:
     folder, ending = Path(tempfile.mkdtemp(prefix="commands_")), contextlib.ExitStack()
     atexit.register(ending.close)
     ending.callback(shutil.rmtree, folder, ignore_errors=True)
-    return ending.enter_context(python_on_path(folder, command_environment(folder / "programs")))
-
-
-def programs() -> Path:
-    """Where the commands of this process keep what they have compiled."""
-    return quick_python() / "programs"
+    return ending.enter_context(python_on_path(folder, command_environment(programs())))
 
 
 def free_port() -> int:
@@ -130,7 +108,7 @@ def free_port() -> int:
 
 def start_together(
     module: str, arguments: list[str], *, processes: int, cache: Path, devices: int = 2
-) -> list[subprocess.Popen]:
+) -> list[Command]:
     """The same command in processes that jax.distributed joins on loopback, each with so many CPU devices.
 
     One process is started alone, as a user starts one.
@@ -146,13 +124,13 @@ def start_together(
     ]
 
 
-def finish_together(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+def finish_together(processes: list[Command]) -> list[tuple[str, str]]:
     """Waits for all, checks that each ended with status 0, and returns what each printed."""
     with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(finish, processes))
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+def finish(process: Command, status: int = 0) -> tuple[str, str]:
     """Waits for a command, checks its exit status, and returns what it printed on stdout and stderr."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"

@@ -23,7 +23,7 @@ from terdit_jax.interop.exports import FORMATS
 from tests import documented_commands as tables
 from tests.documented_inputs import make, make_class_folders
 from tests.forked import COMMANDS
-from tests.runs import ROOT, command_environment, quick_python
+from tests.runs import ROOT, command_environment, programs, quick_python
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 FROM_CHECKOUT = ("configs", "launch", "benchmarks", "requirements.txt", "pyproject.toml")
@@ -160,12 +160,9 @@ def _lacks_torch(text: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment():
     """Of commands: one CPU device, programs kept in a cache, and a `python` that need not import JAX each time."""
-    session = tmp_path_factory.getbasetemp()
-    shared = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
-    (cache := shared / "documented-programs").mkdir(exist_ok=True)
-    return {**command_environment(cache), "PATH": f"{quick_python()}:{os.environ['PATH']}"}
+    return {**command_environment(programs()), "PATH": f"{quick_python()}:{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import subprocess
 import time
 
 from tests.faults.damages import DAMAGES, HALF_WRITTEN, MANIFEST
+from tests.forked import Command
 from tests.runs import (
     assert_same_run,
     finish_together,
@@ -36,7 +37,7 @@ class Bench:
         self.undisturbed = root / "undisturbed"
         finish_together(self.start(self.undisturbed))
 
-    def start(self, workdir: Path, steps: int | None = None) -> list[subprocess.Popen]:
+    def start(self, workdir: Path, steps: int | None = None) -> list[Command]:
         """The run, begun or resumed."""
         fields = {
             "train__num_steps": steps or self.steps,
@@ -51,7 +52,7 @@ class Bench:
         arguments = train_arguments(self.data, workdir, **fields)
         return start_together("main", arguments, processes=self.processes, devices=devices, cache=self.cache)
 
-    def wait_for_progress(self, workdir: Path, processes: list[subprocess.Popen], beyond: int, before: int) -> bool:
+    def wait_for_progress(self, workdir: Path, processes: list[Command], beyond: int, before: int) -> bool:
         """Until the run has logged a step beyond the one that it goes on from; False if it has ended.
 
         `before`: of `_written`, from before the start. A run that was killed may have logged beyond its checkpoint.
@@ -131,7 +132,7 @@ def _timed_out(error: str) -> bool:
     return "Gloo" in error and re.search(r"[Tt]imed out|DEADLINE_EXCEEDED|Connection closed by peer", error) is not None
 
 
-def _end_of_survivors(processes: list[subprocess.Popen], victim: int) -> dict:
+def _end_of_survivors(processes: list[Command], victim: int) -> dict:
     killed = time.monotonic()
     survivors = [process for number, process in enumerate(processes) if number != victim]
     for process in survivors:
@@ -146,7 +147,7 @@ def _end_of_survivors(processes: list[subprocess.Popen], victim: int) -> dict:
     return {"survivors_ended_after_seconds": round(time.monotonic() - killed, 1)} if survivors else {}
 
 
-def _output(processes: list[subprocess.Popen]) -> list[str]:
+def _output(processes: list[Command]) -> list[str]:
     return [process.communicate()[0] for process in processes]
 
 

@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import time
 import numpy as np
 
 from tests.faults.__main__ import describe_machine  # noqa: E402
-from tests.runs import finish, prepare_digits, start, train_arguments  # noqa: E402
+from tests.runs import ROOT, command_environment, prepare_digits, train_arguments  # noqa: E402
 
 SECONDS_BETWEEN_SAMPLES = 5
 WARM_UP = 0.2  # share of the samples
@@ -56,7 +57,9 @@ def run(root: Path, seconds: float) -> tuple[list[dict], int]:
     data, workdir = prepare_digits(root / "digits"), root / "run"
     fields = {"train__num_steps": 10**9, "checkpoint__every": 4, "log__heldout_every": 40}
     with open(root / "output", "w") as output:
-        process = start("main", *train_arguments(data, workdir, **fields), cache=root / "cache", output=output)
+        command = [sys.executable, "-m", "terdit_jax.main", *train_arguments(data, workdir, **fields)]
+        streams = {"stdout": output, "stderr": output}
+        process = subprocess.Popen(command, cwd=ROOT, env=command_environment(root / "cache"), **streams)
     samples, begun = [], time.monotonic()
     while time.monotonic() - begun < seconds:
         time.sleep(SECONDS_BETWEEN_SAMPLES)
@@ -64,7 +67,7 @@ def run(root: Path, seconds: float) -> tuple[list[dict], int]:
         if steps := [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]:
             samples.append({"seconds": time.monotonic() - begun, "step": max(steps), **sample(process.pid)})
     process.send_signal(signal.SIGTERM)
-    finish(process)
+    assert process.wait(timeout=300) == 0, (root / "output").read_text()[-4000:]
     return samples, samples[-1]["step"] // 4
 
 
