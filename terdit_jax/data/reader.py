@@ -42,7 +42,9 @@ class Records(Protocol):
 class AnyDataset(Protocol):
     """A data set that batches are made from: a prepared one, or a synthetic one."""
 
-    metadata: schema.Metadata
+    @property
+    def metadata(self) -> schema.Metadata:
+        """Its description."""
 
     def records(self, split: str, *, in_memory: bool = False) -> Records:
         """The records of "train" or "heldout"."""

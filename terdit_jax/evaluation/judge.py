@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from terdit_jax.checkpoints.best import Judge, Judgement
-from terdit_jax.data.reader import Dataset
+from terdit_jax.data.reader import AnyDataset, Dataset
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.classifier import Classifier, train_classifier
 from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
@@ -17,7 +17,7 @@ from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_
 DrawImages = Callable[[dict, np.ndarray], np.ndarray]  # EMA parameters, labels (N,) -> (N, H, W, C) in [-1, 1]
 
 
-def make_proxy_judge(dataset: Dataset, num_samples: int, draw: DrawImages, seed: int = 0) -> Judge:
+def make_proxy_judge(dataset: AnyDataset, num_samples: int, draw: DrawImages, seed: int = 0) -> Judge:
     """A judge by `proxy.proxy_metrics`, whose classifier is trained when it is first called; the best weights have the
     smallest Frechet distance to the held-out images.
 

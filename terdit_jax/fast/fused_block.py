@@ -19,6 +19,7 @@ from terdit_jax.fast.eight_bit import SAME, apply_scale, multiply, multiply_tran
 from terdit_jax.fast.hopper import backward, forward
 from terdit_jax.fast.hopper.forward import Stored
 from terdit_jax.fast.linear import FastLinear, linear_gradient, whole_weight, without_sink
+from terdit_jax.model.attention import Implementation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, constrain
 from terdit_jax.ternary.linear import FullLinear, TernaryLinear, code_product, input_gradient, scale_product
@@ -33,16 +34,16 @@ class _Static(NamedTuple):
     bfloat16. recompute: whether the backward pass makes anew what kernels and not matmuls have made."""
 
     heads: int
-    attention: str
+    attention: Implementation
     matmul_dtype: str | None
     recompute: bool
 
 
 class _Rows(NamedTuple):
-    """Activations on their way into a matmul, (B, T, W): in bfloat16, and in 8 bits with a scale (B, T); either may be
-    None."""
+    """Activations on their way into a matmul, (B, T, W): in bfloat16, unless the forward pass does without, and in 8
+    bits with a scale (B, T) or not."""
 
-    bfloat16: Array | None
+    bfloat16: Any
     rounded: Array | None = None
     scale: Array | None = None
 
@@ -78,7 +79,7 @@ class _Between(NamedTuple):
 
 
 def fused_block(
-    config: DiTConfig, matmul_dtype: str, attention: str, operands: dict, x: Array, m: Array, rope: Array
+    config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
 ) -> Array:
     """Runs one block; differentiable with respect to operands, x and m.
 
@@ -98,7 +99,7 @@ def fused_block(
 
 
 def fused_activations(
-    config: DiTConfig, matmul_dtype: str, attention: str, operands: dict, x: Array, m: Array, rope: Array
+    config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
 ) -> tuple[Array, dict[str, Array]]:
     """As `fused_block`, with the activations that `block.block` returns beside; without a gradient."""
     arguments = _arguments(config, matmul_dtype, attention, operands, x, m, rope)
@@ -106,13 +107,13 @@ def fused_activations(
     products = {"attention": (kept[-1].out, "out"), "feed_forward": (kept[-1].down, "down")}
     activations = {}
     for name, (product, which) in products.items():
-        values = apply_scale(*product, product.values.dtype)
+        values = apply_scale(product.values, product.scale, product.values.dtype)
         activations[name] = scale_product(values[:, :, None], _alphas(arguments[2][which]))[:, :, 0]
     return x, activations | {"residual": x}
 
 
 def _arguments(
-    config: DiTConfig, matmul_dtype: str, attention: str, operands: dict, x: Array, m: Array, rope: Array
+    config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
 ) -> tuple:
     static = _Static(config.num_heads, attention, None if matmul_dtype == SAME else EIGHT_BIT, config.remat == "dots")
     attention_maps, ffn_maps = operands["attention"], operands["feed_forward"]
@@ -197,8 +198,8 @@ def _block_bwd(static: _Static, residuals: tuple, dx: Array) -> tuple:
     dnorms = {"scale": q_scale, "bias": q_bias}, {"scale": k_scale, "bias": k_bias}
     dh, dh_scale, dmaps["qkv"] = _multiply_backward(_Rows(*d), maps["qkv"], between.h_qkv)
 
-    run = lambda x, gain, *d: backward.add_norm_modulate(x, None, None, None, gain, *d)  # noqa: E731
-    dx, *_, sums = _over_batch(run)(start, vectors["gain"], dx, dh, dh_scale)
+    norm = lambda x, gain, *d: backward.add_norm_modulate(x, None, None, None, gain, *d)  # noqa: E731
+    dx, *_, sums = _over_batch(norm)(start, vectors["gain"], dx, dh, dh_scale)
     dvectors |= {"shift": sums[:, 0], "gain": sums[:, 1]}
     return dx, dmaps, dvectors, dnorms, jnp.zeros_like(rope)
 
@@ -273,7 +274,7 @@ def _attend(static: _Static, q_k_v: tuple[Array, Array, Array]) -> tuple[Array, 
 
 def _with_inputs(structure: Any, places: tuple[int | None, ...], kept: list[Array], q_k_v: tuple) -> Callable:
     rest = iter(kept)
-    return structure.unflatten([next(rest) if place is None else q_k_v[place] for place in places])
+    return jax.tree.unflatten(structure, [next(rest) if place is None else q_k_v[place] for place in places])
 
 
 def _attend_backward(static: _Static, q_k_v: tuple[Array, Array, Array], residuals: Any, d: Array) -> tuple:

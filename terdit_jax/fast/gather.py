@@ -20,14 +20,13 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.parallel.sharding import LOGICAL_TO_MESH, partition_spec
+from terdit_jax.parallel.sharding import BATCH_AXES, partition_spec
 from terdit_jax.ternary.linear import weight_gradient
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack_quarters, unpack_quarters
 
 GATHERS = ("codes", "bfloat16")  # values of config.mesh.gather: 2 bits a parameter travel, or 16 to compare with
 
 _FSDP = "fsdp"  # the axis that weights are gathered over
-_BATCH = LOGICAL_TO_MESH["batch"]
 
 
 class CodesCut(NamedTuple):
@@ -106,12 +105,12 @@ def scattered_weight_gradient(x: Array, dy: Array, cut: CodesCut, dtype: DTypeLi
         for groups in _ring_groups(rings):
             part = lax.psum_scatter(part, _FSDP, scatter_dimension=0, axis_index_groups=groups, tiled=True)
         # Over fsdp first: what is then summed over data, which may lie across slices, is small.
-        part = lax.psum(part, tuple(name for name in _BATCH if name != _FSDP))
+        part = lax.psum(part, tuple(name for name in BATCH_AXES if name != _FSDP))
         return jnp.moveaxis(part.reshape(-1, *dw.shape[1:]), 0, axis)
 
     return jax.shard_map(
         form,
-        in_specs=(PartitionSpec(_BATCH, *middle, in_axis), PartitionSpec(_BATCH, *middle, None, out_axis)),
+        in_specs=(PartitionSpec(BATCH_AXES, *middle, in_axis), PartitionSpec(BATCH_AXES, *middle, None, out_axis)),
         out_specs=spec,
         check_vma=False,
     )(x, dy)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 from flax import struct
 import jax
@@ -18,6 +19,7 @@ from terdit_jax.model.layers import trained_linear
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.linear import (
     FullLinear,
+    Linear,
     TernaryLinear,
     code_product,
     input_gradient,
@@ -54,6 +56,10 @@ class FastLinear:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def fast_matmul(cut: CodesCut | None, matmul_dtype: str, x: Array, codes: Array, sink: Array) -> Array:
     """`ternary.linear.ternary_matmul`, with codes and sink as `FastLinear` has them."""
+    return _product(cut, matmul_dtype, x, codes)
+
+
+def _product(cut: CodesCut | None, matmul_dtype: str, x: Array, codes: Array) -> Array:
     whole = gather_codes(codes, cut)
     return code_product(x, whole) if matmul_dtype == SAME else rounded_product(x, whole, matmul_dtype)
 
@@ -61,10 +67,9 @@ def fast_matmul(cut: CodesCut | None, matmul_dtype: str, x: Array, codes: Array,
 def _fast_matmul_fwd(
     cut: CodesCut | None, matmul_dtype: str, x: Array, codes: Array, sink: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    # The part is kept for the backward pass, not what was gathered. The undecorated function: inside a call of the
-    # custom_vjp, policies of rematerialisation would not see the matmul.
-    y = fast_matmul.__wrapped__(cut, matmul_dtype, x, codes, sink)
-    return y, (x, codes, jnp.zeros((0,), sink.dtype))
+    # The part is kept for the backward pass, not what was gathered. Inside a call of `fast_matmul`, policies of
+    # rematerialisation would not see the matmul.
+    return _product(cut, matmul_dtype, x, codes), (x, codes, jnp.zeros((0,), sink.dtype))
 
 
 def _fast_matmul_bwd(
@@ -105,7 +110,8 @@ def linear_gradient(
     cut = linear.cut if isinstance(linear, FastLinear) else None
     dtype = linear.sink.dtype
     dw = scattered_weight_gradient(x, dy, cut, dtype) if cut else weight_gradient(x, dy, dtype)
-    return dataclasses.replace(linear, codes=no_gradient(linear.codes), alpha=jnp.zeros_like(linear.alpha), sink=dw)
+    nothing: Any = no_gradient(linear.codes)
+    return dataclasses.replace(linear, codes=nothing, alpha=jnp.zeros_like(linear.alpha), sink=dw)
 
 
 def make_fast(operands: dict, matmul_dtype: str, gather: str, rings: tuple[int, ...]) -> dict:
@@ -137,7 +143,7 @@ def make_fast(operands: dict, matmul_dtype: str, gather: str, rings: tuple[int, 
     return jtu.tree_map_with_path(convert, operands, is_leaf=lambda leaf: isinstance(leaf, TernaryLinear))
 
 
-def trained_by_layer(config: DiTConfig, weight: Array, alpha: Array | None) -> FullLinear | TernaryLinear:
+def trained_by_layer(config: DiTConfig, weight: Array, alpha: Array | None) -> Linear:
     """`model.layers.trained_linear` for unrolled layers, whose gradients come one by one, stacked only on paper: each
     layer's sum for alpha is made where its gradient lies, and the stack never is."""
     if alpha is None:

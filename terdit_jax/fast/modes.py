@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from terdit_jax.errors import UserError
 from terdit_jax.fast.hopper import warpgroup
 from terdit_jax.fast.plan import choose_attention
+from terdit_jax.model.attention import Implementation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params
 from terdit_jax.parallel.compiler_options import WITHOUT_TRITON, Options
@@ -38,7 +39,7 @@ class Numerics:
     matmul_dtype: str
     product_dtype: str
     kernels: bool = False
-    attention: str = "xla"
+    attention: Implementation = "xla"
 
 
 def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None:

@@ -12,6 +12,7 @@ from terdit_jax.fast.fused_block import EIGHT_BIT, fused_activations, fused_bloc
 from terdit_jax.fast.hopper import warpgroup
 from terdit_jax.fast.linear import make_fast, trained_by_layer
 from terdit_jax.fast.unrolled import gradient_norm_by_layer, unrolled_blocks
+from terdit_jax.model.attention import Implementation
 from terdit_jax.model.block import block, modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.depth import KEEP_DOTS, Watch, rematerialise
@@ -45,7 +46,7 @@ class FastPlan(Plan):
         operands = make_operands(config, params, make_linear)
         if self.gather is None and self.matmul_dtype == SAME:
             return operands
-        return constrain_tree(make_fast(operands, self.matmul_dtype, self.gather, self.rings))
+        return constrain_tree(make_fast(operands, self.matmul_dtype, self.gather or "codes", self.rings))
 
     def run_blocks(
         self, config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array, watch: Watch | None = None
@@ -114,11 +115,10 @@ def layers_on(platform: str) -> str:
     return "unrolled" if platform == "gpu" else "scanned"
 
 
-def choose_attention(config: DiTConfig, device: jax.Device) -> str:
+def choose_attention(config: DiTConfig, device: jax.Device) -> Implementation:
     """The implementation of attention: cuDNN's on GPUs for 16-bit inputs and heads that it knows, XLA's elsewhere."""
-    if config.attention != "auto":
-        return config.attention
-    return "cudnn" if device.platform == "gpu" and config.fits_cudnn(128) else "xla"
+    fits = device.platform == "gpu" and config.fits_cudnn(128)
+    return "cudnn" if config.attention == "cudnn" or config.attention == "auto" and fits else "xla"
 
 
 def _fits_fused(config: DiTConfig, mesh: Mesh) -> bool:

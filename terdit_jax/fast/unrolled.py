@@ -35,7 +35,7 @@ def unrolled_blocks(layer: Layer, operands: dict, x: Array, c: Array) -> tuple[A
       As `scan_blocks`.
     """
     leaves, structure = jax.tree.flatten(operands)
-    layers = [structure.unflatten(one) for one in zip(*(_unstack(leaf) for leaf in leaves), strict=True)]
+    layers = [jax.tree.unflatten(structure, one) for one in zip(*(_unstack(leaf) for leaf in leaves), strict=True)]
     adalns = [one["adaLN_modulation"] for one in layers]
     ys = _by_one_matmul(operands["adaLN_modulation"]["linear"], [adaln["linear"] for adaln in adalns], c)
     kept = []

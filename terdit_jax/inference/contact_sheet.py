@@ -38,7 +38,7 @@ def make_contact_sheet(views: Sequence[np.ndarray], captions: Sequence[str]) -> 
     return np.asarray(sheet)
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -41,15 +41,15 @@ def make_labels(classes: Sequence[int], num_samples: int, order: str, seed: int)
     Raises:
       UserError: another order, no classes, or classes that are no whole numbers from 0 on.
     """
-    classes = check_labels(classes, _MAX_CLASSES).astype(np.int64)
+    among = check_labels(classes, _MAX_CLASSES).astype(np.int64)
     if order not in LABEL_ORDERS:
         raise UserError(f"{order!r} is no order of labels: give one of {', '.join(LABEL_ORDERS)}")
     if order == "balanced":
-        return np.resize(classes, num_samples)
+        return np.resize(among, num_samples)
     key = jax.random.fold_in(make_key(seed), _LABELS)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples, dtype=jnp.int32))
-    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes), jnp.int32))(keys)
-    return classes[np.asarray(chosen)]
+    chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(among), jnp.int32))(keys)
+    return among[np.asarray(chosen)]
 
 
 def digest(tree: Any) -> str:

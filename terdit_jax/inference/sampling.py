@@ -75,7 +75,7 @@ def make_draw(
             return constrain(normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i)), "batch", None, None, None)
 
         if bind:
-            network = bind(operands, timesteps, labels)
+            network = bind(operands, np.asarray(timesteps), labels)
         else:
             network = partial(forward, model, operands, run_blocks=run_blocks)
         scale, channels = settings.cfg_scale, settings.cfg_channels

@@ -3,6 +3,8 @@
 Owns the four projections and the two norms; `block` adds the result to the residual stream.
 """
 
+from typing import Any, Literal
+
 from flax import nnx
 import jax
 from jax import Array
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.layers import BlockLinear, LayerNorm, MakeLinear, group, layer_norm
 from terdit_jax.parallel.sharding import constrain
+
+Implementation = Literal["xla", "cudnn"]  # of `jax.nn.dot_product_attention`
 
 
 class Attention(nnx.Module):
@@ -28,7 +32,7 @@ class Attention(nnx.Module):
 
     def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
         """The operands of `attention`, from parameters with the depth in front."""
-        operands = {
+        operands: dict[str, Any] = {
             "qkv": group(config, [self.wq, self.wk, self.wv], make_linear),
             "out": group(config, [self.wo], make_linear),
         }
@@ -39,7 +43,9 @@ class Attention(nnx.Module):
         return operands
 
 
-def attention(config: DiTConfig, operands: dict, x: Array, rope: Array, implementation: str = "xla") -> Array:
+def attention(
+    config: DiTConfig, operands: dict, x: Array, rope: Array, implementation: Implementation = "xla"
+) -> Array:
     """Self-attention over all tokens.
 
     Args:

@@ -3,12 +3,14 @@
 `depth` runs the blocks one after the other.
 """
 
+from typing import Any
+
 from flax import nnx
 import jax
 from jax import Array
 import jax.numpy as jnp
 
-from terdit_jax.model.attention import Attention, attention
+from terdit_jax.model.attention import Attention, Implementation, attention
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.layers import BlockLinear, MakeLinear, RMSNorm, group, rms_norm, zeros
 from terdit_jax.parallel.sharding import constrain
@@ -37,7 +39,7 @@ class Modulation(BlockLinear):
 
     def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
         """The operands of `modulation`, from parameters with the depth in front."""
-        operands = {"linear": group(config, [self], make_linear), "bias": self.bias[...]}
+        operands: dict[str, Any] = {"linear": group(config, [self], make_linear), "bias": self.bias[...]}
         if config.ternary and config.adaln_rms_norm:
             operands["norm"] = {"scale": self.norm.scale[...]}
         return operands
@@ -86,7 +88,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 
 def block(
-    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array, implementation: str = "xla"
+    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array, implementation: Implementation = "xla"
 ) -> tuple[Array, dict[str, Array]]:
     """One block.
 

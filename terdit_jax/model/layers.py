@@ -22,7 +22,7 @@ zeros = nnx.initializers.zeros_init()
 normal_002 = nnx.initializers.normal(0.02)
 
 # Makes what a matmul reads of one map, (config, weight (L, out, in), alpha (L,) or None) -> leaves (L, ...).
-MakeLinear = Callable[[DiTConfig, Array, Array | None], forms.FullLinear | forms.TernaryLinear | forms.PackedLinear]
+MakeLinear = Callable[[DiTConfig, Array, Array | None], forms.Linear]
 
 
 class Linear(nnx.Module):
@@ -39,8 +39,8 @@ class Linear(nnx.Module):
         return {name: value[...] for name, value in (("weight", self.weight), ("bias", self.bias))}
 
 
-class BlockLinear(Linear):
-    """A block's linear map: `Linear` and, if the model is ternary, the scale alpha ()."""
+class BlockLinear(nnx.Module):
+    """A block's linear map: weight (out, in), the scale alpha () if the model is ternary, bias (out,) if asked for."""
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class BlockLinear(Linear):
         rngs: nnx.Rngs,
         bias: bool = False,
     ):
-        super().__init__(in_features, out_features, init, rngs=rngs, bias=bias)
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), jnp.float32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         if config.ternary:
             if config.alpha_init == "normal":  # as published
                 alpha = jax.random.normal(rngs.params(), (), jnp.float32)
@@ -61,14 +63,14 @@ class BlockLinear(Linear):
             self.alpha = nnx.Param(alpha)
 
 
-def trained_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.FullLinear | forms.TernaryLinear:
+def trained_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
     """A map under training. The pullback of a ternary one is the straight-through estimator."""
     if alpha is None:
         return forms.FullLinear(weight.astype(config.activation_dtype))
     return forms.TernaryLinear(*ternarize(weight, alpha, config.grad_dtype))
 
 
-def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.FullLinear | forms.PackedLinear:
+def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
     """A map for inference, of float32 weights or of (L, out, in / 4) uint8 codes."""
     if alpha is None:
         return trained_linear(config, weight, alpha)

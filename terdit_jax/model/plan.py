@@ -5,6 +5,7 @@ import dataclasses
 from jax import Array
 import optax
 
+from terdit_jax.model.attention import Implementation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.depth import Watch, scan_blocks
 from terdit_jax.model.transformer import make_operands
@@ -17,7 +18,7 @@ class Plan:
     attention: implementation of `jax.nn.dot_product_attention`.
     """
 
-    attention: str = "xla"
+    attention: Implementation = "xla"
 
     def make_operands(self, config: DiTConfig, params: dict) -> dict:
         """The operands for training; see `model.transformer.make_operands`."""

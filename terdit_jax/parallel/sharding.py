@@ -10,22 +10,25 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import jax.tree_util as jtu
 import numpy as np
 
 from terdit_jax.errors import UserError
 
+AnyMesh = Mesh | AbstractMesh
 # Logical axis -> mesh axis. A matrix is cut along its input or output by `fsdp` and along heads or mlp by `tensor`.
-LOGICAL_TO_MESH = {
-    "batch": ("data", "fsdp"),
+BATCH_AXES = ("data", "fsdp")
+HEADS_AXIS = "tensor"
+LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
     "tokens": None,
     "layers": None,
     "group": None,
     "features": None,
     "rows": "fsdp",
     "embed": "fsdp",
-    "heads": "tensor",
+    "heads": HEADS_AXIS,
     "mlp": "tensor",
 }
 
@@ -80,7 +83,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
     return found[0]
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """Where the leaf at `path` lies. Scalars (step, counters, sums) are replicated and need no rule.
 
     Raises:
@@ -98,14 +101,14 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*spec)
 
 
-def tree_shardings(tree, mesh: Mesh):
+def tree_shardings(tree, mesh: AnyMesh):
     """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs. Raises as `partition_spec` does."""
     return jtu.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree
     )
 
 
-def abstract_sharded(shapes, mesh: Mesh):
+def abstract_sharded(shapes, mesh: AnyMesh):
     """The shapes with their shardings: what restoring and compiling want in place of arrays. Nothing is allocated."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -153,16 +156,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: AnyMesh) -> int:
     """Into how many parts the batch axis is cut."""
-    return math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_heads(num_kv_heads: int, mesh: Mesh) -> None:
+def check_heads(num_kv_heads: int, mesh: AnyMesh) -> None:
     """Raises UserError if the axis that attention is cut over would cut a head."""
-    tensor = mesh.shape[LOGICAL_TO_MESH["heads"]]
+    tensor = mesh.shape[HEADS_AXIS]
     if num_kv_heads % tensor:
-        raise UserError(f"mesh axis {LOGICAL_TO_MESH['heads']}={tensor} does not divide the {num_kv_heads} kv heads")
+        raise UserError(f"mesh axis {HEADS_AXIS}={tensor} does not divide the {num_kv_heads} kv heads")
 
 
 def local_block(mesh: Mesh, batch_size: int) -> tuple[int, int]:
@@ -175,7 +178,7 @@ def local_block(mesh: Mesh, batch_size: int) -> tuple[int, int]:
       UserError: if the rows of this process are not one such block.
     """
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = sorted({(cut.start or 0, cut.stop or batch_size) for (cut,) in places})
+    rows = sorted({(cut.start or 0, cut.stop or batch_size) for place in places if place for cut in place[:1]})
     first, last = rows[0][0], rows[-1][1]
     size = last - first
     if sum(stop - start for start, stop in rows) != size or first % size or batch_size % size:

@@ -92,9 +92,11 @@ def straight_through(codes: Array, alpha: Array, dalpha: Array, dsink: Array) ->
     return dweight, dalpha + jnp.sum(dweight * codes, axis=(-2, -1)) / alpha
 
 
-def _ternarize_fwd(weight: Array, alpha: Array, grad_dtype: DTypeLike) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-    made = ternarize(weight, alpha, grad_dtype)
-    return made, made[:2]
+def _ternarize_fwd(
+    weight: Array, alpha: Array, grad_dtype: DTypeLike
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    codes, alpha, sink = ternarize(weight, alpha, grad_dtype)
+    return (codes, alpha, sink), (codes, alpha)
 
 
 def _ternarize_bwd(_, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]) -> tuple[Array, Array]:

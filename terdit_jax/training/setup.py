@@ -22,7 +22,7 @@ from terdit_jax.model.plan import Plan
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
-from terdit_jax.parallel.sharding import abstract_sharded, batch_shards, check_heads
+from terdit_jax.parallel.sharding import AnyMesh, abstract_sharded, batch_shards, check_heads
 from terdit_jax.paths import as_path
 from terdit_jax.training.optimizer import make_optimizer
 
@@ -64,7 +64,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer), plan)
 
 
-def check_division(config: RunConfig, model: DiTConfig, mesh: Mesh) -> None:
+def check_division(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:
     """Raises UserError if batch or heads do not divide over the mesh."""
     batch_size, accumulation = config.train.batch_size, config.train.accumulation_steps
     if batch_size % (accumulation * batch_shards(mesh)):

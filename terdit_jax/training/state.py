@@ -4,7 +4,6 @@
 """
 
 import jax
-from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
@@ -46,7 +45,7 @@ def init_state(
     }
 
 
-def packed_codes(model: DiTConfig, params: dict) -> dict[str, Array]:
+def packed_codes(model: DiTConfig, params: dict) -> dict[str, dict]:
     """The 2-bit codes of every ternary matrix by operand path; empty for a full-precision model."""
     if not model.ternary:
         return {}

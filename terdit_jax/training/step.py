@@ -51,9 +51,9 @@ def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
     def with_floats(floats: list[Array], others: Callable[[Array], Array | np.ndarray] = lambda codes: codes) -> dict:
-        floats = iter(floats)
-        merged = [next(floats) if f else others(leaf) for leaf, f in zip(leaves, is_float, strict=True)]
-        return structure.unflatten(merged)
+        rest = iter(floats)
+        merged = [next(rest) if f else others(leaf) for leaf, f in zip(leaves, is_float, strict=True)]
+        return jax.tree.unflatten(structure, merged)
 
     return [leaf for leaf, f in zip(leaves, is_float, strict=True) if f], with_floats
 

@@ -36,7 +36,7 @@ def code_statistics(before: dict, after: dict) -> dict[str, Array]:
     Args:
       before, after: `state.packed_codes` at the last log and now.
     """
-    out = {}
+    out: dict[str, Array] = {}
     for kind in after.get("blocks", {}):
         old, new = (jax.tree.leaves(codes["blocks"][kind]) for codes in (before, after))
         total = sum(leaf.size * 4 for leaf in new)

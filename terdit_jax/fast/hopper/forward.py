@@ -285,13 +285,11 @@ def scale_of(peak: Array, dtype: DTypeLike) -> Array:
 
 def operand_types(like, dtype: DTypeLike | Stored) -> list[jax.ShapeDtypeStruct | None]:
     """An operand and its scale, None without one; of `Stored` the row in bfloat16 and in 8 bits, None if not stored."""
-    wide = []
     if isinstance(dtype, Stored):
-        wide, dtype = [_like(like, jnp.bfloat16) if dtype.bfloat16 else None], dtype.rounded
-        if dtype is None:
-            return [*wide, None, None]
-    eight = jnp.dtype(dtype).itemsize == 1
-    return [*wide, _like(like, dtype), jax.ShapeDtypeStruct(like.shape[:2], jnp.float32) if eight else None]
+        in_bfloat16 = _like(like, jnp.bfloat16) if dtype.bfloat16 else None
+        return [in_bfloat16, *([None, None] if dtype.rounded is None else operand_types(like, dtype.rounded))]
+    scale = jax.ShapeDtypeStruct(like.shape[:2], jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
+    return [_like(like, dtype), scale]
 
 
 def _like(array, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
