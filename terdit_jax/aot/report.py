@@ -51,7 +51,7 @@ def make_report(program: Program, topology: Topology, devices: list[jax.Device])
     roofline = make_roofline(topology, costs, collectives, places)
     analysis = compiled.cost_analysis() or {}
     config = program.config
-    report = {
+    report: dict[str, Any] = {
         "what": program.what,
         "config": config.name,
         "topology": topology.name,
