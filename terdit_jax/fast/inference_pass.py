@@ -21,8 +21,7 @@ from terdit_jax.fast.hopper import swiglu_matmul
 from terdit_jax.fast.modes import Numerics
 from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.embedders import condition, final_layer, patchify, rope_table, sincos_2d_table, unpatchify
-from terdit_jax.model.layers import linear
+from terdit_jax.model.embedders import condition, embed, final_layer, rope_table, unpatchify
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
 
 SCHEDULE_BYTES = 2**30  # of device memory for the modulations of a whole sampling run
@@ -179,14 +178,11 @@ def inference_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t:
 
 
 def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
-    dtype, matmul_dtype = config.activation_dtype, numerics.matmul_dtype
+    matmul_dtype = numerics.matmul_dtype
     passes = _passes(numerics)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
     vectors = _make_vectors(operands, m)
-    x = linear(patchify(x_t, config.patch_size), operands["x_embedder"], dtype)
-    if config.positions == "rope_1d_sincos_2d":
-        x = x + sincos_2d_table(config.grid_size, config.hidden_size)
-    x = x.astype(dtype)
+    x = embed(config, operands["x_embedder"], x_t)
     h, scale = xla_passes.quantize(xla_passes.norm_modulate(x, vectors[-1, 1], vectors[-1, 2]), matmul_dtype)
     for index, layer in enumerate(operands["layers"]):
         y = _multiply(numerics, h, layer["qkv"])

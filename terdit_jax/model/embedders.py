@@ -52,6 +52,14 @@ def patchify(x: Array, patch_size: int) -> Array:
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(B, -1, C * patch_size**2)
 
 
+def embed(config: DiTConfig, operands: dict[str, Array], x_t: Array) -> Array:
+    """x_t (B, H, W, C) -> tokens (B, T, D) in the activations' dtype, with absolute positions if the model has them."""
+    x = linear(patchify(x_t, config.patch_size), operands, config.activation_dtype)
+    if config.positions == "rope_1d_sincos_2d":
+        x = x + sincos_2d_table(config.grid_size, config.hidden_size)
+    return x.astype(config.activation_dtype)
+
+
 def unpatchify(x: Array, grid_size: int, patch_size: int) -> Array:
     """(B, T, p * p * C) with patches ordered (pH, pW, C) -> (B, H, W, C)."""
     B = x.shape[0]

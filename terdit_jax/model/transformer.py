@@ -22,14 +22,13 @@ from terdit_jax.model.embedders import (
     LabelEmbedder,
     TimestepEmbedder,
     condition,
+    embed,
     final_layer,
     patch_embedder,
-    patchify,
     rope_table,
-    sincos_2d_table,
     unpatchify,
 )
-from terdit_jax.model.layers import MakeLinear, linear, packed_linear, trained_linear
+from terdit_jax.model.layers import MakeLinear, packed_linear, trained_linear
 from terdit_jax.parallel.sharding import constrain, constrain_tree
 
 
@@ -141,10 +140,7 @@ def _forward(
     config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, run_blocks: RunBlocks, watch: Watch | None
 ) -> tuple[Array, dict]:
     dtype = config.activation_dtype
-    x = linear(patchify(x_t, config.patch_size), operands["x_embedder"], dtype)
-    if config.positions == "rope_1d_sincos_2d":
-        x = x + sincos_2d_table(config.grid_size, config.hidden_size)
-    x = constrain(x.astype(dtype), "batch", "tokens", None)
+    x = constrain(embed(config, operands["x_embedder"], x_t), "batch", "tokens", None)
     c = condition(operands, t, y)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
 
