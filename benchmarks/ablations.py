@@ -33,7 +33,7 @@ from terdit_jax.evaluation.classifier import Classifier, make_classifier, train_
 from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
 from terdit_jax.inference.contact_sheet import make_contact_sheet
-from terdit_jax.inference.pictures import save_png, to_uint8
+from terdit_jax.inference.images import save_png, to_uint8
 from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.published import Leaves
 from terdit_jax.interop.weights import open_weights
@@ -45,7 +45,7 @@ from terdit_jax.versions import versions
 _CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "Configuration of a ternary model of pictures.")
 _DATA = define_path("data", "data/cifar10", "Its data set.")
 _STEPS = flags.DEFINE_integer("steps", 4000, "Of each run.", lower_bound=10)
-_DROP = flags.DEFINE_float("drop", 0.8, "Share of the steps behind which the learning rate drops.", 0, 1)
+_DROP = flags.DEFINE_float("drop", 0.8, "Share of the steps after which the learning rate drops.", 0, 1)
 _SEEDS = flags.DEFINE_list("seeds", "0", "Of the runs.")
 _VARIANTS = flags.DEFINE_list("variants", None, "Some of VARIANTS; all if left out.")
 _SET = flags.DEFINE_list("set", "", "FIELD=VALUE of the configuration, for all runs.")
@@ -53,7 +53,7 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 5000, "Pictures judged, of ea
 _FOLDER = define_path("folder", "runs/ablations", "Where the runs' workdirs are.")
 _DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that runs are spread over.", lower_bound=1)
 _RUNS_PER_DEVICE = flags.DEFINE_integer("runs_per_device", 1, "Runs that share a GPU.", lower_bound=1)
-_MINUTES = flags.DEFINE_float("minutes", 0, "Behind which no run is begun; 0: no limit.", lower_bound=0)
+_MINUTES = flags.DEFINE_float("minutes", 0, "After which no run is begun; 0: no limit.", lower_bound=0)
 _PLOT = define_path("plot", None, "Picture to make of all rows.")
 _GRID = define_path("grid", None, "PNG to make of pictures of each variant's first seed, one a class.")
 _OUTPUT = define_path("output", "ablations.json", "JSON file.")
@@ -215,7 +215,7 @@ def load(name: str, seed: str) -> Denoiser:
 
 
 def ternarised(leaves: Leaves) -> Leaves:
-    """A full-precision model's leaves as a ternary model's without an RMSNorm behind adaLN: alpha by least squares."""
+    """A full-precision model's leaves as a ternary model's without an RMSNorm after adaLN: alpha by least squares."""
     matrices = ("attention/w", "feed_forward/w", "adaLN_modulation")
     for path, leaf in leaves:
         yield path, leaf

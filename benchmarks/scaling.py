@@ -52,7 +52,7 @@ _SAMPLE_BATCH = flags.DEFINE_integer("sample_batch", 32, "Pictures that a device
 _SAMPLE_STEPS = flags.DEFINE_integer("sample_steps", 10, "Steps of their schedule.", lower_bound=1)
 _PICTURES = flags.DEFINE_integer("pictures", 1024, "Pictures drawn.", lower_bound=1)
 _AT_ONCE = flags.DEFINE_integer("at_once", 1, "Processes beside each other.", lower_bound=1)
-_MINUTES = flags.DEFINE_float("minutes", 0, "Behind which rows are ended, or not begun; 0: no limit.", lower_bound=0)
+_MINUTES = flags.DEFINE_float("minutes", 0, "After which rows are ended, or not begun; 0: no limit.", lower_bound=0)
 _OUTPUT = define_path("output", "scaling.json", "JSON file.")
 _ONE = flags.DEFINE_string("one", None, "A single row in this process, as JSON; prints JSON.")
 _TURN = flags.DEFINE_list("turn", "", "Its open files of `machine.share_devices`.")

@@ -26,7 +26,7 @@ from terdit_jax.interop.pytorch import TerDiT
 from terdit_jax.model.config import DiTConfig
 
 _ONE = flags.DEFINE_string("one", None, "config:batch:peer, with a peer of ternary and full.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps, behind warm-up.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps, after warm-up.", lower_bound=1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
 _DEVICE = flags.DEFINE_string("device", "cuda", "Where it runs.")
 

@@ -36,7 +36,7 @@ from terdit_jax.versions import versions
 
 _RUNS = flags.DEFINE_list("runs", None, "config:batch[:NAME=VALUE...] each, NAME of config.compute.")
 _PEERS = flags.DEFINE_list("peers", "", "PyTorch's, of benchmarks.torch_training.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, behind warm-up.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a run, after warm-up.", lower_bound=1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 3, "Steps before them, the first of which compiles.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also each kernel's time in a step.")
 _OUTPUT = define_path("output", "training.json", "JSON file.")

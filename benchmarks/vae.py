@@ -254,7 +254,7 @@ def _compile(function: Callable, config: VAEConfig, params: dict, x: Array, dtyp
 
 
 def _rate(call: Callable[[], object], count: float, wait: Callable[[], None] | None = None) -> dict[str, float]:
-    """Median of three timings, each of some calls in a row, behind two calls."""
+    """Median of three timings, each of some calls in a row, after two calls."""
     calls = max(1, _CALLS.value // (2 if _QUICK.value else 1))
 
     def timed(calls: int) -> float:

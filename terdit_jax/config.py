@@ -156,7 +156,7 @@ class MeshConfig:
     overlap: bool = setting(
         True,
         "Compiles the step with XLA's options that overlap communication with arithmetic, on GPUs and TPUs "
-        "([parallelism.md](parallelism.md#communication-behind-arithmetic)).",
+        "([parallelism.md](parallelism.md#communication-under-arithmetic)).",
     )
 
 
@@ -244,7 +244,7 @@ class TrainConfig:
         "",
         'Options of XLA that the step is compiled with, as `"--xla_gpu_all_gather_combine_threshold_bytes=33554432 '
         '--xla_dump_to=dump"`; they override those of `mesh.overlap` and the ones that GPUs always get '
-        "([parallelism.md](parallelism.md#communication-behind-arithmetic)). An unknown one is refused before anything "
+        "([parallelism.md](parallelism.md#communication-under-arithmetic)). An unknown one is refused before anything "
         "is read.",
         TEXT,
         free=True,

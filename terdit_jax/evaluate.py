@@ -35,8 +35,8 @@ from terdit_jax.evaluation.suite import (
     suite_metrics,
 )
 from terdit_jax.files import check_output, refusing, write_json
-from terdit_jax.inference.picture_set import make_labels
-from terdit_jax.inference.pictures import in_color, to_uint8
+from terdit_jax.inference.image_set import make_labels
+from terdit_jax.inference.images import in_color, to_uint8
 from terdit_jax.inference.runtime import Denoiser, load_model
 from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.interop.vae_weights import load_vae

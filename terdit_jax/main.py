@@ -15,8 +15,8 @@ from terdit_jax.config_file import define_config, read_config
 from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawImages, make_proxy_judge
 from terdit_jax.files import check_folder
-from terdit_jax.inference.decoding import to_pictures
-from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
+from terdit_jax.inference.decoding import to_images
+from terdit_jax.inference.images import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.interop.weights import check_start, master_params, start_params
 from terdit_jax.model.transformer import packed_operands
@@ -83,18 +83,18 @@ def _starter(setup: Setup) -> Callable[[], dict] | None:
 
 
 def _drawer(setup: Setup) -> DrawImages:
-    """Draws pictures from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
-    of the picture, never taken from a stream that training draws from as well."""
+    """Draws images from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
+    of the image, never taken from a stream that training draws from as well."""
     draw = make_draw(setup.model, setup.config.sample, setup.config.seed, run_blocks=setup.plan.run_blocks)
     operands = jax.jit(lambda params: packed_operands(setup.model, params))
 
-    def draw_pictures(params: dict, labels: np.ndarray) -> np.ndarray:
+    def draw_images(params: dict, labels: np.ndarray) -> np.ndarray:
         with jax.set_mesh(setup.mesh):
             packed = operands(params)
         latents = draw_all(draw, packed, labels, setup.mesh, batch_size=_DRAWN_AT_ONCE, report=lambda done: None)
-        return to_pictures(latents, setup.dataset.metadata.latent_scale)
+        return to_images(latents, setup.dataset.metadata.latent_scale)
 
-    return draw_pictures
+    return draw_images
 
 
 def _grid_drawer(setup: Setup, draw: DrawImages) -> DrawGrid:

@@ -26,8 +26,8 @@ from terdit_jax.data.tfds_source import make_tfds_source
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.files import check_output
 from terdit_jax.inference.contact_sheet import make_contact_sheet
-from terdit_jax.inference.decoding import to_pictures
-from terdit_jax.inference.pictures import save_png, to_uint8
+from terdit_jax.inference.decoding import to_images
+from terdit_jax.inference.images import save_png, to_uint8
 from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.memory import check_host
 from terdit_jax.options import define_float, refuse_unused
@@ -167,7 +167,7 @@ def _inspect(path: str) -> None:
     vae = load_vae(_VAE.value) if _VAE.value else None
     inspected = inspect(dataset, _NUM_SAMPLES.value)
     scale = dataset.metadata.latent_scale
-    rows = [to_uint8(to_pictures(view * scale, scale, vae)) for view in inspected.views]
+    rows = [to_uint8(to_images(view * scale, scale, vae)) for view in inspected.views]
     save_png(output, make_contact_sheet(rows, inspected.captions))
     print(format_report(dataset.metadata, inspected))
     print(f"contact sheet: {output}" + ("" if vae or dataset.metadata.codec == "none" else " (latents: --vae decodes)"))

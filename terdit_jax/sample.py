@@ -23,8 +23,8 @@ from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.fast.modes import MODES
 from terdit_jax.files import check_output
-from terdit_jax.inference.picture_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
-from terdit_jax.inference.pictures import make_grid, save_png, to_uint8
+from terdit_jax.inference.image_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
+from terdit_jax.inference.images import make_grid, save_png, to_uint8
 from terdit_jax.inference.runtime import DTYPES, Denoiser, load_model
 from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS, check_settings
 from terdit_jax.inference.shards import Shards, check_set

@@ -56,7 +56,7 @@ def safe_lines(workdir: Path) -> list[dict]:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """The steps whose saves are complete: the manifest is written last, behind the asynchronous save."""
+    """The steps whose saves are complete: the manifest is written last, after the asynchronous save."""
     return sorted(int(manifest.parent.name) for manifest in workdir.glob(f"checkpoints/[0-9]*/{MANIFEST}"))
 
 

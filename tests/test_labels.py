@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.picture_set import make_labels
+from terdit_jax.inference.image_set import make_labels
 from terdit_jax.labels import check_labels
 from tests.runs import ROOT
 

@@ -11,10 +11,10 @@ from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import ModelConfig, OptimizerConfig, RunConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
-from terdit_jax.inference import picture_set
-from terdit_jax.inference.decoding import to_pictures
-from terdit_jax.inference.picture_set import draw_set, make_plan
-from terdit_jax.inference.pictures import to_uint8
+from terdit_jax.inference import image_set
+from terdit_jax.inference.decoding import to_images
+from terdit_jax.inference.image_set import draw_set, make_plan
+from terdit_jax.inference.images import to_uint8
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.inference.sampling import check_settings
 from terdit_jax.inference.shards import Shards
@@ -186,11 +186,11 @@ def test_a_preview_spoils_one_image_for_one_that_is_not_finite():
     latents = np.random.default_rng(0).standard_normal((4, 4, 4, 4), np.float32)
     latents[2, 0, 0, 1] = np.inf
     with pytest.raises(UserError, match="1 of 4 images"):
-        to_uint8(to_pictures(latents, 0.18))
+        to_uint8(to_images(latents, 0.18))
 
 
 def test_a_set_is_not_finished_with_black_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture_set, "SHARD_SIZE", 2)
+    monkeypatch.setattr(image_set, "SHARD_SIZE", 2)
     plan = make_plan(model={}, settings={}, labels={}, num_samples=4, seed=0)
 
     def draw(of_shard, first, report):

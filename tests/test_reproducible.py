@@ -13,7 +13,7 @@ from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.fast.inference_pass import bind_schedule
-from terdit_jax.inference.picture_set import make_labels
+from terdit_jax.inference.image_set import make_labels
 from terdit_jax.inference.runtime import load_model
 from terdit_jax.inference.sampling import make_draw
 from terdit_jax.interop.exports import export

@@ -104,7 +104,7 @@ def test_settings_are_not_mixed(tmp_path):
     write(shards, (1, 2))
     shards.finish()
     before = (tmp_path / "a.npz").read_bytes()
-    with pytest.raises(UserError, match=r"a.npz: its sample.num_steps is 5 and not 6, and it holds other pictures"):
+    with pytest.raises(UserError, match=r"a.npz: its sample.num_steps is 5 and not 6, and it holds other images"):
         Shards(tmp_path / "a.npz", other)
     assert (tmp_path / "a.npz").read_bytes() == before
 

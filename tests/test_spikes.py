@@ -15,7 +15,7 @@ from tests.golden_models import random_params, tiny_config
 
 
 def judged(losses, sigma=4.0, window=10, spikes=None):
-    """Which losses are spikes, and the statistics behind the last."""
+    """Which losses are spikes, and the statistics after the last."""
     config = OptimizerConfig(spike_sigma=sigma, spike_window=window)
     judge = jax.jit(lambda spikes, loss: judge_loss(config, spikes, loss))
     spikes, found = spikes or empty_spikes(), []

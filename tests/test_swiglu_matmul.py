@@ -1,4 +1,4 @@
-"""The matmul with SwiGLU behind it: products and function on Hopper GPUs, elsewhere that it lowers for them."""
+"""The matmul with SwiGLU on its sums: products and function on Hopper GPUs, elsewhere that it lowers for them."""
 
 import jax
 import jax.numpy as jnp

@@ -94,7 +94,7 @@ def _flops(instruction: Instruction, known: dict[str, Instruction]) -> tuple[str
         return _convolution(instruction, known)
     else:
         return "", 0.0
-    left = _operand(instruction, 0, known)
+    left = _input(instruction, 0, known)
     if left is None:
         return "", 0.0
     depth = math.prod(left.shape[i] for i in contracted)
@@ -107,7 +107,7 @@ def _convolution(instruction: Instruction, known: dict[str, Instruction]) -> tup
     Batches and stacks become windows of which most is padding: only places where a kernel meets an input count.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    left, kernel = _operand(instruction, 0, known), _operand(instruction, 1, known)
+    left, kernel = _input(instruction, 0, known), _input(instruction, 1, known)
     if labels is None or kernel is None or left is None:
         return "", 0.0
     inputs = dict(zip(labels[1], left.shape, strict=True))
@@ -222,7 +222,7 @@ def _updated(result: Instruction | None, inside: dict[str, Instruction]) -> list
     return list(update.arrays) if update else None
 
 
-def _operand(instruction: Instruction, place: int, known: dict[str, Instruction]) -> Array | None:
+def _input(instruction: Instruction, place: int, known: dict[str, Instruction]) -> Array | None:
     names = instruction.operands
     if place >= len(names) or names[place] not in known:
         return None

@@ -1,6 +1,6 @@
 """Classifier-free guidance: a class-conditional network and a scale become an ordinary denoiser.
 
-Which pictures are sampled and by which method is left to `sampler`; the network itself comes in as a function.
+Which images are sampled and by which method is left to `sampler`; the network itself comes in as a function.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,7 @@ def choose_timesteps(
         "uniform": equal in t, as `space_timesteps` has it and published results were made;
         "quadratic": t grows as the square of the place (Song et al. 2021, arXiv 2010.02502, appendix D.2);
         "power": as its 2.5th power. Between uniform steps, which leave the last of the noise to one great leap, and
-          equal steps of the log-SNR, which spend half of their number where the picture is decided already; the best
+          equal steps of the log-SNR, which spend half of their number where the image is decided already; the best
           for the solvers on Gaussian mixtures and on digits (benchmarks/samplers.py);
         "logsnr": equal in log(signal / noise) (Lu et al. 2022, arXiv 2206.00927, section 3.4);
         "auto": "power" for the solvers of `multistep`, "uniform" for the others.

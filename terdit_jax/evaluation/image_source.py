@@ -21,7 +21,7 @@ from terdit_jax.data.listing import IMAGE_SUFFIXES, describe_ignored, is_hidden,
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.schema import METADATA_FILE
 from terdit_jax.errors import UserError
-from terdit_jax.inference.pictures import in_color, to_uint8
+from terdit_jax.inference.images import in_color, to_uint8
 from terdit_jax.paths import as_path
 from terdit_jax.untrusted import find_array, read_array_header, reading
 

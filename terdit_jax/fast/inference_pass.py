@@ -128,7 +128,7 @@ def bind_schedule(
       numerics: of the mode.
       operands: of `make_inference_operands`.
       timesteps: (S,) int, all that the network will be asked for.
-      labels: (B,) int, of the pictures.
+      labels: (B,) int, of the images.
 
     Returns:
       The network, called as `inference_forward` is, with one timestep for all rows and labels (n B,): for each image,

@@ -36,10 +36,10 @@ def add_norm_modulate(
       vectors: (S, 3, B, D) float32: gate, gain and shift of every such site in the network. The gate holds all scales
         of y that a token does not decide, the gain is the norm's scale times one plus the modulation's.
       site: () int, which of them.
-      dtype: of the operand, as in `quantize`.
+      dtype: of the result, as in `quantize`.
 
     Returns:
-      The new x (B, T, D), the operand (B, T, D), and its scale (B, T) or None.
+      The new x (B, T, D), the normed rows (B, T, D), and their scale (B, T) or None.
     """
     gate, gain, shift = vectors[site]
     x = add_gated(x, y, y_scale, gate)
@@ -53,10 +53,10 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
       y: (B, T, 2 F) products, a then b.
       y_scale: (B, T) float32, what each token's products stand for, or None.
       alphas: (2,) float32, what a and b are multiplied by besides.
-      dtype: of the operand, as in `quantize`.
+      dtype: of the result, as in `quantize`.
 
     Returns:
-      The operand (B, T, F), and its scale (B, T) or None.
+      The rows (B, T, F), and their scale (B, T) or None.
     """
     a, b = jnp.split(_scaled(y, y_scale), 2, axis=-1)
     return quantize(jax.nn.silu(a * alphas[0]) * (b * alphas[1]), dtype)
@@ -65,7 +65,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
 def queries_keys_values(
     y: Array, y_scale: Array | None, alphas: Array, norms: tuple[dict, dict] | None, rope: Array, heads: int
 ) -> tuple[Array, Array, Array]:
-    """Queries and keys behind their layer norm and RoPE, and values, from one projection.
+    """Queries and keys after their layer norm and RoPE, and values, from one projection.
 
     Args:
       y: (B, T, D + 2 kv_width) products; features of a head ordered by `rotary_order` in queries and keys.

@@ -1,1 +1,1 @@
-"""Drawing pictures from a trained model."""
+"""Drawing images from a trained model."""

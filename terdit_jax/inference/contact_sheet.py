@@ -1,4 +1,4 @@
-"""A contact sheet: pictures with a caption each, to see at once whether data are what they should be."""
+"""A contact sheet: images with a caption each, to see at once whether data are what they should be."""
 
 from collections.abc import Sequence
 import math
@@ -6,17 +6,17 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_SIDE = 96  # small pictures are enlarged by a whole factor to at least this
+MIN_SIDE = 96  # small images are enlarged by a whole factor to at least this
 GAP = 6
 LINE = 14  # height of a line of text
 
 
 def make_contact_sheet(views: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """Lays pictures out in rows, the views of one side by side above its caption.
+    """Lays images out in rows, the views of one side by side above its caption.
 
     Args:
-      views: one or more (N, H, W, 1 or 3) uint8 arrays, such as pictures and their mirrors.
-      captions: N texts, cut to the width of the pictures above them.
+      views: one or more (N, H, W, 1 or 3) uint8 arrays, such as images and their mirrors.
+      captions: N texts, cut to the width of the images above them.
 
     Returns:
       (height, width, 3) uint8.
@@ -32,8 +32,8 @@ def make_contact_sheet(views: Sequence[np.ndarray], captions: Sequence[str]) -> 
     for i, caption in enumerate(captions):
         left, top = GAP + i % columns * cell_width, GAP + i // columns * cell_height
         for k, view in enumerate(views):
-            picture = np.broadcast_to(view[i], (*view.shape[1:3], 3)).repeat(factor, axis=0).repeat(factor, axis=1)
-            sheet.paste(Image.fromarray(picture), (left + k * (width + 1), top))
+            image = np.broadcast_to(view[i], (*view.shape[1:3], 3)).repeat(factor, axis=0).repeat(factor, axis=1)
+            sheet.paste(Image.fromarray(image), (left + k * (width + 1), top))
         draw.text((left, top + height), _cut(caption, font, cell_width - GAP), fill="black", font=font)
     return np.asarray(sheet)
 

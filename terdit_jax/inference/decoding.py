@@ -1,4 +1,4 @@
-"""From sampled latents to pictures in [-1, 1], by the codec that made the data."""
+"""From sampled latents to images in [-1, 1], by the codec that made the data."""
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -10,16 +10,16 @@ from terdit_jax.model.vae import VAEConfig, decode_all
 VAE = tuple[VAEConfig, dict]  # of `terdit_jax.interop.vae_weights.load_vae`
 
 
-def to_pictures(
+def to_images(
     latents: np.ndarray,
     latent_scale: float,
     vae: VAE | None = None,
     dtype: DTypeLike = np.float32,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Pictures of latents (N, H, W, C) as the model draws them.
+    """Images of latents (N, H, W, C) as the model draws them.
 
-    Pixel-space models (C is 1 or 3) draw the pictures themselves. Latents are decoded by their autoencoder; without it
+    Pixel-space models (C is 1 or 3) draw the images themselves. Latents are decoded by their autoencoder; without it
     the first three channels are shown, each stretched to its own range: a preview of what is where, not of colours.
 
     Args:
@@ -30,7 +30,7 @@ def to_pictures(
       mesh: the devices that share the decoding; the default one does it if left out, or if some are of other processes.
 
     Returns:
-      (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped; with an autoencoder H and W are the pictures'.
+      (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped; with an autoencoder H and W are the images'.
 
     Raises:
       UserError: an autoencoder of other latents than these.

@@ -21,7 +21,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
 from terdit_jax.fast.plan import choose_plan
-from terdit_jax.inference.decoding import VAE, check_vae, to_pictures
+from terdit_jax.inference.decoding import VAE, check_vae, to_images
 from terdit_jax.inference.sampling import Draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
@@ -104,16 +104,16 @@ class Denoiser:
         batch_size: int = 256,
         report: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
-        """Draws a picture for each label; what is left out is as the model's description has it.
+        """Draws a image for each label; what is left out is as the model's description has it.
 
         Args:
           labels: (N,) int, N above 0.
-          seed: of all noise; picture i depends on (seed, i) alone.
+          seed: of all noise; image i depends on (seed, i) alone.
           num_steps, cfg_scale, method, spacing, cfg_t_min, cfg_t_max: as `config.sample` has them.
-          first: index of the first picture.
+          first: index of the first image.
           vae: of `interop.vae_weights.load_vae`, to decode the latents that the model draws.
-          batch_size: pictures drawn at once.
-          report: called with the number of pictures done so far.
+          batch_size: images drawn at once.
+          report: called with the number of images done so far.
 
         Returns:
           (N, H, W, C) float32, in [-1, 1] up to what sampling overshoots. Without a VAE, latents become a preview.
@@ -132,7 +132,7 @@ class Denoiser:
         settings = dataclasses.replace(self.description.sample, **changes)
         draw = _cached_draw(self.config, self.plan, self.numerics, settings, seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
-        return to_pictures(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
+        return to_images(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
     def _check_call(self, x_t: Array, y: Array) -> Array:
         unseen = isinstance(y, jax.core.Tracer) or (isinstance(y, Array) and not y.is_fully_addressable)

@@ -1,6 +1,6 @@
 """Guided sampling from operands: whole loops in one jit, each image fixed by (seed, its index).
 
-Where the weights come from is `runtime`'s, what pictures look like on disk `pictures`'s.
+Where the weights come from is `runtime`'s, what images look like on disk `images`'s.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ MAX_CFG_SCALE = 1000  # a hundred times what improves images; float32 has no dig
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 
 
-# Operands, all timesteps (S,) of a run, labels (B,) of its pictures -> the network for that run.
+# Operands, all timesteps (S,) of a run, labels (B,) of its images -> the network for that run.
 Bind = Callable[[dict, np.ndarray, Array], ConditionalDenoise]
 
 
@@ -44,7 +44,7 @@ def make_draw(
     compiler_options: Options | None = None,
     run_blocks: RunBlocks = scan_blocks,
 ) -> Draw:
-    """A jitted function that draws pictures with one set of sampling settings.
+    """A jitted function that draws images with one set of sampling settings.
 
     Image i starts from, and is disturbed by, noise that depends on (seed, i) alone: neither the batch it is drawn in
     nor the mesh changes it beyond float rounding.

@@ -1,6 +1,6 @@
-"""A set of pictures on disk while it is being drawn: shards that outlive a kill, then one npz or a folder of PNGs.
+"""A set of images on disk while it is being drawn: shards that outlive a kill, then one npz or a folder of PNGs.
 
-What the pictures are and who draws which shard is left to `picture_set`; everything here only ever appears by the
+What the images are and who draws which shard is left to `image_set`; everything here only ever appears by the
 renaming of a whole file, beside the output and on its file system.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from terdit_jax.errors import UserError
 from terdit_jax.files import check_output, new_file, refusing
-from terdit_jax.inference.pictures import encode_png, in_color
+from terdit_jax.inference.images import encode_png, in_color
 from terdit_jax.paths import as_path, is_remote
 from terdit_jax.untrusted import difference, load_arrays, parse_json, reading
 
@@ -31,16 +31,16 @@ class Shards:
     """The shards of one output, in the folder OUTPUT.unfinished until all of them are there.
 
     Attributes:
-      sizes: pictures of each shard.
+      sizes: images of each shard.
 
     Raises:
-      UserError: the output exists, or its shards do, with pictures of another plan.
+      UserError: the output exists, or its shards do, with images of another plan.
     """
 
     def __init__(self, output: epath.PathLike, plan: Mapping[str, Any]):
         """Args:
         output: a path that ends in .npz, or the name of a folder of PNGs.
-        plan: all that decides the pictures, as JSON can hold it, with num_samples and shard_size among it.
+        plan: all that decides the images, as JSON can hold it, with num_samples and shard_size among it.
         """
         self.output = as_path(output, "--output")
         self.folder = self.output.with_name(self.output.name + ".unfinished")
@@ -56,7 +56,7 @@ class Shards:
             self._write_json(self.folder / PLAN_FILE)
 
     def is_complete(self) -> bool:
-        """Whether the output is in its place; what a kill has left behind is then removed."""
+        """Whether the output is in its place; what a kill has left is then removed."""
         if not self.output.exists():
             return False
         with contextlib.suppress(FileNotFoundError):  # another process does the same
@@ -68,7 +68,7 @@ class Shards:
         return self._path(number).exists()
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The pictures (S, H, W, 3) uint8 and labels (S,) of a shard; None while it is missing, loudly if damaged."""
+        """The images (S, H, W, 3) uint8 and labels (S,) of a shard; None while it is missing, loudly if damaged."""
         path = self._path(number)
         if not path.exists():
             return None
@@ -76,21 +76,21 @@ class Shards:
             refusal = f"SHARD {path} IS DAMAGED"
             with reading(refusal), path.open("rb") as file:
                 arrays = load_arrays(file, ("arr_0", "labels", "fingerprint"), refusal)
-                pictures, labels = arrays["arr_0"], arrays["labels"]
+                images, labels = arrays["arr_0"], arrays["labels"]
                 if str(arrays["fingerprint"]) != self._fingerprint:
                     raise ValueError("it is of other settings")
-                if not _is_shard(pictures, labels, self.sizes[number]):
-                    raise ValueError(f"it holds {pictures.dtype} {pictures.shape} and {labels.dtype} {labels.shape}")
-            return pictures, labels
+                if not _is_shard(images, labels, self.sizes[number]):
+                    raise ValueError(f"it holds {images.dtype} {images.shape} and {labels.dtype} {labels.shape}")
+            return images, labels
         except UserError as error:
             # Every member of an npz carries a CRC, which reading it checks.
             logging.error("%s: it is drawn again", error)
             return None
 
-    def write(self, number: int, pictures: np.ndarray, labels: np.ndarray) -> None:
+    def write(self, number: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Puts a shard, (S, H, W, 1 or 3) uint8 and (S,), in its place; on disk when this returns."""
         with self._new_file(self._path(number)) as file:
-            np.savez(file, arr_0=in_color(pictures), labels=labels, fingerprint=np.array(self._fingerprint))
+            np.savez(file, arr_0=in_color(images), labels=labels, fingerprint=np.array(self._fingerprint))
 
     def finish(self) -> list[int]:
         """Makes the output of all shards and removes them; the numbers of damaged ones if there are any.
@@ -112,17 +112,17 @@ class Shards:
 
     def _write_npz(self, file: BinaryIO) -> None:
         """As np.savez would write all of it at once."""
-        picture_shape = self._must_read(0)[0].shape[1:]
+        image_shape = self._must_read(0)[0].shape[1:]
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             # A name alone would be stamped with the time of day.
             member = zipfile.ZipInfo("arr_0.npy")
             with archive.open(member, "w", force_zip64=True) as array:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (sum(self.sizes), *picture_shape)}
+                header = {"descr": "|u1", "fortran_order": False, "shape": (sum(self.sizes), *image_shape)}
                 np.lib.format.write_array_header_1_0(array, header)
                 labels = []
                 for number in range(len(self.sizes)):
-                    pictures, of_shard = self._must_read(number)
-                    array.write(np.ascontiguousarray(pictures).data)
+                    images, of_shard = self._must_read(number)
+                    array.write(np.ascontiguousarray(images).data)
                     labels.append(of_shard)
             with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as array:
                 np.lib.format.write_array(array, np.concatenate(labels), allow_pickle=False)
@@ -131,16 +131,16 @@ class Shards:
         folder = self.folder / "pictures"
         digits, first, all_labels = max(6, len(str(sum(self.sizes)))), 0, []
 
-        def write(path: epath.Path, picture: np.ndarray) -> None:
-            path.write_bytes(encode_png(picture))
+        def write(path: epath.Path, image: np.ndarray) -> None:
+            path.write_bytes(encode_png(image))
 
         with refusing(self.output), concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(len(self.sizes)):
-                pictures, labels = self._must_read(number)
-                paths = [folder / f"{first + i:0{digits}}.png" for i in range(len(pictures))]
-                list(pool.map(write, paths, pictures))
-                first += len(pictures)
+                images, labels = self._must_read(number)
+                paths = [folder / f"{first + i:0{digits}}.png" for i in range(len(images))]
+                list(pool.map(write, paths, images))
+                first += len(images)
                 all_labels += labels.tolist()
             (folder / "labels.json").write_text(json.dumps(all_labels))
             self._write_json(folder / "settings.json")
@@ -163,7 +163,7 @@ class Shards:
         return self.output / "settings.json"
 
     def _check_output(self) -> None:
-        self._check(self._settings_file(), "holds other pictures: name another output, or delete it")
+        self._check(self._settings_file(), "holds other images: name another output, or delete it")
 
     def _check(self, path: epath.Path, what: str) -> None:
         """Compares the plan with the one in a file."""
@@ -190,10 +190,10 @@ class Shards:
             yield file
 
 
-def _is_shard(pictures: np.ndarray, labels: np.ndarray, size: int) -> bool:
+def _is_shard(images: np.ndarray, labels: np.ndarray, size: int) -> bool:
     """Whether these can be what `Shards.write` wrote."""
-    sound = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3
-    return sound and labels.dtype.kind == "i" and len(pictures) == size and labels.shape == (size,)
+    sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
+    return sound and labels.dtype.kind == "i" and len(images) == size and labels.shape == (size,)
 
 
 def check_set(output: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""The variational autoencoder of Stable Diffusion: pictures to the posteriors of their latents, latents to pictures.
+"""The variational autoencoder of Stable Diffusion: images to the posteriors of their latents, latents to images.
 
 It owns the architecture; loading published weights is `interop.vae_weights`'s, scaling latents the caller's.
 
@@ -40,7 +40,7 @@ _DECODED_PIXELS = 8 * 256 * 256  # that `decode_all` asks for at once
 class VAEConfig:
     """Attributes, as in diffusers' config.json:
 
-    in_channels, out_channels: of pictures.
+    in_channels, out_channels: of images.
     block_out_channels: width of each resolution, the finest first; each one halves the last.
     layers_per_block: residual blocks a resolution; the decoder has one more.
     latent_channels: of latents.
@@ -95,7 +95,7 @@ def count_params(config: VAEConfig) -> int:
 
 
 def encode_flops(config: VAEConfig, height: int, width: int) -> int:
-    """Work of `encode` on a picture of so many pixels, from shapes alone: two a multiplication and addition.
+    """Work of `encode` on a image of so many pixels, from shapes alone: two a multiplication and addition.
 
     Convolutions and attention only; norms and activations are limited by memory and add less than 1%.
     """
@@ -133,23 +133,23 @@ def decoder_params(params: dict, dtype: DTypeLike = jnp.float32) -> dict:
     return _cast({name: params[name] for name in ("decoder", "post_quant_conv")}, dtype)
 
 
-def encode(config: VAEConfig, params: dict, pictures: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
-    """The posteriors of pictures' latents, diagonal Gaussians.
+def encode(config: VAEConfig, params: dict, images: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    """The posteriors of images' latents, diagonal Gaussians.
 
     Args:
       config: the architecture.
       params: nested dict of float32 arrays (see `abstract_params`), or `encoder_params` of it.
-      pictures: (B, H, W, in_channels) float in [-1, 1], H and W multiples of `config.downsampling`.
+      images: (B, H, W, in_channels) float in [-1, 1], H and W multiples of `config.downsampling`.
       dtype: of activations, float32 or bfloat16.
 
     Returns:
       Mean and standard deviation, each (B, H / downsampling, W / downsampling, latent_channels) float32, not scaled.
     """
-    chex.assert_shape(pictures, (None, None, None, config.in_channels))
-    chex.assert_is_divisible(pictures.shape[1], config.downsampling)
-    chex.assert_is_divisible(pictures.shape[2], config.downsampling)
+    chex.assert_shape(images, (None, None, None, config.in_channels))
+    chex.assert_is_divisible(images.shape[1], config.downsampling)
+    chex.assert_is_divisible(images.shape[2], config.downsampling)
     encoder, groups = params["encoder"], config.norm_num_groups
-    x = conv(encoder["conv_in"], pictures.astype(dtype))
+    x = conv(encoder["conv_in"], images.astype(dtype))
     for stage in children(encoder["down_blocks"]):
         x = _stage(stage, x, groups)
     x = _middle(encoder["mid_block"], x, groups)
@@ -160,7 +160,7 @@ def encode(config: VAEConfig, params: dict, pictures: Array, dtype: DTypeLike = 
 
 
 def decode(config: VAEConfig, params: dict, latents: Array, dtype: DTypeLike = jnp.float32) -> Array:
-    """Pictures of latents.
+    """Images of latents.
 
     Args:
       config: the architecture.
@@ -195,7 +195,7 @@ def decode_all(
     The devices must all be this process's; without a mesh the default device does the work.
 
     All batches have one shape, the last one filled up with zeros, so that one program serves them. The default size
-    goes by the pictures': 8 of 256 px, 2 of 512 px, 1 of more. For either XLA plans 1.3 GB on a GPU in float32, 0.7 GB
+    goes by the images': 8 of 256 px, 2 of 512 px, 1 of more. For either XLA plans 1.3 GB on a GPU in float32, 0.7 GB
     in bfloat16, and 0.2 or 0.1 GB of weights; convolutions may take scratch memory on top.
     """
     count, height, width, _ = latents.shape
@@ -204,14 +204,14 @@ def decode_all(
         batch_size = _DECODED_PIXELS // max(1, height * width * factor**2)
     shards = batch_shards(mesh) if mesh else 1
     batch_size = shards * max(1, min(batch_size, -(-count // shards)))
-    pictures = np.empty((count, height * factor, width * factor, config.out_channels), np.float32)
+    images = np.empty((count, height * factor, width * factor, config.out_channels), np.float32)
     params = jax.device_put(decoder_params(params, dtype), NamedSharding(mesh, PartitionSpec()) if mesh else None)
     for start in range(0, count, batch_size):
         batch = fill_up(latents[start : start + batch_size], batch_size)
         batch = jax.device_put(batch, batch_sharding(mesh)) if mesh else batch
         decoded = _decode(config, params, batch, jnp.dtype(dtype))
-        pictures[start : start + batch_size] = np.asarray(decoded)[: count - start]
-    return pictures
+        images[start : start + batch_size] = np.asarray(decoded)[: count - start]
+    return images
 
 
 _decode = jax.jit(decode, static_argnums=(0, 3))

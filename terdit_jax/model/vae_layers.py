@@ -112,7 +112,7 @@ def resnet(params: dict, x: Array, groups: int) -> Array:
 def attention(params: dict, x: Array, groups: int) -> Array:
     """Residual self-attention over the pixels of (B, H, W, C), with one head; softmax in float32.
 
-    It makes (B, H W, H W) float32 scores, 4 MB of a 256 px picture (1,024 pixels here) and 67 MB of one of 512 px: less
+    It makes (B, H W, H W) float32 scores, 4 MB of a 256 px image (1,024 pixels here) and 67 MB of one of 512 px: less
     than the finest layers' activations. No flash kernel takes a head as wide as this one, 512.
     """
     B, H, W, C = x.shape

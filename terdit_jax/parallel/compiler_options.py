@@ -1,4 +1,4 @@
-"""XLA's options for the training step, by platform, those that hide communication behind arithmetic among them.
+"""XLA's options for the training step, by platform, those that overlap communication with arithmetic among them.
 
 They are handed over with the step (`jax.jit(..., compiler_options=...)`), not in the environment, so that a program
 compiled for a machine that is not here is the one that runs there.
@@ -17,7 +17,7 @@ _OVERLAP: dict[str, Options] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # Gradients that all devices sum: small ones are sent slowly, so they leave together, each from where it lies;
-        # the pass would copy them into one array first and out of it behind.
+        # the pass would copy them into one array first and out of it afterwards.
         "xla_gpu_all_reduce_combine_threshold_bytes": "120000000",
         "xla_disable_hlo_passes": "all-reduce-contiguous",
     },

@@ -34,7 +34,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 
 _MATRIX = r"(weight|codes|sink|packed)"
 
-# (pattern of the whole path, logical axes). Fused groups (qkv, w13) have a group axis behind the layers.
+# (pattern of the whole path, logical axes). Fused groups (qkv, w13) have a group axis after the layers.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"x_embedder/weight", ("rows", "features")),
     (r"x_embedder/bias", ("features",)),

@@ -53,7 +53,7 @@ def _clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
 
 def ema_decay(optimizer: OptimizerConfig, step: Array) -> Array:
-    """The EMA's decay behind the update of `step` (0 first): constant, or ramped so that short runs forget their start.
+    """The EMA's decay after the update of `step` (0 first): constant, or ramped so that short runs forget their start.
 
     min(ema_decay, (1 + step) / (10 + step)) is the ramp of TensorFlow's ExponentialMovingAverage.
     """

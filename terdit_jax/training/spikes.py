@@ -22,7 +22,7 @@ def empty_spikes() -> dict[str, Array]:
 
 
 def judge_loss(config: OptimizerConfig, spikes: dict[str, Array], loss: Array) -> tuple[Array, dict[str, Array]]:
-    """Whether the loss is a spike, and the statistics behind it.
+    """Whether the loss is a spike, and the statistics after it.
 
     A spike lies more than `spike_sigma` running standard deviations above the running mean; the first `spike_window`
     finite steps are never one. A spike enters the statistics as if it lay at the limit: one of them hardly moves

@@ -65,7 +65,7 @@ def add_norm_modulate(
             dx_out[image, token] = total.astype(jnp.bfloat16)
             new = [sums[0] + dh * scale, sums[1] + dh * n * scale]
             if gated:
-                forward.store_operand([total * warpgroup.load(gate_ref.at[image])], dy_outs, image, token)
+                forward.store_row([total * warpgroup.load(gate_ref.at[image])], dy_outs, image, token)
                 y = warpgroup.load(y_ref.at[image, token]).astype(jnp.float32)
                 new.append(sums[2] + total * (y if y_scale_ref is None else y * y_scale_ref[image, token]))
             return tuple(new)
@@ -78,7 +78,7 @@ def add_norm_modulate(
     B, blocks = x.shape[0], x.shape[1] // count
     outputs = [
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        *forward.operand_types(x, Stored(gated, eight)),
+        *forward.row_types(x, Stored(gated, eight)),
         jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32),
     ]
     *made, sums = forward.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh, dh_scale], outputs)
@@ -104,7 +104,7 @@ def add_gated(
         def step(index, total):
             token = block * count + index
             dx, y = (warpgroup.load(ref.at[image, token]).astype(jnp.float32) for ref in (dx_ref, y_ref))
-            forward.store_operand([dx * gate], dy_outs, image, token)
+            forward.store_row([dx * gate], dy_outs, image, token)
             return total + dx * (y if y_scale_ref is None else y * y_scale_ref[image, token])
 
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
@@ -112,7 +112,7 @@ def add_gated(
 
     B, blocks = y.shape[0], y.shape[1] // count
     sums = jax.ShapeDtypeStruct((B, blocks, width), jnp.float32)
-    outputs = [*forward.operand_types(y, Stored(True, eight)), sums]
+    outputs = [*forward.row_types(y, Stored(True, eight)), sums]
     *made, sums = forward.call(body, (B, blocks), [y, y_scale, gate, dx], outputs)
     return *made, jnp.sum(sums, axis=1)
 
@@ -174,9 +174,9 @@ def swiglu(
                     dy_out[image, token, at] = d
                     kept.append(d)
             if eight is not None:
-                forward.store_operand([d.astype(jnp.float32) for d in das + dbs], eight_outs, image, token)
+                forward.store_row([d.astype(jnp.float32) for d in das + dbs], eight_outs, image, token)
 
-    outputs = forward.operand_types(y, Stored(True, eight))
+    outputs = forward.row_types(y, Stored(True, eight))
     return forward.call(body, (y.shape[0], y.shape[1] // count), [y, y_scale, alphas, dh, dh_scale], outputs)
 
 
@@ -193,7 +193,7 @@ def queries_keys_values(
     heads: int,
     eight: DTypeLike | None = None,
 ) -> tuple[Array | None, ...]:
-    """Of queries and keys behind their layer norm and RoPE, and values, as many heads of each.
+    """Of queries and keys after their layer norm and RoPE, and values, as many heads of each.
 
     Args:
       y: (B, T, 3 D) bfloat16 products.
@@ -263,7 +263,7 @@ def queries_keys_values(
                 # Queries' and keys' parts come back from the cache, each thread's as it has stored them.
                 parts = [warpgroup.load(dy_out.at[image, token, pl.ds(which * width, width)]) for which in range(2)]
                 parts = [part.astype(jnp.float32) for part in (*parts, d)]
-                before = scale_out[image, token]  # read by all ahead of the barriers in `largest`, written behind them
+                before = scale_out[image, token]  # read by all ahead of the barriers in `largest`, written after them
                 peak = jnp.maximum(before, forward.largest(parts[2:]))
                 scale = forward.scale_of(peak, eight)
                 scale_out[image, token] = scale
@@ -272,7 +272,7 @@ def queries_keys_values(
 
     blocks = B // count
     outputs = [
-        *forward.operand_types(y, Stored(True, eight)),
+        *forward.row_types(y, Stored(True, eight)),
         jax.ShapeDtypeStruct((blocks, T, 4, 2, width // 2), jnp.float32),
     ]
     arguments = [y, y_scale, alphas, forward.rotary_table(rope, heads), gains, gradients]

@@ -59,12 +59,12 @@ def add_norm_modulate(
             x_out[image, token] = x
             x = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
-            store_operand([x * inverse * gain + shift], outs, image, token)
+            store_row([x * inverse * gain + shift], outs, image, token)
 
         pipelined(count, load, process)
 
     arguments = [x, y, y_scale, vectors, site.reshape(1)]
-    return call(body, (x.shape[0], x.shape[1] // count), arguments, [_like(x, jnp.bfloat16), *operand_types(x, dtype)])
+    return call(body, (x.shape[0], x.shape[1] // count), arguments, [_like(x, jnp.bfloat16), *row_types(x, dtype)])
 
 
 @partial(jax.jit, static_argnames=("stored",))
@@ -81,11 +81,11 @@ def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored) -> tuple[
         def process(index, x):
             x = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
-            store_operand([x * inverse * gain + shift], outs, image, tokens + index)
+            store_row([x * inverse * gain + shift], outs, image, tokens + index)
 
         pipelined(count, lambda index: warpgroup.load(x_ref.at[image, tokens + index]), process)
 
-    return call(body, (x.shape[0], x.shape[1] // count), [x, gain, shift], operand_types(x, stored))
+    return call(body, (x.shape[0], x.shape[1] // count), [x, gain, shift], row_types(x, stored))
 
 
 @partial(jax.jit, static_argnames=("dtype",))
@@ -93,7 +93,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
     """As `xla_passes.swiglu`. For training, what `Stored` says, and the scale."""
     width = y.shape[-1] // 2
     like = jax.ShapeDtypeStruct((*y.shape[:2], width), y.dtype)
-    outputs = operand_types(like, dtype)
+    outputs = row_types(like, dtype)
     # In 8 bits a warpgroup needs a row's largest magnitude, so all its parts; otherwise several share a row.
     whole = outputs[-1] is not None
     parts = parts_of_row(width, 8 if whole else 4)
@@ -117,7 +117,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
                 a = a.astype(jnp.float32) * (alpha_a * scale)
                 b = b.astype(jnp.float32) * (alpha_b * scale)
                 pieces.append(a * (1 / (1 + jnp.exp(-a))) * b)  # a reciprocal is one instruction
-            store_operand(pieces, outs, image, tokens + index, first)
+            store_row(pieces, outs, image, tokens + index, first)
 
         pipelined(count, load, process)
 
@@ -131,9 +131,9 @@ def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
 
     def body(x_ref, *outs):
         image, token = jax.lax.axis_index("image"), jax.lax.axis_index("block")
-        store_operand([warpgroup.load(x_ref.at[image, token]).astype(jnp.float32)], outs, image, token)
+        store_row([warpgroup.load(x_ref.at[image, token]).astype(jnp.float32)], outs, image, token)
 
-    return call(body, x.shape[:2], [x], operand_types(x, dtype))
+    return call(body, x.shape[:2], [x], row_types(x, dtype))
 
 
 @partial(jax.jit, static_argnames=("heads",))
@@ -250,8 +250,8 @@ def pipelined(count: int, load: Callable, process: Callable) -> None:
     jax.lax.fori_loop(0, count, step, load(0))
 
 
-def store_operand(pieces: list[Array], outs: Sequence, image: Array, token: Array, start: Array | int = 0) -> None:
-    """Stores a row, or a stretch of it from `start` on, in pieces of one size: in what `operand_types` has, None or a
+def store_row(pieces: list[Array], outs: Sequence, image: Array, token: Array, start: Array | int = 0) -> None:
+    """Stores a row, or a stretch of it from `start` on, in pieces of one size: in what `row_types` has, None or a
     place each. If it has a scale, it is quantised by its largest magnitude, for training as bfloat16 has it."""
 
     def put(out, pieces: list[Array]) -> None:
@@ -283,11 +283,11 @@ def scale_of(peak: Array, dtype: DTypeLike) -> Array:
     return jnp.maximum(peak, TINY) * (1 / float(jnp.finfo(dtype).max))
 
 
-def operand_types(like, dtype: DTypeLike | Stored) -> list[jax.ShapeDtypeStruct | None]:
-    """An operand and its scale, None without one; of `Stored` the row in bfloat16 and in 8 bits, None if not stored."""
+def row_types(like, dtype: DTypeLike | Stored) -> list[jax.ShapeDtypeStruct | None]:
+    """A row and its scale, None without one; of `Stored` the row in bfloat16 and in 8 bits, None if not stored."""
     if isinstance(dtype, Stored):
         in_bfloat16 = _like(like, jnp.bfloat16) if dtype.bfloat16 else None
-        return [in_bfloat16, *([None, None] if dtype.rounded is None else operand_types(like, dtype.rounded))]
+        return [in_bfloat16, *([None, None] if dtype.rounded is None else row_types(like, dtype.rounded))]
     scale = jax.ShapeDtypeStruct(like.shape[:2], jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
     return [_like(like, dtype), scale]
 

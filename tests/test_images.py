@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.pictures import GAP, make_grid, save_npz, save_png, to_uint8
+from terdit_jax.inference.images import GAP, make_grid, save_npz, save_png, to_uint8
 
 
 def pictures(count, side=64, channels=3):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference import picture_set
-from terdit_jax.inference.picture_set import digest, draw_set, make_labels, make_plan
+from terdit_jax.inference import image_set
+from terdit_jax.inference.image_set import digest, draw_set, make_labels, make_plan
 from terdit_jax.inference.shards import Shards
 from tests.deployed import make_workdir
 from tests.runs import FAST_COMPILATION, finish, free_port, start
@@ -51,7 +51,7 @@ class Killed(BaseException):
 
 
 def test_killed_again_and_again_the_set_is_that_of_an_undisturbed_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture_set, "SHARD_SIZE", 4)
+    monkeypatch.setattr(image_set, "SHARD_SIZE", 4)
     plan = make_plan(model={}, settings={"num_images": 3, "method": "ddim"}, labels={}, num_samples=18, seed=0)
     assert plan["sample"] == {"method": "ddim"}, "the size of a grid changes no picture"
     labels, drawn, lines = make_labels(range(10), 18, "balanced", 0), [], []
@@ -81,7 +81,7 @@ def test_killed_again_and_again_the_set_is_that_of_an_undisturbed_run(tmp_path, 
 
 def test_shards_that_vanish_while_the_last_is_drawn_are_drawn_again(tmp_path, monkeypatch):
     """One process waits for no other's."""
-    monkeypatch.setattr(picture_set, "SHARD_SIZE", 4)
+    monkeypatch.setattr(image_set, "SHARD_SIZE", 4)
     plan = make_plan(model={}, settings={}, labels={}, num_samples=10, seed=0)
     labels, drawn = make_labels(range(10), 10, "balanced", 0), []
 

@@ -1,6 +1,6 @@
-"""Pictures on disk: float arrays to bytes, labelled grids as PNG, and the npz that evaluators read.
+"""Images on disk: float arrays to bytes, labelled grids as PNG, and the npz that evaluators read.
 
-It takes pictures in [-1, 1]; decoding latents into them comes before.
+It takes images in [-1, 1]; decoding latents into them comes before.
 """
 
 import io
@@ -13,8 +13,8 @@ from PIL import Image
 from terdit_jax.errors import UserError
 from terdit_jax.files import refusing, write_bytes
 
-GAP = 2  # pixels between the pictures of a grid
-MIN_SIDE = 64  # small pictures are enlarged by a whole factor to at least this
+GAP = 2  # pixels between the images of a grid
+MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -38,11 +38,11 @@ def in_color(images: np.ndarray) -> np.ndarray:
 
 
 def make_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
-    """Lays (N, H, W, C) uint8 pictures out in rows on white, small ones enlarged without smoothing.
+    """Lays (N, H, W, C) uint8 images out in rows on white, small ones enlarged without smoothing.
 
     Args:
       images: C is 1 or 3.
-      columns: pictures a row; 0: a square, or rows of ten where N is a multiple of ten.
+      columns: images a row; 0: a square, or rows of ten where N is a multiple of ten.
 
     Returns:
       (height, width, 3) uint8.

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.pictures import to_uint8
+from terdit_jax.inference.images import to_uint8
 from terdit_jax.inference.shards import Shards
 from terdit_jax.labels import check_labels
 from terdit_jax.reproducible import make_key
 from terdit_jax.training.metrics import format_duration
 
 LABEL_ORDERS = ("balanced", "random")
-SHARD_SIZE = 1024  # pictures, of which a kill costs one shard a process
+SHARD_SIZE = 1024  # images, of which a kill costs one shard a process
 REPORT_SECONDS = 5
 _MAX_CLASSES = 2**31  # labels are int32 on devices
 _LABELS = 0x1ABE1  # keeps their draws apart from the noise, whose keys are folded with the number of a step
 
-# Called with labels (S,), the index of the first picture and a report of how many are done: (S, H, W, C) in [-1, 1].
+# Called with labels (S,), the index of the first image and a report of how many are done: (S, H, W, C) in [-1, 1].
 DrawShard = Callable[[np.ndarray, int, Callable[[int], None]], np.ndarray]
 
 
@@ -34,7 +34,7 @@ def make_labels(classes: Sequence[int], num_samples: int, order: str, seed: int)
 
     Args:
       classes: to choose from.
-      num_samples: pictures.
+      num_samples: images.
       order: "balanced", the classes in turn, or "random", each label drawn by (seed, its index) alone.
       seed: of random labels.
 
@@ -67,13 +67,13 @@ def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[
 
     Args:
       shards: of one plan, in a folder that all processes see.
-      labels: (N,) of all pictures.
-      draw: draws the pictures of a shard; the same ones whenever it is called with the same arguments.
+      labels: (N,) of all images.
+      draw: draws the images of a shard; the same ones whenever it is called with the same arguments.
       say: prints a line of progress; called in the first process alone.
     """
     index, count = jax.process_index(), jax.process_count()
     mine = [number for number in range(index, len(shards.sizes), count) if shards.read(number) is None]
-    _meet("picture set opened")  # none may finish and clear away what another has not looked at yet
+    _meet("image set opened")  # none may finish and clear away what another has not looked at yet
     progress = _Progress(shards, say) if index == 0 else None
     for number in mine:
         _draw_shard(shards, number, labels, draw, progress)
@@ -90,8 +90,8 @@ def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[
 def _draw_shard(shards: Shards, number: int, labels: np.ndarray, draw: DrawShard, progress: "_Progress | None") -> None:
     first = sum(shards.sizes[:number])
     of_shard = labels[first : first + shards.sizes[number]]
-    pictures = to_uint8(draw(of_shard, first, progress.report if progress else lambda done: None))
-    shards.write(number, pictures, of_shard)
+    images = to_uint8(draw(of_shard, first, progress.report if progress else lambda done: None))
+    shards.write(number, images, of_shard)
     if progress:
         progress.shard_done()
 
@@ -105,7 +105,7 @@ class _Progress:
         self._written = self._start = self._count()
 
     def report(self, done: int) -> None:
-        """So many pictures of the shard at hand are drawn; now and then a line says so."""
+        """So many images of the shard at hand are drawn; now and then a line says so."""
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self._print(self._written + done)
 
@@ -135,13 +135,13 @@ def _meet(name: str) -> None:
 def make_plan(
     *, model: Mapping[str, Any], settings: Mapping[str, Any], labels: Mapping[str, Any], num_samples: int, seed: int
 ) -> dict[str, Any]:
-    """What decides the pictures of a set, as JSON can hold it; devices, processes and batch size do not.
+    """What decides the images of a set, as JSON can hold it; devices, processes and batch size do not.
 
     Args:
-      model: which weights in which dtype, and the autoencoder behind them.
+      model: which weights in which dtype, and the autoencoder that decodes for them.
       settings: the sampler's, as `config.sample`.
       labels: their order and classes.
-      num_samples: pictures.
+      num_samples: images.
       seed: of all noise and of random labels.
     """
     settings = {name: value for name, value in settings.items() if name != "num_images"}
