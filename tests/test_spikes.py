@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from terdit_jax.config import OptimizerConfig
-from terdit_jax.training.optimizer import make_optimizer
-from terdit_jax.training.spikes import empty_spikes, judge_loss
-from terdit_jax.training.state import init_state
+from terdit_jax.training.optimizer import empty_spikes, judge_loss, make_optimizer
+from terdit_jax.training.state import empty_sums, init_state
 from terdit_jax.training.step import apply_gradients
-from terdit_jax.training.window import empty_sums
 from tests.golden_models import random_params, tiny_config
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from terdit_jax.ternary.packing import pack
-from terdit_jax.training.window import code_statistics, empty_sums, means, quartile_sums
+from terdit_jax.training.state import code_statistics, empty_sums, means, quartile_sums
 
 
 def packed_tree(codes):

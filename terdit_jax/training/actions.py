@@ -23,15 +23,13 @@ from terdit_jax.model.transformer import activation_rms
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.sharding import batch_shards, local_block
 from terdit_jax.training.examples import example_keys, make_examples, to_devices
-from terdit_jax.training.heldout import make_heldout_loss
 from terdit_jax.training.metrics import MetricsWriter, format_duration, say
 from terdit_jax.training.observers import Observers
 from terdit_jax.training.optimizer import learning_rate_schedule
 from terdit_jax.training.resume import describe_run
 from terdit_jax.training.setup import Setup
-from terdit_jax.training.state import State, check_finite, packed_codes
-from terdit_jax.training.step import on_mesh
-from terdit_jax.training.window import code_statistics, empty_sums, means
+from terdit_jax.training.state import State, check_finite, code_statistics, empty_sums, means, packed_codes
+from terdit_jax.training.step import make_heldout_loss, on_mesh
 
 Batch = dict[str, Array]
 # Called with (step, EMA parameters); returns the path of the grid it wrote and the grid, (H, W, 3) uint8.

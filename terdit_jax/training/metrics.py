@@ -1,6 +1,6 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard's events, and the lines that it says.
 
-Figures come in as plain floats; `window` and `heldout` compute them. tensorboardX is imported where events are written:
+Figures come in as plain floats; `actions` has them computed. tensorboardX is imported where events are written:
 it imports PyTorch where that is installed, for seconds.
 """
 

@@ -1,6 +1,7 @@
-"""The optimizer of the published recipe: clipped AdamW at a constant rate that drops once, late, and an EMA beside it.
+"""The optimizer of the published recipe, and the guard against loss spikes.
 
-Whether an update is taken at all is `step`'s decision.
+Clipped AdamW at a constant rate that drops once, late, with an EMA of the parameters. Whether an update is taken is
+decided in `step`.
 """
 
 import jax
@@ -60,3 +61,46 @@ def ema_decay(optimizer: OptimizerConfig, step: Array) -> Array:
     if not optimizer.ema_ramp:
         return jnp.float32(optimizer.ema_decay)
     return jnp.minimum(optimizer.ema_decay, (1.0 + step) / (10.0 + step)).astype(jnp.float32)
+
+
+def empty_spikes() -> dict[str, Array]:
+    """Of no step yet: {"total", "seen"} () int32, steps skipped and finite steps judged, {"mean", "variance"} ()
+    float32 of their losses."""
+    return {
+        "total": jnp.int32(0),
+        "seen": jnp.int32(0),
+        "mean": jnp.float32(0),
+        "variance": jnp.float32(0),
+    }
+
+
+def judge_loss(config: OptimizerConfig, spikes: dict[str, Array], loss: Array) -> tuple[Array, dict[str, Array]]:
+    """Whether the loss is a spike, and the statistics after it.
+
+    A spike lies more than `spike_sigma` running standard deviations above the running mean; the first `spike_window`
+    finite steps are never one. A spike enters the statistics as if it lay at the limit: one of them hardly moves
+    them, but a loss that stays at a new level is accepted in the end. A loss that is not finite is no spike and
+    leaves them alone.
+
+    Args:
+      config: `config.optimizer`; `spike_sigma` 0 finds no spikes.
+      spikes: of `empty_spikes` or the step before.
+      loss: () float32.
+
+    Returns:
+      () bool, and the next statistics.
+    """
+    finite = jnp.isfinite(loss)
+    limit = spikes["mean"] + config.spike_sigma * jnp.sqrt(spikes["variance"])
+    watching = (config.spike_sigma > 0) & (spikes["seen"] >= config.spike_window)
+    spike = finite & watching & (loss > limit)
+    # A plain mean of what has been seen while that is less than the window, an exponential one from then on.
+    share = 1 / jnp.minimum(spikes["seen"] + 1, config.spike_window).astype(jnp.float32)
+    delta = jnp.where(spike, limit, loss) - spikes["mean"]
+    following = {
+        "total": spikes["total"] + spike,
+        "seen": spikes["seen"] + 1,
+        "mean": spikes["mean"] + share * delta,
+        "variance": (1 - share) * (spikes["variance"] + share * delta * delta),
+    }
+    return spike, {name: jnp.where(finite, following[name], spikes[name]) for name in following}

@@ -1,6 +1,7 @@
-"""One training step: ternarise once, accumulate gradients over microbatches, update parameters, moments and EMA.
+"""One training step, and the loss on held-out examples.
 
-Everything is one jitted function of (state, batch); what surrounds it, from reading data to logging, is `loop`'s.
+A step ternarises once, accumulates gradients over microbatches, and updates parameters, moments and EMA: one jitted
+function of (state, batch). What surrounds it, from reading data to logging, belongs to `loop` and `actions`.
 """
 
 from collections.abc import Callable
@@ -24,10 +25,8 @@ from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.reproducible import pinned
 from terdit_jax.ternary.linear import no_gradient
 from terdit_jax.training.examples import Examples, example_keys, make_examples
-from terdit_jax.training.optimizer import ema_decay
-from terdit_jax.training.spikes import judge_loss
-from terdit_jax.training.state import State
-from terdit_jax.training.window import quartile_sums
+from terdit_jax.training.optimizer import ema_decay, judge_loss
+from terdit_jax.training.state import State, quartile_sums
 
 
 def mean_loss(
@@ -216,3 +215,29 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
             return function(*args)
 
     return call
+
+
+# Keeps the fixed draws apart from training's, which use the seed itself.
+_SEED_OFFSET = 0x5EED
+
+
+def make_heldout_loss(
+    config: RunConfig, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
+) -> Callable[[dict, dict, Array], Array]:
+    """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
+
+    def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
+        # Keyed by the place among all held-out examples: how they are cut into batches changes nothing.
+        size = len(batch["label"])
+        keys = example_keys(config.seed + _SEED_OFFSET, 0, number * size + jnp.arange(size, dtype=jnp.int32))
+        examples = make_examples(
+            batch,
+            constrain(keys, "batch"),
+            schedule,
+            latent_scale=latent_scale,
+            num_classes=model.num_classes,
+            class_dropout_prob=0.0,
+        )
+        return mean_loss(model, schedule, plan.make_operands(model, params), examples, plan)[0]
+
+    return on_mesh(mesh, jax.jit(heldout_loss))
