@@ -9,4 +9,4 @@ install_package "${EXTRAS:-dev}"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -n 2 -m "not slow" "$@"
+"$PYTHON" -m pytest -n 2 --dist worksteal -m "not slow" "$@"
