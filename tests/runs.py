@@ -16,6 +16,7 @@ import tempfile
 import jax
 import numpy as np
 
+from terdit_jax.checkpoints.manifest import MANIFEST
 from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config import freeze
 from terdit_jax.data.builder import build
@@ -157,6 +158,19 @@ def saved_run(workdir: Path) -> tuple[dict, dict]:
 def metrics_without_timing(workdir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
+
+
+def logged_steps(workdir: Path) -> list[int]:
+    """The steps that a run has logged so far; none where a line is being written."""
+    try:
+        return [line["step"] for line in metrics_without_timing(workdir)]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def signed_steps(workdir: Path) -> list[int]:
+    """The steps whose saves are complete: the manifest is written last, after the asynchronous save."""
+    return sorted(int(manifest.parent.name) for manifest in workdir.glob(f"checkpoints/[0-9]*/{MANIFEST}"))
 
 
 def assert_same_run(workdir: Path, expected: Path) -> None:

@@ -11,15 +11,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from terdit_jax.checkpoints.manifest import MANIFEST
+from tests.faults.damages import flip
 from tests.runs import (
     assert_same_run,
     execute,
     finish,
+    logged_steps,
     metrics_without_timing,
     prepare_digits,
     programs,
     saved_run,
+    signed_steps,
     start,
     train_arguments,
 )
@@ -40,24 +42,12 @@ def killed_run(places, workdir: Path, at_step: int, saves: int = 1) -> None:
     data, _ = places
     process = start("main", *train_arguments(data, workdir), cache=programs())
     deadline = time.monotonic() + 240
-    while len(saved_steps(workdir)) < saves or all(line["step"] < at_step for line in safe_lines(workdir)):
+    while len(signed_steps(workdir)) < saves or max(logged_steps(workdir), default=0) < at_step:
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.communicate()
-
-
-def safe_lines(workdir: Path) -> list[dict]:
-    try:
-        return metrics_without_timing(workdir)
-    except (FileNotFoundError, ValueError):  # not begun, or a line is being written
-        return []
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """The steps whose saves are complete: the manifest is written last, after the asynchronous save."""
-    return sorted(int(manifest.parent.name) for manifest in workdir.glob(f"checkpoints/[0-9]*/{MANIFEST}"))
 
 
 def resume(places, workdir: Path) -> tuple[str, str]:
@@ -83,12 +73,8 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(places, tmp_pa
 
 def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(places, tmp_path):
     killed_run(places, tmp_path, at_step=24, saves=2)
-    steps = saved_steps(tmp_path)
-    newest = tmp_path / "checkpoints" / str(steps[-1])
-    payload = max((path for path in (newest / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(payload.read_bytes())
-    content[len(content) // 2] ^= 1
-    payload.write_bytes(content)
+    steps = signed_steps(tmp_path)
+    flip(tmp_path / "checkpoints" / str(steps[-1]))
     out, err = resume(places, tmp_path)
     assert f"CHECKPOINT {steps[-1]} IS DAMAGED" in err
     assert f"resuming at step {steps[-2]}" in out
@@ -99,7 +85,7 @@ def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(place
 def test_sigterm_saves_and_the_same_command_goes_on(places, tmp_path):
     data, whole = places
     process = start("main", *train_arguments(data, tmp_path), cache=programs())
-    while not safe_lines(tmp_path):
+    while not logged_steps(tmp_path):
         assert process.poll() is None
         time.sleep(0.002)
     for _ in range(3):  # as schedulers do

@@ -23,6 +23,7 @@ from tests.runs import (
     metrics_without_timing,
     prepare_digits,
     saved_run,
+    signed_steps,
     start_together,
 )
 from tests.runs import train_arguments as all_train_arguments
@@ -70,28 +71,20 @@ def assert_same_within_rounding(workdir: Path, expected: Path) -> None:
         assert line["spiked_steps"] == wanted_line["spiked_steps"]
 
 
-def killed_or_asked(places, workdir: Path, number: signal.Signals, to: int, processes: int = 2):
+def killed_or_asked(places, workdir: Path, number: signal.Signals, to: int, processes: int = 2, num_steps=100_000):
     """A run that is sent a signal, to one of its processes, once it has saved; the processes and when it was sent."""
     data, cache, _ = places
-    arguments = train_arguments(data, workdir, num_steps=100_000)
+    arguments = train_arguments(data, workdir, num_steps)
     started = start_together("main", arguments, processes=processes, cache=cache)
-    while not list(workdir.glob("checkpoints/[0-9]*/sha256.json")):
+    while not signed_steps(workdir):
         assert all(process.poll() is None for process in started), started[0].communicate()
-        time.sleep(0.01)
+        time.sleep(0.001)
     started[to].send_signal(number)
     return started, time.monotonic()
 
 
 def test_two_processes_equal_one(places, tmp_path):
     assert "4 x cpu, 2 process(es)" in train(places, tmp_path, processes=2)
-    assert_same_within_rounding(tmp_path, places[2])
-
-
-@pytest.mark.slow
-def test_one_goes_on_where_two_were(places, tmp_path):
-    train(places, tmp_path, processes=2, num_steps=8)
-    out = train(places, tmp_path, processes=1, devices=4)
-    assert "4 x cpu, 1 process(es)" in out and "resuming at step 8" in out
     assert_same_within_rounding(tmp_path, places[2])
 
 
@@ -131,20 +124,13 @@ def test_sigterm_to_one_saves_on_both_within_the_grace_time(places, tmp_path, to
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "processes", "then"), [(0, 2, 4), (1, 2, 1), (2, 4, 2)])
 def test_a_killed_process_ends_the_others_and_any_number_goes_on(places, tmp_path, victim, processes, then):
-    data, cache, whole = places
-    arguments = train_arguments(data, tmp_path)
-    started = start_together("main", arguments, processes=processes, cache=cache)
-    while not list(tmp_path.glob("checkpoints/[0-9]*/sha256.json")):
-        assert all(process.poll() is None for process in started), started[0].communicate()
-        time.sleep(0.001)
-    started[victim].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
+    started, killed = killed_or_asked(places, tmp_path, signal.SIGKILL, victim, processes, num_steps=STEPS)
     for number, process in enumerate(started):
         process.communicate(timeout=ENDS_WITHIN)
         assert process.returncode != 0 or number != victim
     assert time.monotonic() - killed < ENDS_WITHIN
     train(places, tmp_path, processes=then)
-    assert_same_within_rounding(tmp_path, whole)
+    assert_same_within_rounding(tmp_path, places[2])
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from tests.forked import Command
 from tests.runs import (
     assert_same_run,
     finish_together,
-    metrics_without_timing,
+    logged_steps,
     prepare_digits,
+    signed_steps,
     start_together,
     train_arguments,
 )
@@ -58,7 +59,7 @@ class Bench:
         `before`: of `_written`, from before the start. A run that was killed may have logged beyond its checkpoint.
         """
         deadline = time.monotonic() + 600
-        while _written(workdir) == before or _logged_step(workdir) <= beyond:
+        while _written(workdir) == before or max(logged_steps(workdir), default=0) <= beyond:
             if processes[0].poll() is not None:
                 return False
             assert time.monotonic() < deadline, "no progress in ten minutes"
@@ -68,11 +69,6 @@ class Bench:
     def check_whole(self, workdir: Path) -> None:
         """A completed run is the undisturbed one, bit for bit."""
         assert_same_run(workdir, self.undisturbed)
-
-
-def signed_steps(workdir: Path) -> list[int]:
-    """The steps whose saves are complete: the manifest is written last."""
-    return sorted(int(manifest.parent.name) for manifest in workdir.glob(f"checkpoints/[0-9]*/{MANIFEST}"))
 
 
 def kill(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
@@ -273,10 +269,3 @@ def _written(workdir: Path) -> int:
     """When the metrics were last written."""
     metrics = workdir / "metrics.jsonl"
     return metrics.stat().st_mtime_ns if metrics.exists() else 0
-
-
-def _logged_step(workdir: Path) -> int:
-    try:
-        return max((line["step"] for line in metrics_without_timing(workdir)), default=0)
-    except (FileNotFoundError, ValueError):  # not begun, or a line is being written
-        return 0
