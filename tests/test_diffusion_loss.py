@@ -107,7 +107,7 @@ def test_the_bounds_gradient_is_its_slope():
 
     slope = (bound(0.3) - bound(0.1)) / 0.2
     assert np.all(np.abs(slope) > 1e-5)
-    np.testing.assert_allclose(jax.jit(jax.jacobian(bound))(0.2), slope, rtol=2e-2)
+    np.testing.assert_allclose(jax.jit(jax.jacobian(bound))(0.2), slope, rtol=3e-2)
 
 
 # At t = 0 and interpolation 0: the geometric mean of the two ends of the variance's range.

@@ -80,6 +80,7 @@ def test_kernels_make_the_same_function(monkeypatch, weights, operand):
     assert 1e-4 < error(actual, expected) < 1.2 * plain
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_where_weights_lie_changes_no_bit(dtype):
     numerics, _ = EIGHT_BITS[dtype]

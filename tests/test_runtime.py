@@ -87,6 +87,7 @@ def test_golden_guided_sampling(exported):
     assert_close(run(nhwc(io["z"])[:2], io["y"][:2], noise), nhwc(io["out"])[:2], 1e-4)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(("dtype", "depth"), [("float32", 2), ("bfloat16", 1)])
 def test_an_exported_model_computes_what_was_trained(exported, dtype, depth):
     """Bit for bit, as codes are exact in every dtype and the scales are applied alike; grouped heads included."""

@@ -186,6 +186,7 @@ def test_grouped_kv_heads_match_repeated_heads(heads, kv_heads):
     assert_close(output(config, params, *inputs(config)), np.asarray(expected))
 
 
+@pytest.mark.usefixtures("optimised")
 def test_grouped_kv_heads_with_qk_norm_are_packed_as_trained():
     config = tiny_config(num_heads=8, num_kv_heads=2)
     params = random_params(config)
