@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import terdit_jax
-from terdit_jax.config import MeshConfig
+from terdit_jax.config import MeshConfig, SampleConfig
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps
@@ -160,7 +160,7 @@ def test_pictures_are_drawn_as_the_description_says(exported):
     model, labels = load_model(path), np.arange(4)
     pictures = model.draw(labels)
     assert (pictures.shape, pictures.dtype) == ((4, 8, 8, 3), np.float32)
-    sample_settings = {"method": "ddim", "num_steps": 4, "cfg_scale": 1.0, "cfg_channels": 3}
+    sample_settings = SampleConfig(method="ddim", num_steps=4, cfg_scale=1.0, cfg_channels=3)
     other = dataclasses.replace(model, description=describe(config, sample=sample_settings))
     same = other.draw(labels, num_steps=5, cfg_scale=2.0, method="ddpm", seed=0)
     np.testing.assert_allclose(same, 0.5 * pictures, rtol=1e-6)
