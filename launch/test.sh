@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and the fast tests, in a virtual environment of their own making; arguments go to pytest (-m slow: the slow ones).
+# Lint, types and the fast tests, in a virtual environment of their own; arguments go to pytest (-m slow: the slow ones).
 # EXTRAS=dev,parity also installs PyTorch, without which the tests against it are skipped.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -9,4 +9,5 @@ install_package "${EXTRAS:-dev}"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 "$PYTHON" -m pytest -n 2 --dist worksteal -m "not slow" "$@"
