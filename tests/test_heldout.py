@@ -13,8 +13,9 @@ from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.mesh import AXES
+from terdit_jax.training.actions import make_heldout_loss
 from terdit_jax.training.examples import example_keys, make_examples
-from terdit_jax.training.step import make_heldout_loss, mean_loss
+from terdit_jax.training.step import mean_loss
 from tests.golden_models import tiny_config
 
 SCHEDULE = linear_schedule()

@@ -24,8 +24,8 @@ from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.training.actions import Actions
 from terdit_jax.training.optimizer import make_optimizer
-from terdit_jax.training.resume import describe_run
-from terdit_jax.training.state import check_finite, init_state
+from terdit_jax.training.resume import check_finite, describe_run
+from terdit_jax.training.state import init_state
 from terdit_jax.training.step import apply_gradients, mean_loss
 from tests.deployed import random_weights, small_config, weights_of
 from tests.golden_models import random_params

@@ -19,12 +19,13 @@ from terdit_jax.inference.sampling import make_draw
 from terdit_jax.interop.exports import export
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import init_params
-from terdit_jax.parallel.mesh import single_device_mesh
+from terdit_jax.parallel.mesh import on_mesh, single_device_mesh
 from terdit_jax.reproducible import make_key, pin_settings, pinned
+from terdit_jax.training.actions import make_heldout_loss
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import make_state
-from terdit_jax.training.step import make_heldout_loss, make_train_step, on_mesh
+from terdit_jax.training.step import make_train_step
 from tests.deployed import random_weights, small_config
 from tests.runs import finish, prepare_digits, saved_run, start, train_arguments
 

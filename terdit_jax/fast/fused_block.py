@@ -40,8 +40,8 @@ class _Static(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Activations on their way into a matmul, (B, T, W): in bfloat16, unless the forward pass does without, and in 8
-    bits with a scale (B, T) or not."""
+    """Activations on their way into a matmul, (B, T, W): in bfloat16 (None where only 8 bits are
+    read), and in 8 bits with a scale (B, T), or None."""
 
     bfloat16: Any
     rounded: Array | None = None
@@ -172,7 +172,7 @@ def _block_fwd(
 
 def _block_bwd(static: _Static, residuals: tuple, dx: Array) -> tuple:
     if static.recompute:
-        # Or the compiler would keep what the forward pass has made instead of making it anew.
+        # Without a barrier the compiler would keep what the forward pass made instead of making it anew.
         residuals, dx = jax.lax.optimization_barrier((residuals, dx))
     start, maps, vectors, norms, rope, kept = residuals
     dtype, dvectors, dmaps = static.matmul_dtype, {}, {}

@@ -58,7 +58,8 @@ def cut_codes(name: str, codes: Array, gather: str, rings: tuple[int, ...]) -> t
     cut = CodesCut(PartitionSpec(*spec[1:]), rings or (mesh.shape[_FSDP],))
     if gather == "bfloat16":
         return lax.bitcast_convert_type(codes.astype(jnp.bfloat16), jnp.uint16), cut
-    axis = len(spec) - 2 if spec[-1] == _FSDP else len(spec) - 1  # not gathered, so that unpacking knows no parts
+    # Packed along the axis that is not gathered: what is gathered then unpacks as a whole.
+    axis = len(spec) - 2 if spec[-1] == _FSDP else len(spec) - 1
     parts = mesh.shape[spec[axis]] if spec[axis] else 1
     if codes.shape[axis] % (parts * CODES_PER_BYTE):
         raise UserError(
@@ -85,7 +86,7 @@ def gather_codes(codes: Array, cut: CodesCut | None) -> Array:
         if gathered.dtype == jnp.uint16:
             gathered = lax.bitcast_convert_type(gathered, jnp.bfloat16)
         else:
-            gathered = unpack_quarters(gathered, axis=2)  # of the two that remain, the one that is not the group
+            gathered = unpack_quarters(gathered, axis=2)  # the axis that `cut_codes` packed
         return jnp.moveaxis(gathered, 0, axis)
 
     return jax.shard_map(gather, in_specs=spec, out_specs=_uncut(spec), check_vma=False)(codes)

@@ -104,7 +104,7 @@ def without_sink(linear: FullLinear | TernaryLinear | FastLinear) -> FullLinear 
 def linear_gradient(
     linear: FullLinear | TernaryLinear | FastLinear, x: Array, dy: Array
 ) -> FullLinear | TernaryLinear | FastLinear:
-    """The cotangent of a map, of whose product with x (B, T, in) the cotangent is dy (B, T, n, out)."""
+    """The gradient of a map, from its input x (B, T, in) and dy (B, T, n, out), the gradient of their product."""
     if isinstance(linear, FullLinear):
         return FullLinear(weight_gradient(x, dy, linear.weight.dtype))
     cut = linear.cut if isinstance(linear, FastLinear) else None
@@ -144,8 +144,8 @@ def make_fast(operands: dict, matmul_dtype: str, gather: str, rings: tuple[int, 
 
 
 def trained_by_layer(config: DiTConfig, weight: Array, alpha: Array | None) -> Linear:
-    """`model.layers.trained_linear` for unrolled layers, whose gradients come one by one, stacked only on paper: each
-    layer's sum for alpha is made where its gradient lies, and the stack never is."""
+    """`model.layers.trained_linear` for unrolled layers, whose gradients come one by one: each layer's sum for alpha
+    reads its own, so XLA never makes the stack of all."""
     if alpha is None:
         return trained_linear(config, weight, alpha)
     return TernaryLinear(*ternarize_by_layer(weight, alpha, config.grad_dtype))

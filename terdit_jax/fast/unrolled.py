@@ -68,8 +68,8 @@ _by_one_matmul.defvjp(lambda *arguments: (_by_one_matmul(*arguments), arguments)
 
 
 def _unstack(leaf: Array) -> tuple[Array, ...]:
-    """The layers of a leaf. Their gradients are stacked, which XLA does in what reads the stack: it would sum as many
-    padded arrays as there are layers if they were slices'."""
+    """The layers of a leaf, whose gradients are stacked. XLA fuses a stack into what reads it; the gradients of slices
+    would be padded to the full size and summed."""
     layers = lambda leaf: tuple(leaf[i] for i in range(leaf.shape[0]))  # noqa: E731
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return layers(leaf)

@@ -104,7 +104,7 @@ class Denoiser:
         batch_size: int = 256,
         report: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
-        """Draws a image for each label; what is left out is as the model's description has it.
+        """Draws an image for each label; what is left out is as the model's description has it.
 
         Args:
           labels: (N,) int, N above 0.

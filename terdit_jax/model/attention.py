@@ -77,7 +77,7 @@ def attention(
 
 def rotate(x: Array, rope: Array) -> Array:
     """Rotates interleaved pairs (2i, 2i + 1) of (B, T, heads, head_dim) by the token's angles, in float32 (bf16 angles
-    would lose whole positions)."""
+    cannot tell neighbouring positions apart)."""
     cos, sin = rope[0][:, None], rope[1][:, None]  # (T, 1, head_dim / 2)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]

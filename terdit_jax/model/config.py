@@ -1,6 +1,6 @@
 """The architecture as one frozen, hashable value, with everything that follows from its fields.
 
-`terdit_jax.config` holds the user's fields with their defaults; this is what the model's code reads.
+`terdit_jax.config` defines the fields; the model's code reads this.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import math
 
 import jax.numpy as jnp
 
-from terdit_jax.config import FIELDS, RunConfig
+from terdit_jax.config import FIELDS, ComputeConfig, ModelConfig, RunConfig
 from terdit_jax.errors import UserError
 
 MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this
@@ -16,33 +16,15 @@ MAX_PARAMS = 10**13  # more than any machine trains: beyond it, not even shapes 
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """A TerDiT (`ternary`) or Large-DiT. Field meanings and defaults: `terdit_jax.config`."""
+class DiTConfig(ModelConfig, ComputeConfig):
+    """A TerDiT (`ternary`) or Large-DiT, and how it is computed: the fields of both sections of a run's configuration.
 
-    ternary: bool
-    input_size: int
-    in_channels: int
-    patch_size: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_multiple_of: int
-    num_classes: int
-    class_dropout_prob: float
-    qk_norm: bool
-    positions: str
-    adaln_rms_norm: bool
-    alpha_init: str
+    Without a run's choice, numbers are float32.
+    """
+
     dtype: str = "float32"
     grad_dtype: str = "float32"
-    matmul_dtype: str = "same"
-    remat: str = "none"
-    attention: str = "auto"
-    passes: str = "auto"
-    layers: str = "auto"
-    gather: str = "codes"
-    plan: str = "auto"
+    gather: str = "codes"  # `config.mesh.gather`
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "DiTConfig":

@@ -9,12 +9,12 @@ from jax import Array
 from terdit_jax.model.block import block, modulation
 from terdit_jax.model.config import DiTConfig
 
-# Makes of a block's activations, by name, what is kept of each layer.
+# Maps a block's named activations to what is recorded of each layer.
 Watch = Callable[[dict[str, Array]], dict[str, Array]]
 # (config, operands of the blocks, x (B, T, D), c (B, C'), rope, watch or None) -> x, and what `watch` kept, (L, ...).
 RunBlocks = Callable[[DiTConfig, dict, Array, Array, Array, Watch | None], tuple[Array, dict[str, Array]]]
 
-# Keeps what matmuls over all tokens return; the rest is cheap to do again.
+# Keeps the outputs of matmuls without batch dimensions; the rest is cheap to do again.
 KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
@@ -29,7 +29,7 @@ def scan_blocks(
       x: (B, T, D) residual stream.
       c: (B, C') condition, in x's dtype.
       rope: (2, T, head_dim / 2).
-      watch: makes of a block's activations what is kept of each layer; nothing if left out.
+      watch: maps a block's activations to what is recorded of each layer; nothing if left out.
 
     Returns:
       The new residual stream, and what `watch` made, (L, ...) each.
@@ -43,8 +43,8 @@ def scan_blocks(
 
 
 def rematerialise(layer: Callable[..., Any], remat: str, policy: Callable[..., bool] = KEEP_DOTS) -> Callable[..., Any]:
-    """The layer, of whose forward pass the backward pass does again all ("block"), what the policy does not keep
-    ("dots"), or nothing ("none")."""
+    """The layer, whose backward pass recomputes all of it ("block"), what the policy does not keep ("dots"), or nothing
+    ("none")."""
     if remat == "none":
         return layer
     return jax.checkpoint(layer, policy=policy if remat == "dots" else None)

@@ -64,14 +64,14 @@ class BlockLinear(nnx.Module):
 
 
 def trained_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
-    """A map under training. The pullback of a ternary one is the straight-through estimator."""
+    """A map under training, leaves (L, out, in) and (L,); the pullback of a ternary one is straight-through."""
     if alpha is None:
         return forms.FullLinear(weight.astype(config.activation_dtype))
     return forms.TernaryLinear(*ternarize(weight, alpha, config.grad_dtype))
 
 
 def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
-    """A map for inference, of float32 weights or of (L, out, in / 4) uint8 codes."""
+    """A map for inference, codes (L, out, in / 4) uint8, from float32 weights or from such codes."""
     if alpha is None:
         return trained_linear(config, weight, alpha)
     if weight.dtype == jnp.uint8:
@@ -80,7 +80,7 @@ def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> form
 
 
 def group(config: DiTConfig, layers: list[BlockLinear], make_linear: MakeLinear) -> forms.Linear:
-    """The maps of one input as one; every leaf has the depth, then the maps, in front.
+    """Stacks the maps that share an input into one; every leaf has the layers, then the maps, in front.
 
     Maps of unequal width (queries beside grouped keys and values) are cut into parts of the narrowest: see
     `_split_heads`. A wider map spans several.
@@ -121,16 +121,16 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(RMSNorm):
     """scale and bias (D,) of a layer norm."""
 
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        super().__init__(width)
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
 
 def rms_norm(x: Array, scale: Array, eps: float = 1e-5) -> Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (squares overflow bf16's precision)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (squares exceed bf16's precision)."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 

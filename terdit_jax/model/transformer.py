@@ -33,8 +33,7 @@ from terdit_jax.parallel.sharding import constrain, constrain_tree
 
 
 class DiT(nnx.Module):
-    """TerDiT, or Large-DiT where `config.ternary` is off. Calling it makes the operands anew every time: training and
-    sampling make them once with `make_operands` and call `forward`."""
+    """The parameters of TerDiT, or of Large-DiT where `config.ternary` is off."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -62,7 +61,7 @@ class DiT(nnx.Module):
         }
 
     def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
-        """As `forward`."""
+        """As `forward`, making the operands anew every time."""
         return forward(self.config, self.operands(), x_t, t, y)
 
 
@@ -78,8 +77,8 @@ def abstract_params(config: DiTConfig) -> dict:
 
 
 def init_params(config: DiTConfig, key: Array) -> dict:
-    """Fresh float32 parameters as a nested dict, layers stacked on axis 0. Starts of each kind: facts of the paper's
-    code (xavier-uniform, N(0, 0.02) for timestep MLP and labels, zeros for adaLN, final layer and biases)."""
+    """Fresh float32 parameters as a nested dict, layers stacked on axis 0. Initialisers follow the paper's code
+    (xavier-uniform, N(0, 0.02) for timestep MLP and labels, zeros for adaLN, final layer and biases)."""
     return nnx.to_pure_dict(nnx.state(DiT(config, rngs=nnx.Rngs(params=key))))
 
 
@@ -150,9 +149,8 @@ def _forward(
 
 
 def count_params(config: DiTConfig) -> dict[str, int]:
-    """{"total", "ternary"}: numbers of parameters, from shapes alone."""
+    """{"total", "ternary"}: numbers of parameters, from shapes alone. Weights in the blocks are ternary in TerDiT."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    # A weight in the blocks is ternary in TerDiT; norms hold `scale`, maps hold `alpha` and `bias` beside it.
     ternary = sum(leaf.size for path, leaf in leaves if path[0].key == "blocks" and path[-1].key == "weight")
     return {"total": sum(leaf.size for _, leaf in leaves), "ternary": ternary if config.ternary else 0}
 

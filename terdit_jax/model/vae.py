@@ -95,7 +95,7 @@ def count_params(config: VAEConfig) -> int:
 
 
 def encode_flops(config: VAEConfig, height: int, width: int) -> int:
-    """Work of `encode` on a image of so many pixels, from shapes alone: two a multiplication and addition.
+    """Work of `encode` on an image of so many pixels, from shapes alone: two a multiplication and addition.
 
     Convolutions and attention only; norms and activations are limited by memory and add less than 1%.
     """

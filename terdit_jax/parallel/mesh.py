@@ -3,7 +3,8 @@
 How arrays lie on the mesh is said in `sharding`, how processes meet in `processes`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 import math
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from terdit_jax.config import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.processes import check_devices
+from terdit_jax.reproducible import pinned
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -105,6 +107,20 @@ def fsdp_rings(mesh: Mesh) -> tuple[int, ...]:
         rings.insert(0, size)
         done *= size
     return tuple(rings) or (1,)
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """The function called with the mesh in context, which sharding constraints need while it is traced, and pinned.
+
+    `__wrapped__` is the function itself, for those who lower it.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        with pinned(), jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
 
 
 def single_device_mesh() -> Mesh:

@@ -106,5 +106,5 @@ def weight_gradient(x: Array, dy: Array, dtype: DTypeLike) -> Array:
 
 
 def no_gradient(codes: Array) -> np.ndarray:
-    """The cotangent that JAX wants for integers."""
+    """float0 zeros, the cotangent type that JAX has for integers."""
     return np.zeros(codes.shape, jax.dtypes.float0)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 # Keeps round(W / gamma) finite for an all-zero matrix (TerDiT's quantiser uses the same value).
 ABSMEAN_EPS = 1e-6
 
-# A scale of zero would leave its matrix and itself without a gradient for ever; a power of two divides exactly.
+# alpha = 0 would zero the gradients of its matrix and of itself for good; a power of two divides exactly.
 _LEAST_ALPHA = 2.0**-60
 
 # Larger parameters are refused: squares of what they make overflow float32 in the norms. Trained ones stay far below.

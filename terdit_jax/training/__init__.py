@@ -1,1 +1,1 @@
-"""The training run: optimizer, state, step, checkpoints, metrics and the loop over them."""
+"""The training run: optimizer, state, step, metrics, the loop and what is due after a step."""

@@ -13,23 +13,29 @@ from etils import epath
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint, Judge
 from terdit_jax.checkpoints.writer import CheckpointWriter
+from terdit_jax.config import RunConfig
 from terdit_jax.data.reader import heldout_batches
+from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.errors import UserError, going_on
+from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.plan import Plan
 from terdit_jax.model.transformer import activation_rms
 from terdit_jax.parallel.chips import peak_flops
-from terdit_jax.parallel.sharding import batch_shards, local_block
+from terdit_jax.parallel.mesh import on_mesh
+from terdit_jax.parallel.sharding import batch_shards, constrain, local_block
 from terdit_jax.training.examples import example_keys, make_examples, to_devices
 from terdit_jax.training.metrics import MetricsWriter, format_duration, say
 from terdit_jax.training.observers import Observers
 from terdit_jax.training.optimizer import learning_rate_schedule
-from terdit_jax.training.resume import describe_run
+from terdit_jax.training.resume import check_finite, describe_run
 from terdit_jax.training.setup import Setup
-from terdit_jax.training.state import State, check_finite, code_statistics, empty_sums, means, packed_codes
-from terdit_jax.training.step import make_heldout_loss, on_mesh
+from terdit_jax.training.state import State, code_statistics, empty_sums, means, packed_codes
+from terdit_jax.training.step import mean_loss
 
 Batch = dict[str, Array]
 # Called with (step, EMA parameters); returns the path of the grid it wrote and the grid, (H, W, 3) uint8.
@@ -238,3 +244,29 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
     rms = activation_rms(model, plan.make_operands(model, state["params"]), *inputs, plan.run_blocks)
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
     return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
+
+
+# Keeps the fixed draws apart from training's, which use the seed itself.
+_SEED_OFFSET = 0x5EED
+
+
+def make_heldout_loss(
+    config: RunConfig, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
+) -> Callable[[dict, dict, Array], Array]:
+    """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
+
+    def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
+        # Keyed by the place among all held-out examples: how they are cut into batches changes nothing.
+        size = len(batch["label"])
+        keys = example_keys(config.seed + _SEED_OFFSET, 0, number * size + jnp.arange(size, dtype=jnp.int32))
+        examples = make_examples(
+            batch,
+            constrain(keys, "batch"),
+            schedule,
+            latent_scale=latent_scale,
+            num_classes=model.num_classes,
+            class_dropout_prob=0.0,
+        )
+        return mean_loss(model, schedule, plan.make_operands(model, params), examples, plan)[0]
+
+    return on_mesh(mesh, jax.jit(heldout_loss))

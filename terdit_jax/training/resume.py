@@ -6,10 +6,15 @@ another run (model, data, order, batch) may not.
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.config_rules import flatten
 from terdit_jax.data.schema import Metadata
 from terdit_jax.errors import UserError
+from terdit_jax.parallel.sharding import path_name
+from terdit_jax.training.state import State
 from terdit_jax.untrusted import printable, reading, short, short_json
 
 
@@ -69,3 +74,16 @@ def _may_change(name: str) -> bool:
         return FIELDS[name].free
     beside = [field.free for other, field in FIELDS.items() if other.startswith(f"{name.partition('.')[0]}.")]
     return bool(beside) and all(beside)
+
+
+def check_finite(state: State, what: str, advice: str) -> None:
+    """Raises UserError if parameters, averages or moments hold a number that is not finite; one pass over them."""
+    finite = jax.device_get(_are_finite({name: state[name] for name in ("params", "ema_params", "opt_state")}))
+    bad = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(finite) if not leaf]
+    if bad:
+        raise UserError(f"{what} holds values that are not finite, in {bad[0]} and {len(bad) - 1} others: {advice}")
+
+
+@jax.jit
+def _are_finite(tree: dict) -> dict:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)

@@ -25,9 +25,9 @@ from terdit_jax.training.loop import run_steps
 from terdit_jax.training.metrics import MetricsWriter, say
 from terdit_jax.training.observers import Goodput, Observers, Steps
 from terdit_jax.training.overview import describe_devices, describe_model
-from terdit_jax.training.resume import check_resumable
+from terdit_jax.training.resume import check_finite, check_resumable
 from terdit_jax.training.setup import Setup
-from terdit_jax.training.state import State, abstract_state, check_finite, make_state
+from terdit_jax.training.state import State, abstract_state, make_state
 
 
 @pinned()

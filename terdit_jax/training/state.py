@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, packed_operands
-from terdit_jax.parallel.sharding import abstract_sharded, path_name, place
+from terdit_jax.parallel.sharding import abstract_sharded, place
 from terdit_jax.reproducible import make_key
 from terdit_jax.ternary.linear import PackedLinear
 from terdit_jax.training.optimizer import empty_spikes
@@ -59,19 +58,6 @@ def packed_codes(model: DiTConfig, params: dict) -> dict[str, dict]:
             for kind in ("attention", "feed_forward", "adaLN_modulation")
         }
     }
-
-
-def check_finite(state: State, what: str, advice: str) -> None:
-    """Raises UserError if parameters, averages or moments hold a number that is not finite; one pass over them."""
-    finite = jax.device_get(_are_finite({name: state[name] for name in ("params", "ema_params", "opt_state")}))
-    bad = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(finite) if not leaf]
-    if bad:
-        raise UserError(f"{what} holds values that are not finite, in {bad[0]} and {len(bad) - 1} others: {advice}")
-
-
-@jax.jit
-def _are_finite(tree: dict) -> dict:
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
 
 
 def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:

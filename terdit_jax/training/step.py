@@ -5,7 +5,6 @@ function of (state, batch). What surrounds it, from reading data to logging, bel
 """
 
 from collections.abc import Callable
-import functools
 
 import jax
 from jax import Array
@@ -21,8 +20,8 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import PLAIN, Plan
 from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.compiler_options import compiler_options
+from terdit_jax.parallel.mesh import on_mesh
 from terdit_jax.parallel.sharding import constrain, constrain_tree
-from terdit_jax.reproducible import pinned
 from terdit_jax.ternary.linear import no_gradient
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay, judge_loss
@@ -43,8 +42,8 @@ def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
     """Splits the differentiable leaves from the integer ones, and returns a function that merges them back.
 
     Returns:
-      The float leaves, and a function from as many leaves to a tree like the operands; its second argument is applied
-      to the integer leaves.
+      The float leaves, and `with_floats(floats, others)`: the operands with these in their places, each integer leaf
+      passed through `others`.
     """
     leaves, structure = jax.tree.flatten(operands)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -94,7 +93,7 @@ def loss_and_grads(
         sums, grads = micro(examples)
     else:
         sums, grads = _accumulate(micro, place, examples, accumulation_steps)
-    # Integer codes take no gradient; theirs has come back through the sinks beside them.
+    # Codes are integers: their gradient is the sink's.
     (param_grads,) = to_params(with_floats(grads, no_gradient))
     return sums, param_grads
 
@@ -201,43 +200,3 @@ def make_train_step(
         return apply_gradients(optimizer, config.optimizer, state, sums, grads, plan.gradient_norm(grads))
 
     return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
-
-
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """The function called with the mesh in context, which sharding constraints need while it is traced, and pinned.
-
-    `__wrapped__` is the function itself, for those who lower it.
-    """
-
-    @functools.wraps(function)
-    def call(*args):
-        with pinned(), jax.set_mesh(mesh):
-            return function(*args)
-
-    return call
-
-
-# Keeps the fixed draws apart from training's, which use the seed itself.
-_SEED_OFFSET = 0x5EED
-
-
-def make_heldout_loss(
-    config: RunConfig, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
-) -> Callable[[dict, dict, Array], Array]:
-    """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
-
-    def heldout_loss(params: dict, batch: dict[str, Array], number: Array) -> Array:
-        # Keyed by the place among all held-out examples: how they are cut into batches changes nothing.
-        size = len(batch["label"])
-        keys = example_keys(config.seed + _SEED_OFFSET, 0, number * size + jnp.arange(size, dtype=jnp.int32))
-        examples = make_examples(
-            batch,
-            constrain(keys, "batch"),
-            schedule,
-            latent_scale=latent_scale,
-            num_classes=model.num_classes,
-            class_dropout_prob=0.0,
-        )
-        return mean_loss(model, schedule, plan.make_operands(model, params), examples, plan)[0]
-
-    return on_mesh(mesh, jax.jit(heldout_loss))

@@ -281,6 +281,6 @@ def queries_keys_values(
 
 
 def _rows_of_block(shape: tuple[int, ...]) -> int:
-    """Rows whose sums leave as one: twice as many as of a forward pass, for half the parts."""
+    """How many rows are summed before their sum is stored: twice as many as of a forward pass, for half the parts."""
     count = forward.rows_of_block(shape)
     return 2 * count if shape[1] % (2 * count) == 0 and count > 1 else count
