@@ -45,7 +45,7 @@ def golden_examples(io, step):
 
 
 @pytest.mark.parametrize("plan", [PLAIN, FastPlan(layers="unrolled")], ids=["plain", "fast"])
-def test_three_golden_training_steps(plan):
+def test_three_golden_training_steps(optimised, plan):
     model, io = golden_config("train"), golden_arrays("train_io")
     config = optimizer_config(learning_rate=5e-4, clip_norm=2.0, ema_decay=0.99)
     optimizer = make_optimizer(config)
