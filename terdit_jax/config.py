@@ -263,7 +263,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run says of itself, and when."""
+    """The reports of a run, and when they are due."""
 
     every: int = setting(100, "Steps between lines of `metrics.jsonl`, each over the steps since the last.", whole(1))
     heldout_every: int = setting(5000, "Steps between held-out losses. 0: never.", whole(0))
@@ -345,7 +345,7 @@ class RunConfig:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, names in alphabetical order."""
+        """The configuration as JSON can hold it, names in alphabetical order."""
         return {
             name: dict(sorted(vars(value).items())) if dataclasses.is_dataclass(value) else value
             for name, value in sorted(vars(self).items())

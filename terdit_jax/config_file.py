@@ -102,7 +102,7 @@ def _read(place: epath.Path) -> str:
 
 
 def _call(place: epath.Path, source: str, arguments: list[str]) -> ConfigDict:
-    """What get_config() of a Python file returns."""
+    """Calls get_config() of a Python file and returns its result."""
     name = os.fspath(place)
     module = types.ModuleType("config_file")
     module.__file__ = name
@@ -181,7 +181,7 @@ def _check_overrides() -> None:
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """As `flatten`, with references resolved and `_UNSET` for placeholders that hold nothing yet."""
+    """Flattens as `flatten` does, with references resolved and `_UNSET` for placeholders that hold nothing yet."""
     for name, value in config.items(preserve_field_references=True):
         if isinstance(value, FieldReference):
             try:

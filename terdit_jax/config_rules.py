@@ -14,7 +14,7 @@ from terdit_jax.errors import UserError
 
 
 class Rule(NamedTuple):
-    """What a field accepts, as a predicate on values of the field's type and in words."""
+    """The values that a field accepts, as a predicate on its type and in words."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -30,7 +30,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def _in_float32(value: float) -> float:
-    """As devices hold it: numbers above float32's range are infinite there, and those below its normal range are 0."""
+    """The value as devices hold it: infinite above float32's range, 0 below its normal range."""
     with np.errstate(over="ignore", under="ignore"):
         rounded = float(np.float32(value))
     return rounded if abs(rounded) >= np.finfo(np.float32).tiny else 0.0

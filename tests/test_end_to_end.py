@@ -37,10 +37,10 @@ def places(tmp_path_factory):
     return data, whole
 
 
-def killed_run(places, workdir: Path, at_step: int, saves: int = 1) -> None:
+def killed_run(places, workdir: Path, at_step: int, saves: int = 1, **overrides) -> None:
     """Starts the run and kills it with -9 once it has logged `at_step` and so many of its saves are on disk."""
     data, _ = places
-    process = start("main", *train_arguments(data, workdir), cache=programs())
+    process = start("main", *train_arguments(data, workdir, **overrides), cache=programs())
     deadline = time.monotonic() + 240
     while len(signed_steps(workdir)) < saves or max(logged_steps(workdir), default=0) < at_step:
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -50,9 +50,9 @@ def killed_run(places, workdir: Path, at_step: int, saves: int = 1) -> None:
     process.communicate()
 
 
-def resume(places, workdir: Path) -> tuple[str, str]:
+def resume(places, workdir: Path, **overrides) -> tuple[str, str]:
     data, _ = places
-    return execute("main", *train_arguments(data, workdir))
+    return execute("main", *train_arguments(data, workdir, **overrides))
 
 
 def test_the_guard_skips_some_steps_and_not_all(places):
@@ -69,6 +69,19 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(places, tmp_pa
     resumed_at = int(re.search(r"resuming at step (\d+)", out).group(1))
     assert 0 < resumed_at and kept, f"killed at {step}"
     assert_same_run(tmp_path, places[1])
+
+
+def test_without_fast_paths_a_run_learns_the_same_and_resumes_as_exactly(places, tmp_path):
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    out, _ = resume(places, plain, compute__plan="plain")
+    assert "plan: plain" in out
+    ours, fast = (
+        [line["loss"] for line in metrics_without_timing(folder) if "loss" in line] for folder in (plain, places[1])
+    )
+    np.testing.assert_allclose(ours, fast, rtol=1e-3)
+    killed_run(places, killed, at_step=12, compute__plan="plain")
+    resume(places, killed, compute__plan="plain")
+    assert_same_run(killed, plain)
 
 
 def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(places, tmp_path):

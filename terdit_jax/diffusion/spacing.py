@@ -57,7 +57,7 @@ def choose_timesteps(
 
 
 def resolve_spacing(spacing: str, method: str) -> str:
-    """What "auto" stands for with a method of `sampler.METHODS`; other spacings stand for themselves."""
+    """The spacing that "auto" means for a method of `sampler.METHODS`; any other as it is."""
     if spacing != "auto":
         return spacing
     return "power" if method in SOLVERS else "uniform"

@@ -49,14 +49,14 @@ class _Rows(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """What a matmul returned, (B, T, n out) bfloat16, still to be multiplied by scale (B, T), if there is one."""
+    """The result of a matmul, (B, T, n out) bfloat16, still to be multiplied by scale (B, T), if there is one."""
 
     values: Array
     scale: Array | None
 
 
 class _Kept(NamedTuple):
-    """What the backward pass reads beside the arguments: products, attention's output, and what `_between` makes."""
+    """The residuals beside the arguments: products, attention's output, and what `_between` makes."""
 
     qkv: _Product
     attended: Array
@@ -101,7 +101,7 @@ def fused_block(
 def fused_activations(
     config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """As `fused_block`, with the activations that `block.block` returns beside; without a gradient."""
+    """Runs one block as `fused_block` does and returns the activations of `block.block` too; without a gradient."""
     arguments = _arguments(config, matmul_dtype, attention, operands, x, m, rope)
     x, kept = _block_fwd(*arguments)
     products = {"attention": (kept[-1].out, "out"), "feed_forward": (kept[-1].down, "down")}
@@ -210,7 +210,7 @@ _block.defvjp(_block_fwd, _block_bwd)
 def _between(
     static: _Static, x: Array, maps: dict[str, _Map], vectors: dict[str, Array], norms: tuple, rope: Array, kept: _Kept
 ) -> _Between:
-    """What kernels made in the forward pass, made anew from what is kept: no matmul is done twice."""
+    """Makes anew, from what is kept, what kernels made in the forward pass: no matmul is done twice."""
     stored = Stored(True, None)
     h_qkv, *_ = _over_batch(partial(forward.norm_modulate, stored=stored))(x, vectors["gain"], vectors["shift"])
     q_k_v = _queries_keys_values(static, kept.qkv, maps, norms, rope)

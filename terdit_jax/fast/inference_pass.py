@@ -91,7 +91,7 @@ def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:
 
 
 def _make_vectors(operands: dict, m: Array) -> Array:
-    """What `xla_passes.add_norm_modulate` reads at each of its sites, (2 L, 3, R, D) float32, from modulations.
+    """Vectors for `xla_passes.add_norm_modulate` at each of its sites, (2 L, 3, R, D) float32, from modulations.
 
     Site 2 l leads from attention to feed-forward, site 2 l + 1 from there to the next layer's attention; after the
     last layer gain and shift are the first one's, which its start needs.
@@ -110,7 +110,7 @@ def _make_vectors(operands: dict, m: Array) -> Array:
 
 
 def inference_forward(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, t: Array, y: Array) -> Array:
-    """As `model.transformer.forward`, from operands of `make_inference_operands`."""
+    """Computes `model.transformer.forward` from operands of `make_inference_operands`."""
     c = condition(operands, t, y)
     return inference_blocks(config, numerics, operands, x_t, c, modulations(config, operands, c))
 

@@ -26,7 +26,7 @@ from terdit_jax.ternary.linear import PackedLinear
 
 @dataclasses.dataclass(frozen=True)
 class FastPlan(Plan):
-    """What a run uses. Attributes, beside `Plan`'s:
+    """The choices of a run. Attributes, beside `Plan`'s:
 
     layers: "scanned" or "unrolled".
     fused: whether the passes between a block's matmuls are kernels (`fused_block`).

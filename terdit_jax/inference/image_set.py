@@ -53,7 +53,7 @@ def make_labels(classes: Sequence[int], num_samples: int, order: str, seed: int)
 
 
 def digest(tree: Any) -> str:
-    """What tells two sets of weights apart: a hash of all leaves' bytes, dtypes and shapes, in order."""
+    """Hashes all leaves' bytes, dtypes and shapes in order, which tells two sets of weights apart."""
     sha = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         array = np.asarray(leaf)
@@ -135,7 +135,7 @@ def _meet(name: str) -> None:
 def make_plan(
     *, model: Mapping[str, Any], settings: Mapping[str, Any], labels: Mapping[str, Any], num_samples: int, seed: int
 ) -> dict[str, Any]:
-    """What decides the images of a set, as JSON can hold it; devices, processes and batch size do not.
+    """Collects what decides the images of a set, as JSON can hold it; devices, processes and batch size do not.
 
     Args:
       model: which weights in which dtype, and the autoencoder that decodes for them.

@@ -145,7 +145,7 @@ class Denoiser:
 
 @lru_cache(maxsize=16)
 def _cached_draw(config: DiTConfig, plan: Plan, numerics: Numerics | None, settings: SampleConfig, seed: int) -> Draw:
-    """As `make_draw`; the same settings again are not compiled again."""
+    """Returns `make_draw`'s function; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
     return make_draw(config, settings, seed, bind, compiler_options(numerics), plan.run_blocks)
 

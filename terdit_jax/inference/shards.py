@@ -111,7 +111,7 @@ class Shards:
         return []
 
     def _write_npz(self, file: BinaryIO) -> None:
-        """As np.savez would write all of it at once."""
+        """Writes the bytes that np.savez would write of all at once."""
         image_shape = self._must_read(0)[0].shape[1:]
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             # A name alone would be stamped with the time of day.

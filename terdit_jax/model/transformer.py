@@ -61,7 +61,7 @@ class DiT(nnx.Module):
         }
 
     def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
-        """As `forward`, making the operands anew every time."""
+        """Calls `forward`, making the operands anew every time."""
         return forward(self.config, self.operands(), x_t, t, y)
 
 

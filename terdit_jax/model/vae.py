@@ -190,7 +190,7 @@ def decode_all(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """As `decode`, of any number of latents on the host, at most `batch_size` at a time on each device of a mesh.
+    """Decodes any number of latents on the host, at most `batch_size` at a time on each device of a mesh.
 
     The devices must all be this process's; without a mesh the default device does the work.
 
@@ -225,7 +225,7 @@ def _cast(params: dict, dtype: DTypeLike) -> dict:
 
 
 def _stages_shapes(widths: tuple[int, ...], layers: int, samplers: str) -> dict:
-    """Of the stages with these widths in order; all but the last end in a change of resolution."""
+    """Shapes of the stages with these widths in order; all but the last end in a change of resolution."""
     stages = {}
     for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
         resnets = {str(j): resnet_shapes(width if j else before, width) for j in range(layers)}

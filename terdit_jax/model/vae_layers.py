@@ -20,17 +20,17 @@ def children(params: dict) -> list[dict]:
 
 
 def conv_shapes(in_channels: int, out_channels: int, size: int = 3) -> dict:
-    """Of a convolution with square kernels."""
+    """Shapes of a convolution with square kernels."""
     return {"weight": _float32(out_channels, size, size, in_channels), "bias": _float32(out_channels)}
 
 
 def norm_shapes(channels: int) -> dict:
-    """Of a GroupNorm."""
+    """Shapes of a GroupNorm."""
     return {"weight": _float32(channels), "bias": _float32(channels)}
 
 
 def resnet_shapes(in_channels: int, out_channels: int) -> dict:
-    """Of a residual block, which maps its input by a 1x1 convolution where the widths differ."""
+    """Shapes of a residual block, which maps its input by a 1x1 convolution where the widths differ."""
     shapes = {
         "norm1": norm_shapes(in_channels),
         "conv1": conv_shapes(in_channels, out_channels),
@@ -43,7 +43,7 @@ def resnet_shapes(in_channels: int, out_channels: int) -> dict:
 
 
 def attention_shapes(channels: int) -> dict:
-    """Of self-attention: a norm and four square maps."""
+    """Shapes of self-attention: a norm and four square maps."""
 
     def square() -> dict:
         return {"weight": _float32(channels, channels), "bias": _float32(channels)}

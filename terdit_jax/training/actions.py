@@ -1,4 +1,4 @@
-"""What a run does after some of its steps: log, evaluate on held-out examples, draw, score and save.
+"""The actions of a run after some of its steps: log, evaluate on held-out examples, draw, score and save.
 
 `loop` calls them. Figures of training steps are fetched a step late, while the devices work on the next one.
 """

@@ -64,8 +64,8 @@ def ema_decay(optimizer: OptimizerConfig, step: Array) -> Array:
 
 
 def empty_spikes() -> dict[str, Array]:
-    """Of no step yet: {"total", "seen"} () int32, steps skipped and finite steps judged, {"mean", "variance"} ()
-    float32 of their losses."""
+    """Statistics before any step: {"total", "seen"} () int32, steps skipped and finite steps judged, and {"mean",
+    "variance"} () float32 of their losses."""
     return {
         "total": jnp.int32(0),
         "seen": jnp.int32(0),

@@ -22,7 +22,7 @@ from terdit_jax.training.state import abstract_state
 
 
 def make_overview(config: RunConfig) -> str:
-    """What the command `main` would run here, in lines for people.
+    """Describes in lines for people the run that the command `main` would start here.
 
     Raises:
       UserError: fields that make no model, or a model, batch or mesh that the devices here do not divide.

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run, and which changes of configuration may continue it.
+"""The description of a run in its checkpoints, and which changes of configuration may continue it.
 
 The rate, its drop and the length of a run are decided in mid-run, so they may change; whatever would silently make it
 another run (model, data, order, batch) may not.

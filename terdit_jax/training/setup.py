@@ -31,7 +31,7 @@ _STATE_COPIES = 4  # of every parameter in float32: itself, two moments, EMA
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of, once its configuration has been found sound."""
+    """The parts of a run whose configuration has been found sound."""
 
     config: RunConfig
     workdir: epath.Path

@@ -28,7 +28,7 @@ def add_norm_modulate(
     dh_scale: Array | None,
     eight: DTypeLike | None = None,
 ) -> tuple[Array | None, ...]:
-    """Of x' = x + gate y_scale y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
+    """Gradients of x' = x + gate y_scale y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
 
     Args:
       x: (B, T, D) bfloat16, x'.
@@ -89,7 +89,7 @@ def add_norm_modulate(
 def add_gated(
     y: Array, y_scale: Array | None, gate: Array, dx: Array, eight: DTypeLike | None = None
 ) -> tuple[Array | None, ...]:
-    """Of x' = x + gate y_scale y, whose gradient of x is that of x'. Arguments as of `add_norm_modulate`.
+    """Gradients of x' = x + gate y_scale y; that of x is that of x'. Arguments as of `add_norm_modulate`.
 
     Returns:
       The gradient of y_scale y (B, T, D) in bfloat16, in 8 bits, and its scale (B, T); dL/dgate (B, D) float32.
@@ -126,7 +126,7 @@ def swiglu(
     dh_scale: Array | None,
     eight: DTypeLike | None = None,
 ) -> tuple[Array | None, ...]:
-    """Of h = silu(alpha_0 a) alpha_1 b with y_scale y = (a, b).
+    """Gradients of h = silu(alpha_0 a) alpha_1 b with y_scale y = (a, b).
 
     Args:
       y: (B, T, 2 F) bfloat16 products.
@@ -193,7 +193,7 @@ def queries_keys_values(
     heads: int,
     eight: DTypeLike | None = None,
 ) -> tuple[Array | None, ...]:
-    """Of queries and keys after their layer norm and RoPE, and values, as many heads of each.
+    """Gradients of queries and keys after layer norm and RoPE, and of values, as many heads of each.
 
     Args:
       y: (B, T, 3 D) bfloat16 products.

@@ -29,7 +29,7 @@ _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barrier
 
 
 class Stored(NamedTuple):
-    """What training stores of the rows that a pass makes: in bfloat16 or not, and in a dtype of 8 bits or None."""
+    """The forms in which training stores a pass's rows: bfloat16 or not, and a dtype of 8 bits or None."""
 
     bfloat16: bool
     rounded: DTypeLike | None
@@ -39,7 +39,8 @@ class Stored(NamedTuple):
 def add_norm_modulate(
     x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike | Stored
 ) -> tuple[Array | None, ...]:
-    """As `xla_passes.add_norm_modulate`; x is bfloat16. For training, after x what `Stored` says, and the scale."""
+    """Computes `xla_passes.add_norm_modulate` of bfloat16 x. For training (`Stored`) it returns x, the rows in
+    bfloat16 or None, in 8 bits or None, and the scale or None."""
     width = x.shape[-1]
     count = rows_of_block(x.shape)
 
@@ -90,7 +91,8 @@ def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored) -> tuple[
 
 @partial(jax.jit, static_argnames=("dtype",))
 def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | Stored) -> tuple[Array | None, ...]:
-    """As `xla_passes.swiglu`. For training, what `Stored` says, and the scale."""
+    """Computes `xla_passes.swiglu`. For training (`Stored`) it returns the rows in bfloat16 or None, in 8 bits or None,
+    and the scale or None."""
     width = y.shape[-1] // 2
     like = jax.ShapeDtypeStruct((*y.shape[:2], width), y.dtype)
     outputs = row_types(like, dtype)
@@ -140,7 +142,7 @@ def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
 def queries_keys_values(
     y: Array, y_scale: Array | None, alphas: Array, norms: tuple[dict, dict] | None, rope: Array, heads: int
 ) -> tuple[Array, Array, Array]:
-    """As `xla_passes.queries_keys_values`, in bfloat16, but of features in the published order.
+    """Computes `xla_passes.queries_keys_values` in bfloat16, of features in the published order.
 
     RoPE turns the pairs (2i, 2i + 1) of a head. Queries, keys and values are blocks of their own.
     """
@@ -279,7 +281,7 @@ def largest(pieces: list[Array]) -> Array:
 
 
 def scale_of(peak: Array, dtype: DTypeLike) -> Array:
-    """What one of `dtype` stands for in a row with this largest magnitude."""
+    """The scale of a row in `dtype` with this largest magnitude."""
     return jnp.maximum(peak, TINY) * (1 / float(jnp.finfo(dtype).max))
 
 
