@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     model.depth = 9
     model.num_heads = 8
     model.num_classes = 10
-    model.positions = "rope_1d_sincos_2d"  # 1-D RoPE alone was too weak a position signal on small pictures
+    model.positions = "rope_1d_sincos_2d"  # 1-D RoPE alone was too weak a position signal on small images
     model.alpha_init = "least_squares"  # N(0, 1) starts far from the weights: most first gradients are clipped
 
     config.compute.dtype = "bfloat16"
