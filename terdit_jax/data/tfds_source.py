@@ -111,8 +111,8 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         raise UserError(f"--input={name}: TFDS has no such data set, configuration or version, see {PAGES}") from error
     except ImportError as error:
         raise UserError(
-            f"--input={name}: TFDS cannot prepare it without {error.name}: `pip install tensorflow importlib_resources`"
-            f" or run `tfds build {name} --file_format=array_record --data_dir=DIR` elsewhere and name that --data_dir"
+            f"--input={name}: TFDS cannot prepare it without {error.name}: `pip install tensorflow` or run"
+            f" `tfds build {name} --file_format=array_record --data_dir=DIR` elsewhere and name that --data_dir"
         ) from error
     except Exception as error:  # of a builder, which is code of its own: downloads, checksums, versions, full disks
         hint = ""
