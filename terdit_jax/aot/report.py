@@ -92,7 +92,7 @@ def _options(program: Program) -> dict:
         return options | {"mode": program.mode, "cfg_scale": config.sample.cfg_scale, "method": config.sample.method}
     return options | {
         "remat": program.model.remat,
-        "layers": program.model.layers,
+        "layers": program.plan.layers,
         "accumulation_steps": config.train.accumulation_steps,
         "grad_dtype": config.compute.grad_dtype,
         "gather": config.mesh.gather,

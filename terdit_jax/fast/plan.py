@@ -28,14 +28,12 @@ from terdit_jax.ternary.linear import PackedLinear
 class FastPlan(Plan):
     """The choices of a run. Attributes, beside `Plan`'s:
 
-    layers: "scanned" or "unrolled".
     fused: whether the passes between a block's matmuls are kernels (`fused_block`).
     matmul_dtype: "same" as the activations, or one of 8 bits.
     gather: in what form codes travel that the mesh cuts over `fsdp`; None where it cuts none.
     rings: physical rings of that axis.
     """
 
-    layers: str = "scanned"
     fused: bool = False
     matmul_dtype: str = SAME
     gather: str | None = None

@@ -16,9 +16,11 @@ class Plan:
     """The plain plan. It is hashable, and its text is the line that a run prints.
 
     attention: implementation of `jax.nn.dot_product_attention`.
+    layers: "scanned" or "unrolled".
     """
 
     attention: Implementation = "xla"
+    layers: str = "scanned"
 
     def make_operands(self, config: DiTConfig, params: dict) -> dict:
         """The operands for training; see `model.transformer.make_operands`."""
