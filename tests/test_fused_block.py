@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.config import MeshConfig
 from terdit_jax.fast import fused_block
 from terdit_jax.fast.hopper import backward, forward
 from terdit_jax.fast.plan import FastPlan
@@ -99,11 +100,10 @@ def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(e
     assert_rounded_alike(errors(made, exact), rounded)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
+@pytest.mark.parametrize("axis", [pytest.param("data", marks=pytest.mark.slow), "fsdp"])
 def test_gradients_in_8_bits_are_the_same_on_a_mesh(exact, rounded, axis):
     plan = dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT, gather="codes" if axis == "fsdp" else None)
-    shape = {"data": 1, "fsdp": 1, "tensor": 1, "slices": 1, axis: 2}
+    shape = MeshConfig(**{"data": 1, axis: 2})
     with jax.set_mesh(make_mesh(shape, jax.devices()[:2])):
         made = gradients(plan, dataclasses.replace(CONFIG, remat="dots"))
     assert_rounded_alike(errors(made, exact), rounded)
