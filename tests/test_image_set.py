@@ -124,7 +124,7 @@ def pictures_of(path):
 def test_bad_input_is_one_line_and_touches_nothing(run, tmp_path):
     for flags, message in (
         (("--labels=3,10",), "label 10 is out of range: the model has classes 0 to 9"),
-        (("--num_samples=0",), "--num_samples=0: must be positive"),
+        (("--num_samples=0",), "--num_samples=0: 0 is not an integer in the range"),
         (("--cfg_t_min=500", "--cfg_t_max=400"), "guidance from timestep 500 to 400"),
     ):
         _, err = sample(run, tmp_path / "a.npz", *flags, status=2)

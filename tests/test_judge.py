@@ -1,5 +1,7 @@
 """Scores in training: they tell good weights from bad ones, and change nothing about the training."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from terdit_jax.interop.weights import open_weights
 from tests.runs import (
     assert_same_run,
     execute,
+    logged_steps,
     metrics_without_timing,
     prepare_digits,
     programs,
@@ -71,9 +74,9 @@ def test_training_is_the_same_bit_for_bit_with_scores_and_without(digits, tmp_pa
     assert (weights.description.step, weights.description.ema) == (best, True)
 
     process = start("main", *train_arguments(digits, killed, **scores), cache=programs())
-    for line in process.stdout:
-        if line.startswith("step 20  the best") or line.startswith("step 24/"):
-            break
+    while max(logged_steps(killed), default=0) < 20:
+        assert process.poll() is None
+        time.sleep(0.002)
     process.kill()
     process.communicate()
     execute("main", *train_arguments(digits, killed, **scores))
