@@ -92,9 +92,11 @@ def gather_codes(codes: Array, cut: CodesCut | None) -> Array:
     return jax.shard_map(gather, in_specs=spec, out_specs=_uncut(spec), check_vma=False)(codes)
 
 
-def scattered_weight_gradient(x: Array, dy: Array, cut: CodesCut, dtype: DTypeLike) -> Array:
-    """`ternary.linear.weight_gradient`, summed over the batch's devices and cut as `cut` says: no device holds it
+def scattered_weight_gradient(x: Array, dy: Array, cut: CodesCut | None, dtype: DTypeLike) -> Array:
+    """`ternary.linear.weight_gradient`, summed over the batch's devices and cut as the codes are: no device holds it
     whole."""
+    if cut is None:
+        return weight_gradient(x, dy, dtype)
     spec, rings = cut
     _, out_axis, in_axis = _uncut(spec)
     axis = tuple(spec).index(_FSDP)

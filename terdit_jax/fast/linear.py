@@ -78,8 +78,7 @@ def _fast_matmul_bwd(
     x, codes, sink = residuals
     whole = gather_codes(codes, cut)
     dx = input_gradient(dy, whole) if matmul_dtype == SAME else rounded_input_gradient(dy, whole, matmul_dtype)
-    dw = scattered_weight_gradient(x, dy, cut, sink.dtype) if cut else weight_gradient(x, dy, sink.dtype)
-    return dx, no_gradient(codes), dw
+    return dx, no_gradient(codes), scattered_weight_gradient(x, dy, cut, sink.dtype)
 
 
 fast_matmul.defvjp(_fast_matmul_fwd, _fast_matmul_bwd)
@@ -94,11 +93,9 @@ def whole_weight(linear: FullLinear | TernaryLinear | FastLinear) -> Array:
 
 def without_sink(linear: FullLinear | TernaryLinear | FastLinear) -> FullLinear | TernaryLinear | FastLinear:
     """The map with an empty sink of the same dtype, as a backward pass keeps it."""
-    return (
-        linear
-        if isinstance(linear, FullLinear)
-        else dataclasses.replace(linear, sink=jnp.zeros((0,), linear.sink.dtype))
-    )
+    if isinstance(linear, FullLinear):
+        return linear
+    return dataclasses.replace(linear, sink=jnp.zeros((0,), linear.sink.dtype))
 
 
 def linear_gradient(
@@ -108,8 +105,7 @@ def linear_gradient(
     if isinstance(linear, FullLinear):
         return FullLinear(weight_gradient(x, dy, linear.weight.dtype))
     cut = linear.cut if isinstance(linear, FastLinear) else None
-    dtype = linear.sink.dtype
-    dw = scattered_weight_gradient(x, dy, cut, dtype) if cut else weight_gradient(x, dy, dtype)
+    dw = scattered_weight_gradient(x, dy, cut, linear.sink.dtype)
     nothing: Any = no_gradient(linear.codes)
     return dataclasses.replace(linear, codes=nothing, alpha=jnp.zeros_like(linear.alpha), sink=dw)
 
