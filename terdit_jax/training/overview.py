@@ -36,16 +36,19 @@ def make_overview(config: RunConfig) -> str:
         [
             str(config),
             "",
-            f"{config.name}: {describe_model(model)}",
-            describe_devices(mesh),
-            f"plan: {plan}",
+            *introduction(config, model, mesh, plan),
             "bytes a device holds, without activations and what the compiler adds:",
             *(f"  {kind:<11} {size:>19,}" for kind, size in sizes.items()),
         ]
     )
 
 
-def describe_model(model: DiTConfig) -> str:
+def introduction(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan) -> list[str]:
+    """Three lines: the model, the devices and the plan."""
+    return [f"{config.name}: {_describe_model(model)}", _describe_devices(mesh), f"plan: {plan}"]
+
+
+def _describe_model(model: DiTConfig) -> str:
     """The number of its parameters, of which kind."""
     counts = count_params(model)
     if not model.ternary:
@@ -54,7 +57,7 @@ def describe_model(model: DiTConfig) -> str:
     return f"{counts['total']:,} parameters ({counts['ternary']:,} ternary, {packed})"
 
 
-def describe_devices(mesh: Mesh) -> str:
+def _describe_devices(mesh: Mesh) -> str:
     """How many devices of which kind there are, and how the mesh arranges them."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}"

@@ -24,7 +24,7 @@ from terdit_jax.training.actions import Actions, DrawGrid
 from terdit_jax.training.loop import run_steps
 from terdit_jax.training.metrics import MetricsWriter, say
 from terdit_jax.training.observers import Goodput, Observers, Steps
-from terdit_jax.training.overview import describe_devices, describe_model
+from terdit_jax.training.overview import introduction
 from terdit_jax.training.resume import check_finite, check_resumable
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State, abstract_state, make_state
@@ -138,9 +138,8 @@ def _introduce(setup: Setup, start: int) -> None:
     if not start:
         say(parameter_overview.get_parameter_overview(abstract_params(setup.model), include_stats=False))
         say(str(setup.config))
-    say(f"{setup.config.name}: {describe_model(setup.model)}")
-    say(describe_devices(setup.mesh))
-    say(f"plan: {setup.plan}")
+    for line in introduction(setup.config, setup.model, setup.mesh, setup.plan):
+        say(line)
     say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
 
 
