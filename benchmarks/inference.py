@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run
 from benchmarks.random_codes import random_operands
-from terdit_jax.config import SampleConfig
+from terdit_jax.config_sections import SampleConfig
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.paths import define_path
 from terdit_jax.versions import versions

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.machine import load_changed
 from benchmarks.random_codes import random_operands
 from terdit_jax.aot.collectives import Collective, read_collectives, sent_bytes
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
 from terdit_jax.fast.modes import choose_numerics

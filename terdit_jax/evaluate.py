@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from terdit_jax.checkpoints.reader import Checkpoints
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.data.reader import Dataset, open_dataset
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command

@@ -17,7 +17,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from terdit_jax.config import SampleConfig
+from terdit_jax.config_sections import SampleConfig
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command

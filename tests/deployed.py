@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
-from terdit_jax.config import ModelConfig, RunConfig, SampleConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import ModelConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.description import Description, architecture
 from terdit_jax.interop.published import StateDict, model_leaves, params_leaves, read_leaves

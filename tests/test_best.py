@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint
-from terdit_jax.config import ModelConfig, RunConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import ModelConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.weights import open_weights
 from terdit_jax.training.resume import describe_run

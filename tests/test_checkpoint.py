@@ -12,7 +12,7 @@ import pytest
 from terdit_jax.checkpoints.manifest import find_damage
 from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.checkpoints.writer import CheckpointWriter
-from terdit_jax.config import CheckpointConfig
+from terdit_jax.config_sections import CheckpointConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import params_leaves
 from terdit_jax.interop.weights import open_weights

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from terdit_jax.config import ModelConfig, RunConfig, SampleConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import ModelConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.interop.description import (

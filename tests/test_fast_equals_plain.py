@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 import terdit_jax.fast
 from terdit_jax.fast import eight_bit, inference_pass, xla_passes
 from terdit_jax.fast.expand import expand

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.fast import fused_block
 from terdit_jax.fast.hopper import backward, forward
 from terdit_jax.fast.plan import FastPlan

@@ -11,7 +11,7 @@ import pytest
 
 from terdit_jax.aot.collectives import mesh_axes, read_collectives, sent_bytes
 from terdit_jax.aot.program import activation_bytes
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.fast.eight_bit import SAME

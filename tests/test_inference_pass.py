@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.fast import inference_pass
 from terdit_jax.fast.modes import Numerics
 from terdit_jax.inference.runtime import load_model

@@ -15,7 +15,7 @@ LAYERS = (
 # Imported by anyone, and by those after them.
 FOUNDATIONS = (
     "versions", "streams", "interrupts", "reproducible", "errors", "paths", "files", "untrusted", "labels", "options",
-    "memory", "batches", "config_rules", "config", "config_file",
+    "memory", "batches", "config_rules", "config_sections", "config", "config_file",
 )  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

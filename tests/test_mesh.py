@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 import numpy as np
 import pytest
 
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.parallel import mesh as mesh_module
 from terdit_jax.parallel.mesh import AXES, fsdp_rings, make_mesh

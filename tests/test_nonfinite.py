@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
-from terdit_jax.config import ModelConfig, OptimizerConfig, RunConfig, SampleConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import ModelConfig, OptimizerConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.inference import image_set

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config import OptimizerConfig
+from terdit_jax.config_sections import OptimizerConfig
 from terdit_jax.training.optimizer import ema_decay, learning_rate_schedule, make_optimizer
 
 

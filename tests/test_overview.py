@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from terdit_jax.config import MeshConfig, RunConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.training.optimizer import make_optimizer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import terdit_jax
-from terdit_jax.config import MeshConfig, SampleConfig
+from terdit_jax.config_sections import MeshConfig, SampleConfig
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from terdit_jax.config import MeshConfig, SampleConfig
+from terdit_jax.config_sections import MeshConfig, SampleConfig
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.model.transformer import init_params, packed_operands

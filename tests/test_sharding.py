@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.errors import UserError
 from terdit_jax.fast.plan import choose_plan

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.config import OptimizerConfig
+from terdit_jax.config_sections import OptimizerConfig
 from terdit_jax.training.optimizer import empty_spikes, judge_loss, make_optimizer
 from terdit_jax.training.state import empty_sums, init_state
 from terdit_jax.training.step import apply_gradients

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config import MeshConfig
+from terdit_jax.config_sections import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import start_params

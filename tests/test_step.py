@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.config import OptimizerConfig
+from terdit_jax.config_sections import OptimizerConfig
 from terdit_jax.diffusion.loss import q_sample
 from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.fast.plan import FastPlan

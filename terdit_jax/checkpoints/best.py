@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
-from terdit_jax.config import CheckpointConfig
+from terdit_jax.config_sections import CheckpointConfig
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import is_number
 

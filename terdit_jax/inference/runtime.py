@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 import numpy as np
 
-from terdit_jax.config import SampleConfig
+from terdit_jax.config_sections import SampleConfig
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from terdit_jax.batches import in_flight
-from terdit_jax.config import SampleConfig
+from terdit_jax.config_sections import SampleConfig
 from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
 from terdit_jax.diffusion.sampler import METHODS, sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from terdit_jax.config import ModelConfig, RunConfig, SampleConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import ModelConfig, SampleConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import Layout
 from terdit_jax.model.config import DiTConfig

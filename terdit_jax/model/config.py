@@ -8,7 +8,8 @@ import math
 
 import jax.numpy as jnp
 
-from terdit_jax.config import FIELDS, ComputeConfig, ModelConfig, RunConfig
+from terdit_jax.config import FIELDS, RunConfig
+from terdit_jax.config_sections import ComputeConfig, ModelConfig
 from terdit_jax.errors import UserError
 
 MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this

@@ -9,7 +9,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from terdit_jax.config import OptimizerConfig
+from terdit_jax.config_sections import OptimizerConfig
 
 
 def learning_rate_schedule(optimizer: OptimizerConfig) -> optax.Schedule:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from terdit_jax.config import OptimizerConfig, RunConfig
+from terdit_jax.config import RunConfig
+from terdit_jax.config_sections import OptimizerConfig
 from terdit_jax.diffusion.loss import training_losses
 from terdit_jax.diffusion.schedule import Schedule
 from terdit_jax.model.config import DiTConfig
