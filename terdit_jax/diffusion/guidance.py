@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from terdit_jax.errors import UserError
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # x_t (B, H, W, C), t (B,) -> (B, H, W, 2C)
-ConditionalDenoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # x_t, t, y (B,) -> (B, H, W, 2C)
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # x_t (B, H, W, C), t (B,) -> (B, H, W, C or 2C)
+ConditionalDenoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # x_t, t, y (B,) -> as `Denoise`
 
 
 def guided(
@@ -22,11 +22,13 @@ def guided(
     cfg_channels: int,
     t_min: int = 0,
     t_max: int | None = None,
+    timestep: Callable[[jax.Array], jax.Array] = lambda t: t,
 ) -> Denoise:
-    """Moves the predicted noise away from the unconditional one (Ho & Salimans 2022, arXiv 2207.12598).
+    """Moves the predicted noise, or velocity, away from the unconditional one (Ho & Salimans 2022, arXiv 2207.12598).
 
-    eps = eps_null + cfg_scale * (eps_y - eps_null) on the first `cfg_channels` channels; the other noise channels and
-    the variances are those of class y. The public DiT code guides 3 channels of 4, and published FIDs were so measured.
+    eps = eps_null + cfg_scale * (eps_y - eps_null) on the first `cfg_channels` channels; the other channels, and the
+    variances if there are any, are those of class y. The public DiT code guides 3 channels of 4, and published FIDs
+    were so measured.
 
     The network is called once on 2B examples, ordered (y, null), (y, null), ...: where the batch axis is sharded, each
     device holds both halves of its own examples, and pairing and mixing move nothing between devices.
@@ -39,12 +41,13 @@ def guided(
       y: (B,) int classes.
       null_class: the class that stands for none, the last row of the label table.
       cfg_scale: 1 is no guidance. As the Python number 1.0 it costs none: only the B conditional examples are run.
-      cfg_channels: min(cfg_channels, C) noise channels are guided; 0: all C.
-      t_min, t_max: timesteps with t_min <= t < t_max are guided; None: there is no end.
+      cfg_channels: min(cfg_channels, C) channels of the noise are guided; 0: all C.
+      t_min, t_max: timesteps with t_min <= timestep(t) < t_max are guided; None: there is no end.
+      timestep: t on the scale of t_min and t_max; `objective.timestep`.
 
     Returns:
-      A function of x_t (B, H, W, C) and t (B,), whose output is (B, H, W, 2C): float32 if guided, since the difference
-      of two close predictions loses its digits in bfloat16 and is then multiplied by the scale.
+      A function of x_t (B, H, W, C) and t (B,), whose output has the network's shape: float32 if guided, since the
+      difference of two close predictions loses its digits in bfloat16 and is then multiplied by the scale.
 
     Raises:
       UserError: cfg_channels is negative, or an interval without a timestep.
@@ -66,7 +69,8 @@ def guided(
         return jnp.concatenate([eps, conditional[..., mixed:]], axis=-1)
 
     def mix_inside(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        inside = (t >= t_min) & (t < (jnp.iinfo(t.dtype).max if t_max is None else t_max))
+        level = timestep(t)
+        inside = (level >= t_min) & (True if t_max is None else level < t_max)
         scale = jnp.where(inside, cfg_scale, 1.0).reshape(-1, *[1] * (x_t.ndim - 1))
         alone = lambda x_t, t, _: denoise(x_t, t, y).astype(jnp.float32)  # noqa: E731
         return jax.lax.cond(jnp.any(inside), mix, alone, x_t, t, scale)

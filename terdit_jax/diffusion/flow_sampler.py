@@ -1,0 +1,70 @@
+"""Sampling a flow model: from noise at t = 0 to data at t = 1 along its velocity, as one scan.
+
+What `sampler` is to DDPM models. The velocity, guided or not, and the source of the noise come in as functions.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terdit_jax.diffusion.flow import noise_from_velocity, path_at, shifted
+from terdit_jax.diffusion.guidance import Denoise
+
+FLOW_METHODS = ("euler", "heun", "sde")
+LAST_STEP = 0.04  # of the SDE, in t: without noise, as SiT's
+
+
+def flow_times(method: str, num_steps: int, shift: float = 1.0) -> np.ndarray:
+    """The t at which steps begin, and 1, where the last ends: (num_steps + 1,) float64, ascending from 0.
+
+    Equal steps, but for the last of "sde", which is `LAST_STEP`; all moved by `flow.shifted`.
+    """
+    even = np.linspace(0, 1 - LAST_STEP, num_steps) if method == "sde" else np.arange(num_steps) / num_steps
+    return shifted(np.append(even, 1.0), shift)
+
+
+def flow_sample(
+    denoise: Denoise,
+    noise: jax.Array,
+    draw_noise: Callable[[jax.Array], jax.Array],
+    path: str,
+    times: np.ndarray,
+    method: str,
+) -> jax.Array:
+    """Follows the velocity from the first time to the last. Traceable under jit.
+
+    Args:
+      denoise: called with x (B, H, W, C) and t (B,), both float32; the first C channels of its output, in any float
+        dtype, are the velocity.
+      noise: (B, H, W, C) standard normal, where it starts.
+      draw_noise: called with the loop index i (int32 scalar); returns (B, H, W, C) standard normal. "sde" alone calls
+        it; its last step adds none.
+      path: of `flow.path_at`.
+      times: of `flow_times`.
+      method: "euler"; "heun", of second order at two calls of `denoise` a step; "sde", Euler-Maruyama steps of
+        dx = (v + sigma score) dt + sqrt(2 sigma) dw, which has the ODE's marginals (SiT, equation 4 with w = sigma).
+
+    Returns:
+      x_0, (B, H, W, C) float32.
+    """
+    grid, step_sizes = jnp.asarray(times, jnp.float32), jnp.asarray(np.diff(times), jnp.float32)
+    batch, channels = noise.shape[0], noise.shape[-1]
+
+    def velocity(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        t = jnp.full((batch,), grid[i])
+        return denoise(x, t)[..., :channels].astype(jnp.float32), t
+
+    def step(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        dt = step_sizes[i]
+        v, t = velocity(x, i)
+        if method == "heun":
+            v = (v + velocity(x + dt * v, i + 1)[0]) / 2
+        if method != "sde":
+            return x + dt * v, None
+        spread = jnp.where(i < len(step_sizes) - 1, jnp.sqrt(2 * path_at(path, t, x.ndim).sigma * dt), 0)
+        x += dt * (v - noise_from_velocity(path, v, x, t))  # sigma times the score is the noise, negative
+        return x + spread * draw_noise(i).astype(jnp.float32), None
+
+    return jax.lax.scan(step, noise.astype(jnp.float32), jnp.arange(len(step_sizes), dtype=jnp.int32))[0]
