@@ -15,6 +15,7 @@ from terdit_jax.config_sections import (
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    DiffusionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -40,6 +41,7 @@ class RunConfig:
         whole(0, 2**32 - 1),
     )
     model: ModelConfig = _section(ModelConfig)
+    diffusion: DiffusionConfig = _section(DiffusionConfig)
     compute: ComputeConfig = _section(ComputeConfig, free=True)
     mesh: MeshConfig = _section(MeshConfig, free=True)
     data: DataConfig = _section(DataConfig)
@@ -93,7 +95,7 @@ def freeze(tree: Mapping[str, Any] | ConfigDict) -> RunConfig:
     """The configuration with the values of a ConfigDict, or of a mapping by section or dotted name.
 
     Each value is checked for itself. How they go together is checked where that is known: `DiTConfig`,
-    `parallel.mesh`, `inference.sampling`, `training.setup`.
+    `diffusion.objective`, `parallel.mesh`, `inference.sampling`, `training.setup`.
 
     Raises:
       UserError: naming the first field that is missing, unknown, of another type or against its rule.

@@ -38,6 +38,7 @@ def _in_float32(value: float) -> float:
 
 # Limits are far beyond any sensible value: they keep a mistyped digit from asking for memory or hours nobody has.
 POSITIVE = Rule(lambda value: 0 < _in_float32(value) < np.inf, "must be positive and finite in float32")
+FINITE = Rule(lambda value: value == value and abs(_in_float32(value)) < np.inf, "must be finite in float32")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value and _in_float32(value) < np.inf, "must be finite and not negative")
 SHARE = Rule(lambda value: 0 <= value and _in_float32(value) < 1, "must be in [0, 1), in float32 too")
 AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "must be -1 (what the others leave) or in [1, 1048576]")

@@ -5,7 +5,7 @@
 
 import dataclasses
 
-from terdit_jax.config_rules import AXIS, NOT_NEGATIVE, PATH, POSITIVE, SHARE, TEXT, one_of, setting, whole
+from terdit_jax.config_rules import AXIS, FINITE, NOT_NEGATIVE, PATH, POSITIVE, SHARE, TEXT, one_of, setting, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,41 @@ class ModelConfig:
         "Start of each matrix's scale alpha. `normal`: N(0, 1), as in the public code. `least_squares`: the scale "
         "that brings alpha T closest to W.",
         one_of("normal", "least_squares"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """What the network learns to predict, and at which levels of noise."""
+
+    objective: str = setting(
+        "ddpm",
+        "`ddpm`: the noise of 1,000 steps and a learned variance (DiT, TerDiT). `flow`: the velocity from noise to "
+        "data (SiT), trained by its squared error alone; `sample.method` must be one of its own "
+        "([training.md](training.md#objective)).",
+        one_of("ddpm", "flow"),
+    )
+    path: str = setting(
+        "linear",
+        "How `flow` mixes data and noise at t, from 0 (noise) to 1 (data). `linear`: t and 1 - t. `gvp`: sin(pi t / 2) "
+        "and cos(pi t / 2), of constant variance.",
+        one_of("linear", "gvp"),
+    )
+    timesteps: str = setting(
+        "uniform",
+        "How `flow` draws the t of an example. `uniform`: over [0, 1). `logit_normal`: log(t / (1 - t)) is normal "
+        "(Stable Diffusion 3), which prefers the middle.",
+        one_of("uniform", "logit_normal"),
+    )
+    logit_mean: float = setting(
+        0.0, "Mean of that normal; above 0 prefers little noise. Read only by `logit_normal`.", FINITE
+    )
+    logit_std: float = setting(1.0, "Its standard deviation. Read only by `logit_normal`.", POSITIVE)
+    shift: float = setting(
+        1.0,
+        "Moves the noise level u = 1 - t of `flow` to s u / (1 + (s - 1) u), in training and in the steps of a "
+        "sampler (Stable Diffusion 3). Above 1: more noise, for larger images. 1: as it is.",
+        POSITIVE,
     )
 
 
@@ -266,14 +301,17 @@ class SampleConfig:
     method: str = setting(
         "ddpm",
         "`ddpm`: ancestral, with the learned variance. `ddim`: deterministic. `dpmpp_2m`, `dpmpp_2m_sde`, `unipc`: "
-        "solvers for 10 to 25 steps ([sampling.md](sampling.md)).",
-        one_of("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"),
+        "solvers for 10 to 25 steps. Of flow models: `euler`, `heun`, `sde` ([sampling.md](sampling.md#samplers)).",
+        one_of("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun", "sde"),
     )
-    num_steps: int = setting(250, "Denoising steps, of 1,000.", whole(1, 1000))
+    num_steps: int = setting(
+        250, "Denoising steps, of 1,000 for `ddpm` models. A step of `heun` calls the network twice.", whole(1, 1000)
+    )
     spacing: str = setting(
         "auto",
         "Where the steps lie: `uniform`, `quadratic`, `power`, `logsnr`. `auto`: `uniform` for `ddpm` and `ddim`, as "
-        "published, `power` for the solvers.",
+        "published, `power` for the solvers. Flow models take `auto` or `uniform`; `diffusion.shift` moves their "
+        "steps.",
         one_of("auto", "uniform", "quadratic", "power", "logsnr"),
     )
     cfg_scale: float = setting(
@@ -281,10 +319,13 @@ class SampleConfig:
     )
     cfg_channels: int = setting(
         3,
-        "Guidance mixes the first min(this, in_channels) channels of the noise, 3 in the public code; 0: all.",
+        "Guidance mixes the first min(this, in_channels) channels of the noise or velocity, 3 in the public code; 0: "
+        "all.",
         whole(0),
     )
-    cfg_t_min: int = setting(0, "The lowest timestep with guidance.", whole(0, 999))
+    cfg_t_min: int = setting(
+        0, "The lowest timestep with guidance. A flow model at t counts as timestep 1000 (1 - t).", whole(0, 999)
+    )
     cfg_t_max: int = setting(
         1000, "The first timestep without guidance again; outside the interval a step costs half.", whole(1, 1000)
     )

@@ -7,6 +7,7 @@ import pytest
 
 from terdit_jax.config import FIELDS, RunConfig, base_config, freeze
 from terdit_jax.config_file import nearest
+from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS
 from terdit_jax.errors import UserError
@@ -20,6 +21,11 @@ LIMITS = {
     "model.hidden_size": ((0, -32, 2**31, 2**63), (4, 2**17)),
     "model.depth": ((0, 10**6), (1, 1024)),
     "model.class_dropout_prob": ((-0.1, 1.0, NAN, 1 - 1e-12), (0.0, 0.5)),
+    "diffusion.objective": (("", "sit"), ("ddpm", "flow")),
+    "diffusion.path": (("", "vp"), ("linear", "gvp")),
+    "diffusion.logit_mean": ((NAN, INF, -INF, 1e39), (-1e38, 0, 1.5)),
+    "diffusion.logit_std": ((0.0, -1.0, NAN, INF), (1e-30, 1)),
+    "diffusion.shift": ((0.0, -1.0, 1e-50, NAN, INF), (1e-30, 3, 1e30)),
     "mesh.data": ((0, -2, 2**40), (-1, 1)),
     "mesh.slices": ((0, -1), (1,)),
     "data.read_threads": ((0, 10**6), (1, 1024)),
@@ -35,7 +41,7 @@ LIMITS = {
     "sample.cfg_scale": ((-0.5, NAN, INF, 1e39), (0.0, 1, 4.5)),
     "sample.num_steps": ((0, NUM_TIMESTEPS + 1, 10**18), (1, NUM_TIMESTEPS)),
     "sample.cfg_t_max": ((0, NUM_TIMESTEPS + 1), (1, NUM_TIMESTEPS)),
-    "sample.method": (("", "DDPM", "ddpm "), METHODS),
+    "sample.method": (("", "DDPM", "ddpm "), (*METHODS, *FLOW_METHODS)),
     "sample.spacing": (("", "none"), ("auto", *SPACINGS)),
     "mesh.gather": (("", "int8"), GATHERS),
     "name": (("", " ", "a\nb", "x" * 101, " x"), ("x", "Ж 1")),
@@ -110,7 +116,7 @@ def test_unknown_fields_are_refused():
         ("optimizer.lr", "config.optimizer has b1, b2"),
         ("train.epochs", "config.train has accumulation_steps"),
         ("modle.depth", "model.depth"),
-        ("data.path", "config.data has dir"),
+        ("data.folder", "config.data has dir"),
         ("zzz", "docs/configs.md"),
     ],
 )
