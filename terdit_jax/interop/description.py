@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from terdit_jax.config import RunConfig
-from terdit_jax.config_sections import ModelConfig, SampleConfig
+from terdit_jax.config import FIELDS, RunConfig
+from terdit_jax.config_sections import DiffusionConfig, ModelConfig, SampleConfig
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.interop.published import Layout
 from terdit_jax.model.config import DiTConfig
@@ -32,7 +33,7 @@ _MAX_EXACT = 1 << 53  # integers up to here are floats without rounding
 _MAX_SIZE = 1 << 20  # no field comes near it; beyond it arithmetic on shapes would be an attack
 _MAX_TOKENS = 1 << 16  # images of 4096 px; as many positions are tabulated
 
-_Section = TypeVar("_Section", ModelConfig, SampleConfig)
+_Section = TypeVar("_Section", ModelConfig, DiffusionConfig, SampleConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Description:
     latent_scale: what training multiplied latents by.
     sample: the run's settings for drawing.
     provenance: where it comes from, in words.
+    diffusion: what it learned to predict; files from before there was a choice say nothing, and are DDPM's.
     """
 
     name: str
@@ -57,14 +59,15 @@ class Description:
     latent_scale: float
     sample: SampleConfig
     provenance: Mapping[str, str]
+    diffusion: DiffusionConfig = DiffusionConfig()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         names = sorted(field.name for field in dataclasses.fields(ModelConfig))
         model = {name: getattr(self.model, name) for name in names}
-        sample = dict(sorted(vars(self.sample).items()))
-        return fields | {"model": model, "sample": sample, "provenance": dict(self.provenance)}
+        sections = {name: dict(sorted(vars(fields[name]).items())) for name in ("sample", "diffusion")}
+        return fields | {"model": model, **sections, "provenance": dict(self.provenance)}
 
     @classmethod
     def from_dict(cls, fields: object, source: str) -> "Description":
@@ -75,8 +78,10 @@ class Description:
         """
         expected = {
             "name": str, "model": dict, "ema": bool, "step": int | None, "codec": str, "latent_scale": float | int,
-            "sample": dict, "provenance": dict,
+            "sample": dict, "provenance": dict, "diffusion": dict,
         }  # fmt: skip
+        if isinstance(fields, dict):
+            fields = {"diffusion": {}} | fields
         if not isinstance(fields, dict) or fields.keys() != expected.keys():
             raise UserError(f"{source}: its description must have exactly the fields {', '.join(expected)}")
         for name, kind in expected.items():
@@ -91,13 +96,17 @@ class Description:
             raise UserError(f"{source}: description.provenance must hold text only")
         described = _parse(ModelConfig, fields["model"], f"{source}: description.model", complete=True)
         sample = _parse(SampleConfig, fields["sample"], f"{source}: description.sample", complete=False)
+        diffusion = _parse(DiffusionConfig, fields["diffusion"], f"{source}: description.diffusion", complete=False)
+        for name, value in vars(diffusion).items():
+            FIELDS[f"diffusion.{name}"].check(value, f"{source}: description.diffusion.{name}")
         try:
             model = architecture(described)
+            make_objective(diffusion)
         except UserError as error:
             raise UserError(f"{source}: its description makes no model: {str(error)[:200]}") from error
         if model.num_tokens > _MAX_TOKENS:
             raise UserError(f"{source}: description.model.input_size={model.input_size} is too large")
-        return cls(**fields | {"model": model, "sample": sample})
+        return cls(**fields | {"model": model, "sample": sample, "diffusion": diffusion})
 
 
 def architecture(model: ModelConfig) -> DiTConfig:
@@ -125,6 +134,7 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
             "latent_scale": run["latent_scale"],
             "sample": {**vars(SampleConfig()), **config["sample"]},
             "provenance": {"data_fingerprint": fingerprint, "seed": str(seed)},
+            "diffusion": config.get("diffusion", {}),
         }
     return Description.from_dict(fields, source)
 
@@ -179,6 +189,7 @@ def public_model_args(description: Description) -> tuple[dict[str, Any], bool]:
     latents = codec.startswith("sd-vae-ft-")
     as_published = (
         bool(names)
+        and description.diffusion.objective == "ddpm"
         and (model.num_heads, model.num_kv_heads) == (PUBLISHED_HEADS, PUBLISHED_HEADS)
         and (model.patch_size, model.in_channels, model.ffn_multiple_of) == (2, 4, 256)
         and model.positions == "rope_1d"

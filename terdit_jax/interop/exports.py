@@ -91,6 +91,6 @@ def _write_torch(path: Path, weights: Weights, ternary: bool) -> list[str]:
     if as_published:
         return []
     return [
-        "note: the public sampler knows three shapes only, and this is none of them; "
+        "note: the public sampler knows three shapes only, all of DDPM models, and this is none of them; "
         "terdit_jax reads it, in JAX and in PyTorch (docs/pytorch.md)"
     ]

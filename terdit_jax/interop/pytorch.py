@@ -525,9 +525,12 @@ def sample(
       (N, C, H, W) float32 on the model's device: latents, or the pixels of a pixel-space model.
 
     Raises:
-      ValueError: labels or settings that cannot be.
+      ValueError: labels or settings that cannot be, or a model of another objective than DDPM's.
     """
     described: dict[str, Any] = model.description or {}
+    objective = described.get("diffusion", {}).get("objective", "ddpm")
+    if objective != "ddpm":
+        raise ValueError(f"the model's objective is {objective!r}: only ddpm models are sampled here")
     settings: dict[str, Any] = _SAMPLE | described.get("sample", {})
     given = {"method": method, "num_steps": num_steps, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
     settings |= {name: value for name, value in given.items() if value is not None}
