@@ -199,13 +199,14 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
 def _time(model, settings: SampleConfig, numerics, operands: dict, batch: int, profiled: bool) -> dict:
     import jax
 
+    from terdit_jax.diffusion.objective import Ddpm
     from terdit_jax.fast.inference_pass import bind_schedule
     from terdit_jax.fast.modes import compiler_options
     from terdit_jax.inference.sampling import make_draw
 
     settings = dataclasses.replace(settings, num_steps=50 if batch <= 8 else 10)
     bind = functools.partial(bind_schedule, model, numerics)
-    draw = make_draw(model, settings, 0, bind, compiler_options(numerics))
+    draw = make_draw(model, Ddpm(), settings, 0, bind, compiler_options(numerics))
     arguments = operands, np.arange(batch, dtype=np.int32) % model.num_classes, np.arange(batch, dtype=np.int32)
     begin = time.perf_counter()
     compiled = draw.lower(*arguments).compile()

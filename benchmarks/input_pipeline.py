@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         stored = dataclasses.replace(synthetic, dataset=open_dataset(path))
         state = make_state(synthetic.model, synthetic.optimizer, synthetic.mesh, config.seed)
         run = synthetic
-        step = make_train_step(config, run.model, run.schedule, run.optimizer, run.mesh, 1.0, run.plan)
+        step = make_train_step(config, run.model, run.objective, run.optimizer, run.mesh, 1.0, run.plan)
         feeds = {"synthetic": device_batches(synthetic, 0), "stored": device_batches(stored, 0)}
         rates: dict[str, list[float]] = {name: [] for name in feeds}
         for feed in feeds.values():  # compiles, and fills both prefetch buffers

@@ -17,7 +17,7 @@ from benchmarks.machine import load_changed
 from benchmarks.random_codes import random_operands
 from terdit_jax.aot.collectives import Collective, read_collectives, sent_bytes
 from terdit_jax.config_sections import MeshConfig
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
 from terdit_jax.fast.modes import choose_numerics
 from terdit_jax.fast.plan import choose_plan
@@ -97,7 +97,7 @@ class _Job:
         self.model, self.optimizer = DiTConfig.from_config(config), make_optimizer(config.optimizer)
         self.mesh = make_mesh(config.mesh, self.devices)
         plan = choose_plan(self.model, self.mesh)
-        step = make_train_step(config, self.model, linear_schedule(), self.optimizer, self.mesh, 1.0, plan)
+        step = make_train_step(config, self.model, Ddpm(), self.optimizer, self.mesh, 1.0, plan)
         sharding = batch_sharding(self.mesh)
         shapes = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -140,7 +140,7 @@ def measure_sampling(run: dict, turn: Callable[[], object] = lambda: None) -> di
     mesh = make_mesh(MeshConfig(data=len(devices)), devices)
     numerics = choose_numerics("fast", model, mesh)
     operands = _copied(make_inference_operands(model, numerics, random_operands(model)), mesh)
-    draw = make_draw(model, settings, 0, functools.partial(bind_schedule, model, numerics))
+    draw = make_draw(model, Ddpm(), settings, 0, functools.partial(bind_schedule, model, numerics))
     labels = np.arange(run["pictures"]) % model.num_classes
     batch_size = run["batch"] * len(devices)
 

@@ -74,7 +74,7 @@ def measure_run(run: str) -> dict:
         {"train.batch_size": int(batch_size), "data.synthetic": True, **compute}
     )
     setup = set_up(config, "/tmp/benchmarks_training")
-    step = make_train_step(config, setup.model, setup.schedule, setup.optimizer, setup.mesh, 1.0, setup.plan)
+    step = make_train_step(config, setup.model, setup.objective, setup.optimizer, setup.mesh, 1.0, setup.plan)
     batch = next(device_batches(setup, 0))
     if _COMPILE.value:
         with jax.set_mesh(setup.mesh):

@@ -19,6 +19,7 @@ import numpy as np
 from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config_sections import MeshConfig
 from terdit_jax.data.reader import Dataset, open_dataset
+from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
@@ -63,7 +64,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Images a device lo
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Images to draw.", 2, MAX_IMAGES)
 _CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS)
-_METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's own if not given.")
+_METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
 _VAE = define_path("vae", None, "Folder of the autoencoder, for a run that draws latents.")

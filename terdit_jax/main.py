@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from terdit_jax.config_file import define_config, read_config
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawImages, make_proxy_judge
 from terdit_jax.files import check_folder
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         check_folder(config.train.compilation_cache, "config.train.compilation_cache")
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
-    check_settings(config.sample)
+    check_settings(config.sample, make_objective(config.diffusion))
     setup = set_up(config, _WORKDIR.value)
     load_start, draw = _starter(setup), _drawer(setup)
     judge = None
@@ -85,7 +86,8 @@ def _starter(setup: Setup) -> Callable[[], dict] | None:
 def _drawer(setup: Setup) -> DrawImages:
     """Draws images from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
     of the image, never taken from a stream that training draws from as well."""
-    draw = make_draw(setup.model, setup.config.sample, setup.config.seed, run_blocks=setup.plan.run_blocks)
+    sample, run_blocks = setup.config.sample, setup.plan.run_blocks
+    draw = make_draw(setup.model, setup.objective, sample, setup.config.seed, run_blocks=run_blocks)
     operands = jax.jit(lambda params: packed_operands(setup.model, params))
 
     def draw_images(params: dict, labels: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from terdit_jax.config_sections import SampleConfig
+from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
 from terdit_jax.errors import UserError, run_command
@@ -44,7 +46,7 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Images; one for each l
 _NUM_STEPS = flags.DEFINE_integer(
     "num_steps", None, "Denoising steps; the run's config.sample if left out.", 1, NUM_TIMESTEPS
 )
-_METHOD = flags.DEFINE_enum("method", None, METHODS, "Sampler; the run's config.sample if left out.")
+_METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's config.sample if left out.")
 _SPACING = flags.DEFINE_enum("spacing", None, ("auto", *SPACINGS), "Of the steps; as config.sample if left out.")
 _CFG_SCALE = define_float(
     "cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.", low=0, high=MAX_CFG_SCALE
@@ -102,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     }  # fmt: skip
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(model.description.sample, **changes)
-    check_settings(settings)
+    check_settings(settings, make_objective(model.description.diffusion))
     settings = dataclasses.replace(settings, spacing=resolve_spacing(settings.spacing, settings.method))
     options = {"seed": _SEED.value, "vae": vae, **given}
     if output.suffix == ".png":
@@ -136,7 +138,7 @@ def _draw_set(
     plan = make_plan(
         model={
             "name": description.name, "step": description.step, "ema": description.ema, "dtype": model.config.dtype,
-            "numerics": str(model.numerics),
+            "numerics": str(model.numerics), "diffusion": vars(description.diffusion),
             "weights": digest(model.operands), "vae": digest(vae[1]) if vae else None,
         },
         settings=vars(settings),

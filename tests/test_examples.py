@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.training.examples import example_keys, make_examples
 
-SCHEDULE = linear_schedule()
+DDPM = Ddpm()
 NUM_CLASSES = 10
 MANY = 20_000
 
@@ -21,7 +21,7 @@ def _draw(batch, indices, seed, step, latent_scale, class_dropout_prob):
     return make_examples(
         batch,
         example_keys(seed, step, indices),
-        SCHEDULE,
+        DDPM,
         latent_scale=latent_scale,
         num_classes=NUM_CLASSES,
         class_dropout_prob=class_dropout_prob,

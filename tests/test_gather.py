@@ -12,7 +12,7 @@ import pytest
 from terdit_jax.aot.collectives import mesh_axes, read_collectives, sent_bytes
 from terdit_jax.aot.program import activation_bytes
 from terdit_jax.config_sections import MeshConfig
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.errors import UserError
 from terdit_jax.fast.eight_bit import SAME
 from terdit_jax.fast.linear import FastLinear, make_fast
@@ -143,7 +143,7 @@ def compile_step(model, layers="scanned"):
     examples = {"x_0": picture, "x_t": picture, "noise": picture, "t": number, "y": number}
     with jax.set_mesh(mesh):
         plan = FastPlan(layers=layers, gather="codes", rings=(8,))
-        step = partial(loss_and_grads, model, linear_schedule(), plan=plan)
+        step = partial(loss_and_grads, model, Ddpm(), plan=plan)
         lowered = jax.jit(step).lower(params, examples)
     return lowered.as_text(), read_collectives(lowered.compile().as_text())
 

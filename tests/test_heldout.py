@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.config import RunConfig
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, make_operands
 from terdit_jax.parallel.mesh import AXES
@@ -18,7 +18,7 @@ from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.step import mean_loss
 from tests.golden_models import tiny_config
 
-SCHEDULE = linear_schedule()
+DDPM = Ddpm()
 # The configuration drops most labels and flips, and the records have a mirror: held-out examples must see none of it.
 MODEL = tiny_config(depth=1, hidden_size=32, ffn_multiple_of=32, class_dropout_prob=0.9)
 BATCH = 8
@@ -46,7 +46,7 @@ def losses(params, batch):
     """Of the same records as batch 0, as batch 1 and as batch 0 again."""
     config = RunConfig()
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    loss = make_heldout_loss(config, MODEL, SCHEDULE, mesh, SCALE, PLAIN)
+    loss = make_heldout_loss(config, MODEL, DDPM, mesh, SCALE, PLAIN)
     return [float(loss(params, batch, jnp.int32(number))) for number in (0, 1, 0)]
 
 
@@ -54,10 +54,10 @@ def test_it_is_the_mean_loss_of_plain_examples_drawn_apart_from_trainings(params
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def reference(params, seed, class_dropout_prob):
         examples = make_examples(
-            batch, example_keys(seed, 0, jnp.arange(BATCH)), SCHEDULE, latent_scale=SCALE,
+            batch, example_keys(seed, 0, jnp.arange(BATCH)), DDPM, latent_scale=SCALE,
             num_classes=MODEL.num_classes, class_dropout_prob=class_dropout_prob,
         )  # fmt: skip
-        return mean_loss(MODEL, SCHEDULE, make_operands(MODEL, params), examples)[0]
+        return mean_loss(MODEL, DDPM, make_operands(MODEL, params), examples)[0]
 
     np.testing.assert_allclose(losses[0], reference(params, 0x5EED, 0.0), rtol=1e-5)
     assert abs(losses[0] / reference(params, 0x5EED, 0.9) - 1) > 1e-3, "labels do matter to this model"

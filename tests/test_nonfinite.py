@@ -30,7 +30,7 @@ from terdit_jax.training.state import init_state
 from terdit_jax.training.step import apply_gradients, mean_loss
 from tests.deployed import random_weights, small_config, weights_of
 from tests.golden_models import random_params
-from tests.test_step import SCHEDULE, jitted, random_examples
+from tests.test_step import DDPM, jitted, random_examples
 
 MODEL = small_config(depth=1)
 # A leaf, and what one of its numbers becomes.
@@ -72,7 +72,7 @@ def trained():
         sums, grads = gradients(state["params"], examples)
         return apply_gradients(optimizer, config, state, sums, grads, PLAIN.gradient_norm(grads))
 
-    heldout = jax.jit(lambda params, examples: mean_loss(MODEL, SCHEDULE, make_operands(MODEL, params), examples)[0])
+    heldout = jax.jit(lambda params, examples: mean_loss(MODEL, DDPM, make_operands(MODEL, params), examples)[0])
     return state, advance, heldout
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from terdit_jax.config import RunConfig
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.diffusion.sampler import METHODS
-from terdit_jax.diffusion.schedule import linear_schedule
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.fast.inference_pass import bind_schedule
 from terdit_jax.inference.image_set import make_labels
@@ -53,13 +53,13 @@ def as_bytes(tree):
 def test_training_programs():
     """State and dtypes from a fresh start, and what a step and a held-out loss compute, to the last operation."""
     config = RunConfig().with_fields({"train.batch_size": 4, "optimizer.ema_ramp": True, "optimizer.drop_step": 1})
-    model, mesh, schedule = small_config(depth=1), single_device_mesh(), linear_schedule()
+    model, mesh, objective = small_config(depth=1), single_device_mesh(), Ddpm()
     optimizer, batch = make_optimizer(config.optimizer), records(model, 4)
 
     def programs():
         state = on_mesh(mesh, make_state)(model, optimizer, mesh, config.seed)
-        step = make_train_step(config, model, schedule, optimizer, mesh, 0.18, PLAIN).__wrapped__
-        heldout = make_heldout_loss(config, model, schedule, mesh, 0.18, PLAIN).__wrapped__
+        step = make_train_step(config, model, objective, optimizer, mesh, 0.18, PLAIN).__wrapped__
+        heldout = make_heldout_loss(config, model, objective, mesh, 0.18, PLAIN).__wrapped__
         traced = [on_mesh(mesh, step.trace)(state, batch), on_mesh(mesh, heldout.trace)(state["params"], batch, 1)]
         return as_bytes(state), [str(program.jaxpr) for program in traced]
 
@@ -76,7 +76,7 @@ def test_draws_have_dtypes_of_their_own():
     def draw_all_kinds():
         keys = example_keys(3, 7, jnp.arange(6))
         options = {"latent_scale": 0.5, "num_classes": 10, "class_dropout_prob": 0.5}
-        examples = make_examples(records(model, 6), keys, linear_schedule(), **options)
+        examples = make_examples(records(model, 6), keys, Ddpm(), **options)
         return examples, init_params(model, make_key(1)), make_labels(range(7), 20, "random", 5)
 
     expected = as_bytes(draw_all_kinds())
@@ -112,7 +112,7 @@ def test_sampling_programs(artifact, method, mode):
         model = load_model(artifact, mode=mode)
         settings = dataclasses.replace(model.description.sample, method=method, cfg_t_max=500)
         bind = partial(bind_schedule, model.config, model.numerics) if model.numerics else None
-        draw = make_draw(model.config, settings, 0, bind)
+        draw = make_draw(model.config, Ddpm(), settings, 0, bind)
         with pinned():
             return str(jax.make_jaxpr(draw)(model.operands, np.zeros(2, np.int32), np.arange(2, dtype=np.int32)))
 

@@ -172,7 +172,7 @@ def test_settings_and_labels_that_cannot_be_drawn(exported):
     for options, message in (
         ({"num_steps": 0}, "0 timesteps"),
         ({"num_steps": 1001}, "1001 timesteps"),
-        ({"method": "euler"}, "'euler' is no method of a sampler"),
+        ({"method": "euler"}, "'euler' is no method that samples a ddpm model"),
     ):
         with pytest.raises(UserError, match=message):
             model.draw(np.arange(2), **options)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.config_sections import MeshConfig, SampleConfig
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.model.transformer import init_params, packed_operands
@@ -34,7 +35,7 @@ def draw(model, mesh, labels, batch_size, seed=0):
         operands = jax.jit(lambda p: packed_operands(config, p))(params)
     reports = []
     images = draw_all(
-        make_draw(config, settings, seed), operands, labels, mesh, batch_size=batch_size, report=reports.append
+        make_draw(config, Ddpm(), settings, seed), operands, labels, mesh, batch_size=batch_size, report=reports.append
     )
     assert reports[-1] == len(labels) and images.shape == (len(labels), *config.sample_shape)
     return images
@@ -58,19 +59,21 @@ def test_part_of_a_set_is_that_part_of_it():
         single_device_mesh(),
         np.arange(8),
     )
-    draw_in_interval = make_draw(config, settings, 0)
+    draw_in_interval = make_draw(config, Ddpm(), settings, 0)
     common = {"mesh": mesh, "batch_size": 4, "report": lambda done: None}
     whole = draw_all(draw_in_interval, operands, labels, **common)
     assert_close(draw_all(draw_in_interval, operands, labels[5:], first=5, **common), whole[5:], 1e-4)
-    always = draw_all(make_draw(config, dataclasses.replace(settings, cfg_t_min=0), 0), operands, labels, **common)
+    always = draw_all(
+        make_draw(config, Ddpm(), dataclasses.replace(settings, cfg_t_min=0), 0), operands, labels, **common
+    )
     assert np.abs(always - whole).max() > 1e-3 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "euler", "'euler' is no method of a sampler: give one of ddpm, ddim, dpmpp_2m"),
-        ("spacing", "karras", "'karras' is no spacing of a sampler: give one of auto, uniform"),
+        ("method", "euler", "'euler' is no method that samples a ddpm model: give ddpm, ddim, dpmpp_2m"),
+        ("spacing", "karras", "'karras' is no spacing that samples a ddpm model: give auto, uniform"),
         ("cfg_t_min", 1000, "guidance from timestep 1000 to 1000"),
         ("cfg_t_max", 1001, "guidance from timestep 0 to 1001"),
         ("num_steps", 1001, "1001 timesteps: give 1 to 1000"),
@@ -78,4 +81,4 @@ def test_part_of_a_set_is_that_part_of_it():
 )
 def test_settings_that_no_sampler_can_follow(field, value, message):
     with pytest.raises(UserError, match=message):
-        check_settings(SampleConfig(**{field: value}))
+        check_settings(SampleConfig(**{field: value}), Ddpm())

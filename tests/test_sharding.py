@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from terdit_jax.config_sections import MeshConfig
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.errors import UserError
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.model.plan import PLAIN
@@ -21,7 +21,7 @@ from terdit_jax.training.state import abstract_state, init_state
 from terdit_jax.training.step import loss_and_grads
 from tests.golden_models import assert_trees_close, random_params, tiny_config
 
-SCHEDULE = linear_schedule()
+DDPM = Ddpm()
 # Eight heads and every width a multiple of eight, so that each axis can take all devices; scales near the weights' own,
 # so that gradients are well conditioned and 1e-5 is a statement about sharding, not about cancellation.
 MODEL = tiny_config(num_heads=8, depth=2, alpha_init="least_squares")
@@ -50,12 +50,12 @@ def three_steps(mesh, accumulation_steps=1, plan=PLAIN):
         examples = make_examples(
             batch,
             example_keys(0, number, jnp.arange(BATCH)),
-            SCHEDULE,
+            DDPM,
             latent_scale=1.0,
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
         )
-        sums, grads = loss_and_grads(MODEL, SCHEDULE, params, examples, accumulation_steps, plan)
+        sums, grads = loss_and_grads(MODEL, DDPM, params, examples, accumulation_steps, plan)
         scale = 1e-3 / plan.gradient_norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.config_sections import OptimizerConfig
-from terdit_jax.diffusion.loss import q_sample
-from terdit_jax.diffusion.schedule import linear_schedule
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.fast.plan import FastPlan
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.parallel.sharding import path_name
@@ -27,7 +26,7 @@ from tests.golden_models import (
     tiny_config,
 )
 
-SCHEDULE = linear_schedule()
+DDPM = Ddpm()
 
 
 def optimizer_config(**overrides):
@@ -35,13 +34,13 @@ def optimizer_config(**overrides):
 
 
 def jitted(model, accumulation_steps=1, plan=PLAIN):
-    return jax.jit(lambda params, examples: loss_and_grads(model, SCHEDULE, params, examples, accumulation_steps, plan))
+    return jax.jit(lambda params, examples: loss_and_grads(model, DDPM, params, examples, accumulation_steps, plan))
 
 
 def golden_examples(io, step):
     x_0, noise = nhwc(io[f"x0_{step}"]), nhwc(io[f"noise_{step}"])
     t, y = jnp.asarray(io[f"t_{step}"]), jnp.asarray(io[f"y_{step}"])
-    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(SCHEDULE, x_0, t, noise)}
+    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": DDPM.noised(x_0, t, noise)}
 
 
 @pytest.mark.parametrize("plan", [PLAIN, FastPlan(layers="unrolled")], ids=["plain", "fast"])
@@ -139,7 +138,7 @@ def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
 
     @jax.jit
     def step(state, examples):
-        sums, grads = loss_and_grads(model, SCHEDULE, state["params"], examples)
+        sums, grads = loss_and_grads(model, DDPM, state["params"], examples)
         return apply_gradients(optimizer, config, state, sums, grads, PLAIN.gradient_norm(grads))
 
     for i in range(10):
@@ -154,4 +153,4 @@ def random_examples(model, batch, seed=0):
     random = np.random.default_rng(seed)
     x_0, noise = random.standard_normal((2, batch, *model.sample_shape), np.float32)
     t, y = random.integers(0, 1000, batch), random.integers(0, model.num_classes + 1, batch)
-    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(SCHEDULE, x_0, t, noise)}
+    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": DDPM.noised(x_0, t, noise)}

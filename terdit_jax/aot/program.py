@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from terdit_jax.aot.topology import Topology
 from terdit_jax.config import RunConfig
-from terdit_jax.diffusion.schedule import Schedule, linear_schedule
+from terdit_jax.config_sections import DiffusionConfig
+from terdit_jax.diffusion.objective import Objective, make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
 from terdit_jax.fast.modes import choose_numerics
@@ -25,11 +26,13 @@ from terdit_jax.model.transformer import abstract_params, packed_operands
 from terdit_jax.parallel.compiler_options import Options, check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
+from terdit_jax.training.examples import example_keys
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.setup import check_division
 from terdit_jax.training.state import abstract_state
 from terdit_jax.training.step import make_train_step, mean_loss, split_floats
 
+_DDPM = DiffusionConfig()
 # Scales of latents are constants of the program: any will do. This is the Stable Diffusion autoencoder's.
 _LATENT_SCALE = 0.18215
 
@@ -77,7 +80,8 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
     options = compiler_options(config, mesh)
     check_options(options, devices[0])
     optimizer = make_optimizer(config.optimizer)
-    state = abstract_state(model, optimizer, mesh)
+    objective = make_objective(config.diffusion)
+    state = abstract_state(model, optimizer, mesh, objective.terms)
     batch_size, sharding = config.train.batch_size, batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
@@ -88,7 +92,7 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
         )
     }
     plan = choose_plan(model, mesh)
-    step: Any = make_train_step(config, model, linear_schedule(), optimizer, mesh, _LATENT_SCALE, plan)
+    step: Any = make_train_step(config, model, objective, optimizer, mesh, _LATENT_SCALE, plan)
     with jax.set_mesh(mesh):
         lowered = step.__wrapped__.lower(state, batch)
     # Large leaves of the optimizer's state are the moments; counters beside them have no size to speak of.
@@ -125,12 +129,13 @@ def lower_sample(
     images = batch_size * len(devices)
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
     bind, plan = partial(bind_schedule, model, numerics) if numerics else None, choose_plan(model, mesh)
-    draw: Any = make_draw(model, config.sample, 0, bind, run_blocks=plan.run_blocks)
+    objective = make_objective(config.diffusion)
+    draw: Any = make_draw(model, objective, config.sample, 0, bind, run_blocks=plan.run_blocks)
     with jax.set_mesh(mesh):
         lowered = draw.lower(operands, labels, labels)
     held = {"weights": operands, "batch": [labels, labels]}
     steps = config.sample.num_steps
-    passes = 1 if config.sample.cfg_scale == 1.0 else 2
+    passes = (1 if config.sample.cfg_scale == 1.0 else 2) * (2 if config.sample.method == "heun" else 1)
     flops = passes * steps * images * model.flops_per_image()
     return Program("sample", config, model, mesh, plan, lowered, held, images, steps, flops, mode)
 
@@ -151,34 +156,37 @@ def _prepare(config: RunConfig, topology: Topology, devices: list[jax.Device]) -
 def saved_activations(program: Program) -> int:
     """Bytes that one chip keeps of a microbatch's forward pass for its backward pass, as `activation_bytes` counts."""
     images = program.images // (program.config.train.accumulation_steps * batch_shards(program.mesh))
-    return images * activation_bytes(program.model, program.mesh, program.plan)
+    return images * activation_bytes(program.model, program.mesh, program.plan, program.config.diffusion)
 
 
 @lru_cache
-def activation_bytes(model: DiTConfig, mesh: Mesh | None = None, plan: Plan = PLAIN) -> int:
+def activation_bytes(
+    model: DiTConfig, mesh: Mesh | None = None, plan: Plan = PLAIN, diffusion: DiffusionConfig = _DDPM
+) -> int:
     """Bytes that the forward pass of one image keeps for its backward pass, by the remat policy.
 
     They are counted in the program traced on the mesh (on one device if left out), of whole tokens: what the compiler
     recomputes, or `tensor` cuts, is less.
     """
-    schedule = linear_schedule()
+    objective = make_objective(diffusion)
     if mesh is None:
-        return _activation_bytes(model, schedule, 1, plan)
+        return _activation_bytes(model, objective, 1, plan)
     with jax.set_mesh(mesh):
-        return _activation_bytes(model, schedule, batch_shards(mesh), plan)
+        return _activation_bytes(model, objective, batch_shards(mesh), plan)
 
 
-def _activation_bytes(model: DiTConfig, schedule: Schedule, batch_size: int, plan: Plan) -> int:
+def _activation_bytes(model: DiTConfig, objective: Objective, batch_size: int, plan: Plan) -> int:
     operands = jax.eval_shape(lambda params: plan.make_operands(model, params), abstract_params(model))
 
     def residual_bytes(batch_size: int) -> int:
         latents = jax.ShapeDtypeStruct((batch_size, *model.sample_shape), jnp.float32)
         numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-        examples = {"x_0": latents, "noise": latents, "x_t": latents, "t": numbers, "y": numbers}
+        t = jax.eval_shape(jax.vmap(objective.draw_t), jax.eval_shape(partial(example_keys, 0, 0), numbers))
+        examples = {"x_0": latents, "noise": latents, "x_t": latents, "t": t, "y": numbers}
 
         def backward(operands: dict, examples: dict):
             floats, with_floats = split_floats(operands)
-            loss = lambda floats: mean_loss(model, schedule, with_floats(floats), examples, plan)[0]  # noqa: E731
+            loss = lambda floats: mean_loss(model, objective, with_floats(floats), examples, plan)[0]  # noqa: E731
             return jax.vjp(loss, floats)[1]
 
         residuals = jax.tree.leaves(jax.eval_shape(backward, operands, examples))

@@ -90,7 +90,9 @@ def suggest(config: RunConfig, topology: Topology, compile_one: Callable[[RunCon
 def find_candidates(config: RunConfig, topology: Topology) -> Iterator[Candidate]:
     """Everything that divides, with its estimates."""
     model = DiTConfig.from_config(config)
-    activations = {remat: activation_bytes(dataclasses.replace(model, remat=remat)) for remat in REMATS}
+    activations = {
+        remat: activation_bytes(dataclasses.replace(model, remat=remat), diffusion=config.diffusion) for remat in REMATS
+    }
     shapes = abstract_params(model)
     for shape in _meshes(topology.num_chips):
         mesh = AbstractMesh(shape, AXES)

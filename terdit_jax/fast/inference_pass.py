@@ -127,7 +127,7 @@ def bind_schedule(
       config: the architecture.
       numerics: of the mode.
       operands: of `make_inference_operands`.
-      timesteps: (S,) int, all that the network will be asked for.
+      timesteps: (S,) int, or float32 of a flow model: all that the network will be asked for, as it will be.
       labels: (B,) int, of the images.
 
     Returns:

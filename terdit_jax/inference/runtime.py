@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 import numpy as np
 
-from terdit_jax.config_sections import SampleConfig
+from terdit_jax.config_sections import DiffusionConfig, SampleConfig
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
@@ -69,23 +70,25 @@ class Denoiser:
 
     @pinned()
     def __call__(self, x_t: Array, t: Array, y: Array) -> Array:
-        """Predicts the noise and the variance interpolation.
+        """Predicts the noise and the variance interpolation, or the velocity (`description.diffusion.objective`).
 
         Args:
           x_t: (B, H, W, C) float noisy latents; on a mesh, B is a multiple of its data and fsdp axes.
-          t: (B,) int timesteps in [0, 1000).
+          t: (B,) int timesteps in [0, 1000); of a flow model float in [0, 1], 0 noise and 1 data.
           y: (B,) int labels; num_classes is the null class.
 
         Returns:
-          (B, H, W, 2C) float32: eps, then the variance interpolation v.
+          (B, H, W, 2C) float32: eps, then the variance interpolation v. Of a flow model (B, H, W, C), the velocity.
 
         Raises:
           UserError: labels that are not whole numbers, not B, or of no class; inside a jit their values are not seen.
         """
         y = self._check_call(x_t, y)
         denoise, x_t = _compiled(self.numerics), jnp.asarray(x_t, jnp.float32)
-        t, y = (jnp.asarray(values, jnp.int32) for values in (t, y))
-        return denoise(self.config, self.plan, self.numerics, self.mesh, self.operands, x_t, t, y)
+        flow = self.description.diffusion.objective == "flow"
+        t, y = jnp.asarray(t, jnp.float32 if flow else jnp.int32), jnp.asarray(y, jnp.int32)
+        out = denoise(self.config, self.plan, self.numerics, self.mesh, self.operands, x_t, t, y)
+        return out[..., : x_t.shape[-1]] if flow else out
 
     @pinned()
     def draw(
@@ -130,7 +133,7 @@ class Denoiser:
         }  # fmt: skip
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         settings = dataclasses.replace(self.description.sample, **changes)
-        draw = _cached_draw(self.config, self.plan, self.numerics, settings, seed)
+        draw = _cached_draw(self.config, self.description.diffusion, self.plan, self.numerics, settings, seed)
         latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
         return to_images(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
@@ -144,10 +147,18 @@ class Denoiser:
 
 
 @lru_cache(maxsize=16)
-def _cached_draw(config: DiTConfig, plan: Plan, numerics: Numerics | None, settings: SampleConfig, seed: int) -> Draw:
+def _cached_draw(
+    config: DiTConfig,
+    diffusion: DiffusionConfig,
+    plan: Plan,
+    numerics: Numerics | None,
+    settings: SampleConfig,
+    seed: int,
+) -> Draw:
     """Returns `make_draw`'s function; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
-    return make_draw(config, settings, seed, bind, compiler_options(numerics), plan.run_blocks)
+    objective, options = make_objective(diffusion), compiler_options(numerics)
+    return make_draw(config, objective, settings, seed, bind, options, plan.run_blocks)
 
 
 @lru_cache(maxsize=16)

@@ -15,9 +15,7 @@ import numpy as np
 from terdit_jax.batches import in_flight
 from terdit_jax.config_sections import SampleConfig
 from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
-from terdit_jax.diffusion.sampler import METHODS, sample
-from terdit_jax.diffusion.schedule import linear_schedule, respace
-from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
+from terdit_jax.diffusion.objective import NUM_TIMESTEPS, Objective
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.depth import RunBlocks, scan_blocks
@@ -26,18 +24,18 @@ from terdit_jax.parallel.compiler_options import Options
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
 from terdit_jax.reproducible import make_key
 
-NUM_TIMESTEPS = 1000  # of the process that every model is trained on
 MAX_CFG_SCALE = 1000  # a hundred times what improves images; float32 has no digits left for much more
 
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 
 
-# Operands, all timesteps (S,) of a run, labels (B,) of its images -> the network for that run.
+# Operands, all timesteps (S,) of a drawing, labels (B,) of its images -> the network for it.
 Bind = Callable[[dict, np.ndarray, Array], ConditionalDenoise]
 
 
 def make_draw(
     model: DiTConfig,
+    objective: Objective,
     settings: SampleConfig,
     seed: int,
     bind: Bind | None = None,
@@ -51,6 +49,7 @@ def make_draw(
 
     Args:
       model: the architecture.
+      objective: what it was trained on.
       settings: a run's `config.sample`.
       seed: of all noise.
       bind: makes the network, as `inference_pass.bind_schedule`; `model.transformer.forward` if left out.
@@ -58,12 +57,9 @@ def make_draw(
       run_blocks: of the model's plan, for `forward`.
 
     Raises:
-      UserError: settings that the sampler does not know.
+      UserError: settings that the objective's samplers do not know.
     """
-    check_settings(settings)
-    full = linear_schedule(NUM_TIMESTEPS)
-    timesteps = choose_timesteps(full, settings.num_steps, settings.spacing, settings.method)
-    schedule = respace(full, timesteps)
+    check_settings(settings, objective)
     last = None if settings.cfg_t_max == NUM_TIMESTEPS else settings.cfg_t_max
 
     @partial(jax.jit, compiler_options=compiler_options)
@@ -75,25 +71,26 @@ def make_draw(
             return constrain(normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i)), "batch", None, None, None)
 
         if bind:
-            network = bind(operands, np.asarray(timesteps), labels)
+            network = bind(operands, objective.times(settings), labels)
         else:
             network = partial(forward, model, operands, run_blocks=run_blocks)
         scale, channels = settings.cfg_scale, settings.cfg_channels
-        denoise = guided(network, labels, model.num_classes, scale, channels, settings.cfg_t_min, last)
+        interval = settings.cfg_t_min, last, objective.timestep
+        denoise = guided(network, labels, model.num_classes, scale, channels, *interval)
         # Step i adds noise i + 1; noise 0 is where the image starts.
-        return sample(denoise, noise(0), lambda i: noise(i + 1), schedule, settings.method)
+        return objective.sample(denoise, noise(0), lambda i: noise(i + 1), settings)
 
     return draw
 
 
-def check_settings(settings: SampleConfig) -> None:
-    """Raises UserError naming the first field, as of `config.sample`, that no sampler can follow."""
+def check_settings(settings: SampleConfig, objective: Objective) -> None:
+    """Raises UserError naming the first field, as of `config.sample`, that no sampler of the objective can follow."""
     for field, value, known in (
-        ("method", settings.method, METHODS),
-        ("spacing", settings.spacing, ("auto", *SPACINGS)),
+        ("method", settings.method, objective.methods),
+        ("spacing", settings.spacing, objective.spacings),
     ):
         if value not in known:
-            raise UserError(f"{value!r} is no {field} of a sampler: give one of {', '.join(known)}")
+            raise UserError(f"{value!r} is no {field} that samples a {objective.name} model: give {', '.join(known)}")
     low, high = settings.cfg_t_min, settings.cfg_t_max
     if not 0 <= low < high <= NUM_TIMESTEPS:
         raise UserError(f"guidance from timestep {low} to {high}: give 0 <= cfg_t_min < cfg_t_max <= {NUM_TIMESTEPS}")

@@ -20,7 +20,7 @@ from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint, Judge
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import RunConfig
 from terdit_jax.data.reader import heldout_batches
-from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.diffusion.objective import Objective
 from terdit_jax.errors import UserError, going_on
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
@@ -96,7 +96,7 @@ class Actions:
         saves = self._every(config.checkpoint.every or config.train.num_steps)
         latent_scale = setup.dataset.metadata.latent_scale
         self._heldout_loss = make_heldout_loss(
-            config, setup.model, setup.schedule, setup.mesh, latent_scale, setup.plan
+            config, setup.model, setup.objective, setup.mesh, latent_scale, setup.plan
         )
         self._summarize = on_mesh(setup.mesh, jax.jit(partial(_summarize, setup), donate_argnums=0))
         self._summary_kind = "compile"  # the first one compiles
@@ -235,7 +235,7 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
     examples = make_examples(
         jax.tree.map(lambda leaf: leaf[:few], batch),
         example_keys(config.seed, state["step"], jnp.arange(few, dtype=jnp.int32)),
-        setup.schedule,
+        setup.objective,
         latent_scale=setup.dataset.metadata.latent_scale,
         num_classes=model.num_classes,
         class_dropout_prob=0.0,
@@ -243,7 +243,7 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
     plan, inputs = setup.plan, (examples["x_t"], examples["t"], examples["y"])
     rms = activation_rms(model, plan.make_operands(model, state["params"]), *inputs, plan.run_blocks)
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
-    return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
+    return figures, state | {"window": {"sums": empty_sums(setup.objective.terms), "codes": codes}}
 
 
 # Keeps the fixed draws apart from training's, which use the seed itself.
@@ -251,7 +251,7 @@ _SEED_OFFSET = 0x5EED
 
 
 def make_heldout_loss(
-    config: RunConfig, model: DiTConfig, schedule: Schedule, mesh: Mesh, latent_scale: float, plan: Plan
+    config: RunConfig, model: DiTConfig, objective: Objective, mesh: Mesh, latent_scale: float, plan: Plan
 ) -> Callable[[dict, dict, Array], Array]:
     """The jitted mean loss of a held-out batch, (params, global batch, its number) -> (): no label dropout."""
 
@@ -262,11 +262,11 @@ def make_heldout_loss(
         examples = make_examples(
             batch,
             constrain(keys, "batch"),
-            schedule,
+            objective,
             latent_scale=latent_scale,
             num_classes=model.num_classes,
             class_dropout_prob=0.0,
         )
-        return mean_loss(model, schedule, plan.make_operands(model, params), examples, plan)[0]
+        return mean_loss(model, objective, plan.make_operands(model, params), examples, plan)[0]
 
     return on_mesh(mesh, jax.jit(heldout_loss))

@@ -13,13 +13,12 @@ import numpy as np
 
 from terdit_jax.batches import in_flight
 from terdit_jax.data.reader import make_batches
-from terdit_jax.diffusion.loss import q_sample
-from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.diffusion.objective import Objective
 from terdit_jax.parallel.sharding import batch_sharding, local_block
 from terdit_jax.reproducible import make_key
 from terdit_jax.training.setup import Setup
 
-Examples = dict[str, Array]  # x_0, noise, x_t (B, H, W, C) float32; t, y (B,) int32
+Examples = dict[str, Array]  # x_0, noise, x_t (B, H, W, C) float32; t (B,) as the objective's, y (B,) int32
 
 
 def device_batches(setup: Setup, start: int) -> Iterator[dict[str, Array]]:
@@ -67,7 +66,7 @@ def example_keys(seed: int, step: Array | int, indices: Array) -> Array:
 def make_examples(
     batch: dict[str, Array],
     keys: Array,
-    schedule: Schedule,
+    objective: Objective,
     *,
     latent_scale: float,
     num_classes: int,
@@ -78,7 +77,7 @@ def make_examples(
     Args:
       batch: mean, std (B, H, W, C) float16 of the view that the reader drew, label (B,) int32.
       keys: (B,) of `example_keys`.
-      schedule: the 1000-step process.
+      objective: draws t and mixes x_t.
       latent_scale: multiplies the drawn latents.
       num_classes: the null class's label.
       class_dropout_prob: chance that a label becomes the null class.
@@ -91,9 +90,9 @@ def make_examples(
     mean, std = batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32)  # float16 only saves space
     x_0 = (mean + std * normal(posterior_key)) * latent_scale
 
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps, jnp.int32))(t_key)
+    t = jax.vmap(objective.draw_t)(t_key)
     chance = jnp.float32(class_dropout_prob)
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, chance))(drop_key)
     y = jnp.where(dropped, num_classes, batch["label"])
     noise = normal(noise_key)
-    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": q_sample(schedule, x_0, t, noise)}
+    return {"x_0": x_0, "noise": noise, "t": t, "y": y, "x_t": objective.noised(x_0, t, noise)}

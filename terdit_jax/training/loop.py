@@ -24,7 +24,7 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
     """
     latent_scale = setup.dataset.metadata.latent_scale
     train_step = make_train_step(
-        setup.config, setup.model, setup.schedule, setup.optimizer, setup.mesh, latent_scale, setup.plan
+        setup.config, setup.model, setup.objective, setup.optimizer, setup.mesh, latent_scale, setup.plan
     )
     start = step = int(state["step"])
     batches = device_batches(setup, start)

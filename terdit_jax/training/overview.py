@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from terdit_jax.config import RunConfig
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
@@ -28,6 +29,7 @@ def make_overview(config: RunConfig) -> str:
       UserError: fields that make no model, or a model, batch or mesh that the devices here do not divide.
     """
     model, mesh = DiTConfig.from_config(config), make_mesh(config.mesh)
+    make_objective(config.diffusion)
     check_division(config, model, mesh)
     plan = choose_plan(model, mesh)
     sizes = state_bytes(config, model, mesh, plan)

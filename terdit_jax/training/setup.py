@@ -12,7 +12,7 @@ import optax
 from terdit_jax.config import RunConfig
 from terdit_jax.data.reader import AnyDataset, open_dataset
 from terdit_jax.data.synthetic import make_synthetic
-from terdit_jax.diffusion.schedule import Schedule, linear_schedule
+from terdit_jax.diffusion.objective import Objective, make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.files import check_folder
@@ -38,7 +38,7 @@ class Setup:
     model: DiTConfig
     mesh: Mesh
     dataset: AnyDataset
-    schedule: Schedule
+    objective: Objective
     optimizer: optax.GradientTransformationExtraArgs
     plan: Plan
 
@@ -49,7 +49,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     Raises:
       UserError: with the first thing that does not fit.
     """
-    model = DiTConfig.from_config(config)
+    model, objective = DiTConfig.from_config(config), make_objective(config.diffusion)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
@@ -61,7 +61,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     dataset = _open_data(config, model)
     workdir = as_path(workdir, "--workdir")
     check_folder(workdir, "--workdir")
-    return Setup(config, workdir, model, mesh, dataset, linear_schedule(), make_optimizer(config.optimizer), plan)
+    return Setup(config, workdir, model, mesh, dataset, objective, make_optimizer(config.optimizer), plan)
 
 
 def check_division(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
+from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, packed_operands
 from terdit_jax.parallel.sharding import abstract_sharded, place
@@ -21,9 +22,13 @@ State = dict
 
 
 def init_state(
-    model: DiTConfig, optimizer: optax.GradientTransformation, seed: int, params: dict | None = None
+    model: DiTConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    params: dict | None = None,
+    terms: tuple[str, ...] = Ddpm.terms,
 ) -> State:
-    """A fresh state, from fresh parameters or from those given.
+    """A fresh state, from fresh parameters or from those given, of a run whose objective's loss has these terms.
 
     Returns:
       step () int32: updates tried so far.
@@ -41,7 +46,7 @@ def init_state(
         "opt_state": optimizer.init(params),
         "skipped": {"total": jnp.int32(0), "consecutive": jnp.int32(0)},
         "spikes": empty_spikes(),
-        "window": {"sums": empty_sums(), "codes": packed_codes(model, params)},
+        "window": {"sums": empty_sums(terms), "codes": packed_codes(model, params)},
     }
 
 
@@ -60,13 +65,20 @@ def packed_codes(model: DiTConfig, params: dict) -> dict[str, dict]:
     }
 
 
-def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(
+    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, terms: tuple[str, ...] = Ddpm.terms
+) -> State:
     """The state as shapes with their shardings; nothing is allocated."""
-    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0)), mesh)
+    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0, terms=terms)), mesh)
 
 
 def make_state(
-    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: dict | None = None
+    model: DiTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    params: dict | None = None,
+    terms: tuple[str, ...] = Ddpm.terms,
 ) -> State:
     """A fresh state, created sharded: no device ever holds more than its part.
 
@@ -76,9 +88,10 @@ def make_state(
       mesh: the devices.
       seed: of fresh parameters.
       params: float32 host arrays to start from instead, whole in every process.
+      terms: of the objective's loss.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
-    make = jax.jit(lambda params: init_state(model, optimizer, seed, params), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, terms))
+    make = jax.jit(lambda params: init_state(model, optimizer, seed, params, terms), out_shardings=shardings)
     if params is not None:
         params = jax.tree.map(place, params, shardings["params"])
     with jax.set_mesh(mesh):
@@ -88,21 +101,21 @@ def make_state(
 NUM_QUARTILES = 4
 
 
-def empty_sums() -> dict[str, Array]:
-    """Sums over steps, all float32: scalars, and (4,) by quartile of the timestep."""
-    scalars = {name: jnp.float32(0) for name in ("steps", "loss", "mse", "vb", "grad_norm")}
+def empty_sums(terms: tuple[str, ...] = Ddpm.terms) -> dict[str, Array]:
+    """Sums over steps, all float32: scalars, the terms of the loss among them, and (4,) by quartile of the timestep."""
+    scalars = {name: jnp.float32(0) for name in ("steps", *terms, "grad_norm")}
     return scalars | {name: jnp.zeros(NUM_QUARTILES, jnp.float32) for name in ("quartile_loss", "quartile_count")}
 
 
-def quartile_sums(losses: Array, t: Array, num_timesteps: int) -> dict[str, Array]:
-    """losses (B,), t (B,) -> the summed loss and the count in each quartile of t, (4,) float32 each."""
-    member = jax.nn.one_hot(t * NUM_QUARTILES // num_timesteps, NUM_QUARTILES, dtype=jnp.float32)
+def quartile_sums(losses: Array, quartile: Array) -> dict[str, Array]:
+    """losses (B,), quartile of each t (B,) int32 -> the summed loss and the count in each, (4,) float32."""
+    member = jax.nn.one_hot(quartile, NUM_QUARTILES, dtype=jnp.float32)
     return {"quartile_loss": jnp.sum(losses[:, None] * member, 0), "quartile_count": member.sum(0)}
 
 
 def means(sums: dict[str, Array]) -> dict[str, Array]:
     """The figures of a window: means over its steps; NaN where nothing was summed."""
-    out = {name: sums[name] / sums["steps"] for name in ("loss", "mse", "vb", "grad_norm")}
+    out = {name: total / sums["steps"] for name, total in sums.items() if not total.ndim and name != "steps"}
     by_quartile = sums["quartile_loss"] / sums["quartile_count"]
     return out | {f"loss_t{i + 1}of{NUM_QUARTILES}": by_quartile[i] for i in range(NUM_QUARTILES)}
 

@@ -15,8 +15,7 @@ import optax
 
 from terdit_jax.config import RunConfig
 from terdit_jax.config_sections import OptimizerConfig
-from terdit_jax.diffusion.loss import training_losses
-from terdit_jax.diffusion.schedule import Schedule
+from terdit_jax.diffusion.objective import Objective
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import PLAIN, Plan
 from terdit_jax.model.transformer import forward
@@ -26,17 +25,17 @@ from terdit_jax.parallel.sharding import constrain, constrain_tree
 from terdit_jax.ternary.linear import no_gradient
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay, judge_loss
-from terdit_jax.training.state import State, quartile_sums
+from terdit_jax.training.state import NUM_QUARTILES, State, quartile_sums
 
 
 def mean_loss(
-    model: DiTConfig, schedule: Schedule, operands: dict, examples: Examples, plan: Plan = PLAIN
+    model: DiTConfig, objective: Objective, operands: dict, examples: Examples, plan: Plan = PLAIN
 ) -> tuple[Array, dict]:
-    """The mean of MSE + VB over the examples, and the sums a log window takes."""
+    """The mean of the objective's loss over the examples, and the sums a log window takes."""
     out = forward(model, operands, examples["x_t"], examples["t"], examples["y"], plan.run_blocks)
-    losses = training_losses(schedule, out, examples["x_0"], examples["x_t"], examples["t"], examples["noise"])
-    sums = {name: jnp.mean(losses[name]) for name in ("loss", "mse", "vb")}
-    return sums["loss"], sums | quartile_sums(losses["loss"], examples["t"], schedule.num_timesteps)
+    losses = objective.losses(out, examples["x_0"], examples["x_t"], examples["t"], examples["noise"])
+    sums = {name: jnp.mean(losses[name]) for name in objective.terms}
+    return sums["loss"], sums | quartile_sums(losses["loss"], objective.part(examples["t"], NUM_QUARTILES))
 
 
 def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
@@ -59,7 +58,7 @@ def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
 
 def loss_and_grads(
     model: DiTConfig,
-    schedule: Schedule,
+    objective: Objective,
     params: dict,
     examples: Examples,
     accumulation_steps: int = 1,
@@ -69,14 +68,14 @@ def loss_and_grads(
 
     Args:
       model: the architecture.
-      schedule: the 1000-step process.
+      objective: what is learned.
       params: float32 parameters.
       examples: B of them; B is divisible by accumulation_steps.
       accumulation_steps: microbatches, run one after the other over the same codes.
       plan: how the model is run.
 
     Returns:
-      {"loss", "mse", "vb"} () means and {"quartile_loss", "quartile_count"} (4,) sums; gradients shaped as params.
+      () means of the objective's terms and {"quartile_loss", "quartile_count"} (4,) sums; gradients shaped as params.
     """
     operands, to_params = jax.vjp(lambda p: plan.make_operands(model, p), params)
     floats, with_floats = split_floats(operands)
@@ -86,7 +85,7 @@ def loss_and_grads(
         return split_floats(constrain_tree(with_floats(floats)))[0]
 
     def micro(examples: Examples) -> tuple[dict, list[Array]]:
-        loss = lambda floats: mean_loss(model, schedule, with_floats(floats), examples, plan)  # noqa: E731
+        loss = lambda floats: mean_loss(model, objective, with_floats(floats), examples, plan)  # noqa: E731
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(floats)
         return sums, grads
 
@@ -164,7 +163,7 @@ def apply_gradients(
 def make_train_step(
     config: RunConfig,
     model: DiTConfig,
-    schedule: Schedule,
+    objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     latent_scale: float,
@@ -175,7 +174,7 @@ def make_train_step(
     Args:
       config: the run's; read are its batch size, microbatches, seed, optimizer's averages and compiler options.
       model: the architecture.
-      schedule: the 1000-step process.
+      objective: what is learned.
       optimizer: of `make_optimizer`.
       mesh: where state and batch lie.
       latent_scale: factor of stored latents.
@@ -191,13 +190,13 @@ def make_train_step(
         examples = make_examples(
             batch,
             constrain(example_keys(config.seed, state["step"], indices), "batch"),
-            schedule,
+            objective,
             latent_scale=latent_scale,
             num_classes=model.num_classes,
             class_dropout_prob=model.class_dropout_prob,
         )
         steps = config.train.accumulation_steps
-        sums, grads = loss_and_grads(model, schedule, state["params"], examples, steps, plan)
+        sums, grads = loss_and_grads(model, objective, state["params"], examples, steps, plan)
         return apply_gradients(optimizer, config.optimizer, state, sums, grads, plan.gradient_norm(grads))
 
     return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
