@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.config import RunConfig
-from terdit_jax.config_sections import ModelConfig, SampleConfig
+from terdit_jax.config_sections import DiffusionConfig, ModelConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.interop.description import (
@@ -235,6 +235,43 @@ def test_a_model_that_the_public_sampler_cannot_build_says_so(fields):
     model = published_model("DiT_Llama_600M_patch2", **{"num_classes": 1000, **fields} if "depth" not in fields else {})
     model = dataclasses.replace(model, **fields)
     assert not public_model_args(describe(model))[1]
+
+
+def test_the_public_sampler_cannot_draw_from_a_flow_model():
+    model, flow = published_model("DiT_Llama_600M_patch2"), DiffusionConfig("flow")
+    assert public_model_args(describe(model))[1] and not public_model_args(describe(model, diffusion=flow))[1]
+
+
+def test_a_file_from_before_there_was_a_choice_is_of_ddpm():
+    description = describe(small_config())
+    fields = description.to_dict()
+    assert fields.pop("diffusion")["objective"] == "ddpm"
+    assert Description.from_dict(fields, "a.safetensors") == description
+
+
+def test_what_a_flow_model_learned_survives_json():
+    flow = DiffusionConfig("flow", path="gvp", shift=3.0)
+    description = describe(small_config(), diffusion=flow)
+    again = Description.from_dict(json.loads(json.dumps(description.to_dict())), "a.safetensors")
+    assert again == description and again.diffusion == flow
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "message"),
+    [
+        ({"objective": "sit"}, "description.diffusion.objective='sit': choose one of ddpm, flow"),
+        ({"objective": "flow", "shift": -1.0}, "description.diffusion.shift=-1.0: must be positive"),
+        ({"objective": "flow", "shift": float("nan")}, "description.diffusion.shift=nan is of the wrong type"),
+        ({"path": "gvp"}, "makes no model: diffusion.path='gvp': read with diffusion.objective='flow' alone"),
+        ({"speed": 1}, "unknown field 'speed'"),
+        (None, "description.diffusion=None is of the wrong type"),
+    ],
+)
+def test_an_objective_that_makes_no_sense_is_named(diffusion, message):
+    fields = describe(small_config()).to_dict() | {"diffusion": diffusion}
+    with pytest.raises(UserError) as caught:
+        Description.from_dict(fields, "a.safetensors")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_pixels_are_not_counted_eightfold():

@@ -23,6 +23,7 @@ FREE = {
 FIXED = {
     "seed": 1, "model.depth": 2, "model.ternary": False, "model.alpha_init": "least_squares",
     "model.class_dropout_prob": 0.0, "train.batch_size": 128, "data.horizontal_flip": False, "data.synthetic": True,
+    "diffusion.objective": "flow", "diffusion.shift": 3.0,
 }  # fmt: skip
 
 
@@ -102,3 +103,11 @@ def test_a_field_that_one_side_lacks_is_refused_if_it_is_fixed():
     del run["config"]["model"]["qk_norm"]
     with pytest.raises(UserError, match="model.qk_norm=None, not True"):
         check_resumable(run, RunConfig(), FINGERPRINT, "runs/a")
+
+
+def test_a_run_from_before_a_section_had_its_defaults():
+    run = saved_run()
+    del run["config"]["diffusion"]
+    assert check_resumable(run, RunConfig(), FINGERPRINT, "runs/a") == []
+    with pytest.raises(UserError, match="diffusion.objective='ddpm', not 'flow'"):
+        check_resumable(run, changed(**{"diffusion.objective": "flow"}), FINGERPRINT, "runs/a")

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from terdit_jax.config_sections import MeshConfig
-from terdit_jax.diffusion.objective import Ddpm
+from terdit_jax.config_sections import DiffusionConfig, MeshConfig
+from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.model.plan import PLAIN
@@ -42,7 +42,7 @@ def stored_batch(step):
     }
 
 
-def three_steps(mesh, accumulation_steps=1, plan=PLAIN):
+def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM):
     """Losses and gradients of three steps of plain gradient descent, which hides no gradient's size as Adam does."""
 
     @jax.jit
@@ -50,12 +50,12 @@ def three_steps(mesh, accumulation_steps=1, plan=PLAIN):
         examples = make_examples(
             batch,
             example_keys(0, number, jnp.arange(BATCH)),
-            DDPM,
+            objective,
             latent_scale=1.0,
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
         )
-        sums, grads = loss_and_grads(MODEL, DDPM, params, examples, accumulation_steps, plan)
+        sums, grads = loss_and_grads(MODEL, objective, params, examples, accumulation_steps, plan)
         scale = 1e-3 / plan.gradient_norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 
@@ -97,6 +97,17 @@ def test_accumulation_on_a_mesh_equals_one_device(one_device):
         seen = three_steps(mesh, accumulation_steps=4, plan=choose_plan(MODEL, mesh))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours, expected)
+
+
+def test_flow_matching_on_a_mesh_equals_one_device():
+    objective, mesh = make_objective(DiffusionConfig("flow", path="gvp", timesteps="logit_normal")), mesh_of(2, 2, 2)
+    with jax.default_device(jax.devices()[0]):
+        expected = three_steps(None, objective=objective)
+    assert all(np.abs(leaf).max() > 0 for _, grads in expected for leaf in jax.tree.leaves(grads))
+    with jax.set_mesh(mesh):
+        seen = three_steps(mesh, accumulation_steps=2, plan=choose_plan(MODEL, mesh), objective=objective)
+    for ours, one in zip(seen, expected, strict=True):
+        assert_trees_close(ours, one)
 
 
 def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):

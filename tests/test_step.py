@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terdit_jax.config_sections import OptimizerConfig
-from terdit_jax.diffusion.objective import Ddpm
+from terdit_jax.config_sections import DiffusionConfig, OptimizerConfig
+from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.fast.plan import FastPlan
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.parallel.sharding import path_name
@@ -33,8 +33,9 @@ def optimizer_config(**overrides):
     return OptimizerConfig(**overrides)
 
 
-def jitted(model, accumulation_steps=1, plan=PLAIN):
-    return jax.jit(lambda params, examples: loss_and_grads(model, DDPM, params, examples, accumulation_steps, plan))
+def jitted(model, accumulation_steps=1, plan=PLAIN, objective=DDPM):
+    steps = accumulation_steps
+    return jax.jit(lambda params, examples: loss_and_grads(model, objective, params, examples, steps, plan))
 
 
 def golden_examples(io, step):
@@ -90,6 +91,18 @@ def test_accumulation_changes_nothing():
     params, examples = random_params(model), random_examples(model, 8)
     whole, parts = jitted(model)(params, examples), jitted(model, 4)(params, examples)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole[1]))
+    assert_trees_close(parts, whole)
+
+
+def test_accumulation_changes_nothing_in_flow_matching():
+    model, objective = tiny_config(depth=2, hidden_size=32), make_objective(DiffusionConfig("flow"))
+    params, examples = random_params(model), random_examples(model, 8)
+    t = np.random.default_rng(1).random(8, np.float32)
+    examples |= {"t": t, "x_t": objective.noised(examples["x_0"], t, examples["noise"])}
+    whole = jitted(model, objective=objective)(params, examples)
+    parts = jitted(model, 2, objective=objective)(params, examples)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole[1]))
+    assert whole[0].keys() == {"loss", "quartile_loss", "quartile_count"}
     assert_trees_close(parts, whole)
 
 
