@@ -84,6 +84,32 @@ def test_without_fast_paths_a_run_learns_the_same_and_resumes_as_exactly(places,
     assert_same_run(killed, plain)
 
 
+FLOW = {"diffusion__objective": "flow", "sample__method": "heun"}
+
+
+def test_a_flow_run_killed_and_resumed_equals_uninterrupted_and_is_drawn_from(places, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    resume(places, whole, **FLOW)
+    killed_run(places, killed, at_step=12, **FLOW)
+    resume(places, killed, **FLOW)
+    assert_same_run(killed, whole)
+    (last,) = [line for line in metrics_without_timing(whole) if line["step"] == 40 and "loss" in line]
+    assert not {"mse", "vb"} & last.keys() and {"loss", "loss_t1of4", "grad_norm"} <= last.keys()
+    draw = ("sample", f"--model={whole}", "--labels=0,1", f"--output={tmp_path / 'flow.npz'}")
+    _, err = execute(*draw, "--method=ddim", status=2)
+    assert err.strip() == "error: 'ddim' is no method that samples a flow model: give euler, heun, sde"
+    execute(*draw, "--method=sde")
+    with np.load(tmp_path / "flow.npz") as images:
+        assert images["arr_0"].shape == (2, 8, 8, 3) and images["arr_0"].std() > 0
+
+
+def test_a_sampler_of_the_other_objective_is_refused_before_anything_is_written(places, tmp_path):
+    for fields in ({"diffusion__objective": "flow"}, {"sample__method": "heun"}):
+        _, err = execute("main", *train_arguments(places[0], tmp_path / "new", **fields), status=2)
+        assert re.fullmatch("error: '(ddpm|heun)' is no method that samples a (flow|ddpm) model: give [^\n]*\n", err)
+    assert not (tmp_path / "new").exists()
+
+
 def test_flipped_bit_in_the_newest_checkpoint_falls_back_and_ends_the_same(places, tmp_path):
     killed_run(places, tmp_path, at_step=24, saves=2)
     steps = signed_steps(tmp_path)

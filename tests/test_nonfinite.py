@@ -209,4 +209,4 @@ def test_a_set_is_not_finished_with_black_images(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scale", [-3, -1e-9, 1e38, 1e39, 1001, np.inf, np.nan])
 def test_guidance_that_overflows_or_is_none_is_refused(scale):
     with pytest.raises(UserError, match="cfg_scale=.*: give a number from 0 to 1000"):
-        check_settings(SampleConfig(cfg_scale=scale))
+        check_settings(SampleConfig(cfg_scale=scale), DDPM)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import terdit_jax
-from terdit_jax.config_sections import MeshConfig, SampleConfig
+from terdit_jax.config_sections import DiffusionConfig, MeshConfig, SampleConfig
+from terdit_jax.diffusion.flow_sampler import flow_sample, flow_times
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace, space_timesteps
@@ -19,8 +20,10 @@ from terdit_jax.errors import UserError
 from terdit_jax.inference.runtime import load_model, place_operands
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import model_leaves
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import forward, make_operands
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
+from terdit_jax.reproducible import make_key
 from terdit_jax.ternary.linear import PackedLinear
 from tests.deployed import (
     describe,
@@ -176,6 +179,31 @@ def test_settings_and_labels_that_cannot_be_drawn(exported):
     ):
         with pytest.raises(UserError, match=message):
             model.draw(np.arange(2), **options)
+
+
+@pytest.mark.parametrize("mode", ["plain", "exact"])
+def test_a_flow_model_predicts_velocities_and_is_drawn_from_by_its_own_methods(exported, mode):
+    """Also by the pass for inference, which works out the modulations of all its times before the loop."""
+    settings = SampleConfig(method="heun", num_steps=3, cfg_scale=2.0)
+    weights = random_weights(
+        small_config(depth=1, in_channels=3), sample=settings, diffusion=DiffusionConfig("flow", path="gvp", shift=2.0)
+    )
+    model, params = load_model(exported(weights), mode=mode, dtype="float32"), random_params(weights.model)
+    network = partial(trained_forward, model.config, PLAIN, params)
+    x_t, _, y = inputs(model.config, batch=2)
+    t = np.array([0.25, 0.75], np.float32)
+    v = model(x_t, t, y)
+    assert v.shape == x_t.shape and v.dtype == jnp.float32
+    assert_close(v, np.asarray(network(x_t, t, y))[..., :3])
+    assert np.abs(v - model(x_t, 1 - t, y)).max() > 1e-3
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(make_key(5), jnp.arange(2))
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), model.config.sample_shape))(keys)
+    denoise, times = guided(network, jnp.array([1, 2]), 10, 2.0, 3), flow_times("heun", 3, 2.0)
+    expected = jax.jit(lambda noise: flow_sample(denoise, noise, jnp.zeros_like, "gvp", times, "heun"))(noise)
+    assert_close(model.draw([1, 2], seed=5), np.asarray(expected), 1e-4)
+    with pytest.raises(UserError, match="'ddim' is no method that samples a flow model: give euler, heun, sde"):
+        model.draw([1, 2], method="ddim")
 
 
 def test_labels_that_are_no_classes_are_refused(exported):

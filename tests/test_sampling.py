@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from terdit_jax.config_sections import MeshConfig, SampleConfig
-from terdit_jax.diffusion.objective import Ddpm
+from terdit_jax.config_sections import DiffusionConfig, MeshConfig, SampleConfig
+from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
+from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.model.transformer import init_params, packed_operands
@@ -67,6 +68,21 @@ def test_part_of_a_set_is_that_part_of_it():
         make_draw(config, Ddpm(), dataclasses.replace(settings, cfg_t_min=0), 0), operands, labels, **common
     )
     assert np.abs(always - whole).max() > 1e-3 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("method", FLOW_METHODS)
+def test_batch_and_mesh_change_no_picture_of_a_flow_model(model, method):
+    config, params, settings = model
+    objective = make_objective(DiffusionConfig("flow", shift=2.0))
+    settings = dataclasses.replace(settings, method=method, cfg_t_max=700)
+    labels, drawn = np.arange(13) % 10, []
+    for mesh, batch_size in ((single_device_mesh(), 13), (mesh_of(2, 2, 2), 8)):
+        with jax.set_mesh(mesh):
+            operands = jax.jit(lambda p: packed_operands(config, p))(params)
+        draw = make_draw(config, objective, settings, 0)
+        drawn.append(draw_all(draw, operands, labels, mesh, batch_size=batch_size, report=lambda done: None))
+    assert drawn[0].shape == (13, *config.sample_shape) and np.abs(drawn[0][0] - drawn[0][10]).max() > 0.1
+    assert_close(drawn[1], drawn[0], 1e-4)
 
 
 @pytest.mark.parametrize(
