@@ -324,6 +324,19 @@ def test_samples_depend_on_seed_and_number_alone(tiny):
     assert len(noise) == 4000 and max(noise) < 2**32
 
 
+def test_a_flow_model_is_not_sampled_as_a_ddpm_model(tiny):
+    """Its velocity would pass for noise; a description without an objective is of DDPM."""
+    model = build(*tiny)
+    model.description = described(tiny[0]) | {"diffusion": {"objective": "ddpm"}}
+    expected = sample(model, [5], num_steps=2)
+    del model.description["diffusion"]
+    torch.testing.assert_close(sample(model, [5], num_steps=2), expected, rtol=0, atol=0)
+    for method in (None, "ddim"):
+        model.description["diffusion"] = {"objective": "flow"}
+        with pytest.raises(ValueError, match="the model's objective is 'flow': only ddpm models are sampled here"):
+            sample(model, [5], num_steps=2, method=method)
+
+
 def test_settings_come_from_the_description(tiny):
     model, plain = build(*tiny), build(*tiny)
     model.description = described(tiny[0], method="ddim", num_steps=2, cfg_scale=1.0, num_images=16)
