@@ -22,7 +22,6 @@ from terdit_jax.config import freeze
 from terdit_jax.data.builder import build
 from terdit_jax.data.codec import PixelCodec
 from terdit_jax.data.sources import make_digits_source
-from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.training.optimizer import make_optimizer
@@ -153,8 +152,7 @@ def saved_run(workdir: Path) -> tuple[dict, dict]:
     checkpoints = Checkpoints(workdir)
     run = checkpoints.newest_run()
     config = freeze(run["config"])
-    model, terms = DiTConfig.from_config(config), make_objective(config.diffusion).terms
-    target = abstract_state(model, make_optimizer(config.optimizer), make_mesh(config.mesh), terms)
+    target = abstract_state(DiTConfig.from_config(config), make_optimizer(config.optimizer), make_mesh(config.mesh))
     state, run = checkpoints.restore(target)
     return jax.tree.map(np.asarray, state), run
 

@@ -68,7 +68,7 @@ def test_means_over_the_steps_of_a_window():
         "quartile_loss": jnp.array([3.0, 0.0, 10.0, 1.0]),
         "quartile_count": jnp.array([6.0, 0.0, 5.0, 4.0]),
     }
-    figures = {name: float(value) for name, value in jax.jit(means)(sums).items()}
+    figures = {name: float(value) for name, value in jax.jit(lambda sums: means(sums, Ddpm.terms))(sums).items()}
     assert np.isnan(figures.pop("loss_t2of4")), "no example of that quartile was seen"
     assert figures == {
         "loss": 0.5, "mse": 0.25, "vb": 0.125, "grad_norm": 3.0,
@@ -79,4 +79,4 @@ def test_means_over_the_steps_of_a_window():
 def test_an_empty_window_has_no_figures():
     sums = empty_sums()
     assert all(leaf.dtype == jnp.float32 and not np.any(leaf) for leaf in jax.tree.leaves(sums))
-    assert all(np.isnan(value) for value in jax.jit(means)(sums).values())
+    assert all(np.isnan(value) for value in jax.jit(lambda sums: means(sums, Ddpm.terms))(sums).values())

@@ -81,7 +81,7 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
     check_options(options, devices[0])
     optimizer = make_optimizer(config.optimizer)
     objective = make_objective(config.diffusion)
-    state = abstract_state(model, optimizer, mesh, objective.terms)
+    state = abstract_state(model, optimizer, mesh)
     batch_size, sharding = config.train.batch_size, batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)

@@ -3,14 +3,12 @@
 What `sampler` is to DDPM models. The velocity, guided or not, and the source of the noise come in as functions.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from terdit_jax.diffusion.flow import noise_from_velocity, path_at, shifted
-from terdit_jax.diffusion.guidance import Denoise
+from terdit_jax.diffusion.guidance import Denoise, DrawNoise
 
 FLOW_METHODS = ("euler", "heun", "sde")
 LAST_STEP = 0.04  # of the SDE, in t: without noise, as SiT's
@@ -26,23 +24,15 @@ def flow_times(method: str, num_steps: int, shift: float = 1.0) -> np.ndarray:
 
 
 def flow_sample(
-    denoise: Denoise,
-    noise: jax.Array,
-    draw_noise: Callable[[jax.Array], jax.Array],
-    path: str,
-    times: np.ndarray,
-    method: str,
+    denoise: Denoise, noise: jax.Array, draw_noise: DrawNoise, path: str, times: np.ndarray, method: str
 ) -> jax.Array:
     """Follows the velocity from the first time to the last. Traceable under jit.
 
     Args:
-      denoise: called with x (B, H, W, C) and t (B,), both float32; the first C channels of its output, in any float
-        dtype, are the velocity.
+      denoise: called with x (B, H, W, C) and t (B,), both float32; the first C channels it returns are the velocity.
       noise: (B, H, W, C) standard normal, where it starts.
-      draw_noise: called with the loop index i (int32 scalar); returns (B, H, W, C) standard normal. "sde" alone calls
-        it; its last step adds none.
-      path: of `flow.path_at`.
-      times: of `flow_times`.
+      draw_noise: called by "sde" alone, whose last step adds none of it.
+      path, times: of `flow.path_at` and of `flow_times`.
       method: "euler"; "heun", of second order at two calls of `denoise` a step; "sde", Euler-Maruyama steps of
         dx = (v + sigma score) dt + sqrt(2 sigma) dw, which has the ODE's marginals (SiT, equation 4 with w = sigma).
 

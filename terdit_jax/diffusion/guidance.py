@@ -13,6 +13,8 @@ from terdit_jax.errors import UserError
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # x_t (B, H, W, C), t (B,) -> (B, H, W, C or 2C)
 ConditionalDenoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # x_t, t, y (B,) -> as `Denoise`
 
+DrawNoise = Callable[[jax.Array], jax.Array]  # loop index i, int32 scalar -> (B, H, W, C) standard normal
+
 
 def guided(
     denoise: ConditionalDenoise,

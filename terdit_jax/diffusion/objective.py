@@ -3,7 +3,6 @@
 Training and sampling are handed one of the two objectives and ask nothing else which it is.
 """
 
-from collections.abc import Callable
 import dataclasses
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ import numpy as np
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig
 from terdit_jax.diffusion.flow import flow_losses, interpolate, shifted
 from terdit_jax.diffusion.flow_sampler import FLOW_METHODS, flow_sample, flow_times
-from terdit_jax.diffusion.guidance import Denoise
+from terdit_jax.diffusion.guidance import Denoise, DrawNoise
 from terdit_jax.diffusion.loss import q_sample, training_losses
 from terdit_jax.diffusion.sampler import METHODS, sample
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule, respace
@@ -59,9 +58,7 @@ class Ddpm:
         """All t that sampling asks the network for, as it gets them."""
         return np.asarray(choose_timesteps(self.schedule, settings.num_steps, settings.spacing, settings.method))
 
-    def sample(
-        self, denoise: Denoise, noise: Array, draw_noise: Callable[[Array], Array], settings: SampleConfig
-    ) -> Array:
+    def sample(self, denoise: Denoise, noise: Array, draw_noise: DrawNoise, settings: SampleConfig) -> Array:
         """Images (B, H, W, C) from noise, as `sampler.sample` and `flow_sampler.flow_sample` draw them."""
         schedule = respace(self.schedule, self.times(settings).tolist())
         return sample(denoise, noise, draw_noise, schedule, settings.method)
@@ -79,10 +76,9 @@ class Flow:
 
     def draw_t(self, key: Array) -> Array:
         if self.config.timesteps == "uniform":
-            t = jax.random.uniform(key, (), jnp.float32)
-        else:
-            t = jax.nn.sigmoid(self.config.logit_mean + self.config.logit_std * jax.random.normal(key, (), jnp.float32))
-        return shifted(t, self.config.shift)
+            return shifted(jax.random.uniform(key, (), jnp.float32), self.config.shift)
+        logit = self.config.logit_mean + self.config.logit_std * jax.random.normal(key, (), jnp.float32)
+        return shifted(jax.nn.sigmoid(logit), self.config.shift)
 
     def noised(self, x_0: Array, t: Array, noise: Array) -> Array:
         return interpolate(self.config.path, x_0, t, noise)
@@ -101,9 +97,7 @@ class Flow:
         times = flow_times(settings.method, settings.num_steps, self.config.shift).astype(np.float32)
         return times if settings.method == "heun" else times[:-1]
 
-    def sample(
-        self, denoise: Denoise, noise: Array, draw_noise: Callable[[Array], Array], settings: SampleConfig
-    ) -> Array:
+    def sample(self, denoise: Denoise, noise: Array, draw_noise: DrawNoise, settings: SampleConfig) -> Array:
         times = flow_times(settings.method, settings.num_steps, self.config.shift)
         return flow_sample(denoise, noise, draw_noise, self.config.path, times, settings.method)
 

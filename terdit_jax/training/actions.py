@@ -228,7 +228,7 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
     """The figures of the window that ends here, and the state with an empty window."""
     config, model, window = setup.config, setup.model, state["window"]
     codes = packed_codes(model, state["params"])
-    figures = means(window["sums"]) | code_statistics(window["codes"], codes)
+    figures = means(window["sums"], setup.objective.terms) | code_statistics(window["codes"], codes)
     figures |= {"skipped_steps": state["skipped"]["total"], "skipped_consecutive": state["skipped"]["consecutive"]}
     figures |= {"spiked_steps": state["spikes"]["total"]}
     few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
@@ -243,7 +243,7 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
     plan, inputs = setup.plan, (examples["x_t"], examples["t"], examples["y"])
     rms = activation_rms(model, plan.make_operands(model, state["params"]), *inputs, plan.run_blocks)
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
-    return figures, state | {"window": {"sums": empty_sums(setup.objective.terms), "codes": codes}}
+    return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
 
 
 # Keeps the fixed draws apart from training's, which use the seed itself.

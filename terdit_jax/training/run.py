@@ -97,7 +97,7 @@ def _resume(setup: Setup, checkpoints: CheckpointWriter, goodput: Goodput) -> St
         for change in check_resumable(run, setup.config, setup.dataset.metadata.fingerprint, str(setup.workdir)):
             say(f"continuing with a changed configuration: {change}")
     with goodput.spent("restore"):
-        restored = checkpoints.restore(abstract_state(setup.model, setup.optimizer, setup.mesh, setup.objective.terms))
+        restored = checkpoints.restore(abstract_state(setup.model, setup.optimizer, setup.mesh))
         jax.block_until_ready(restored)
     if restored is None:
         return None
@@ -111,8 +111,7 @@ def _begin(setup: Setup, load_start: Callable[[], dict] | None) -> State:
     params = load_start() if load_start else None
     if load_start:
         say(f"weights from {setup.config.train.init_from}")
-    terms = setup.objective.terms
-    return make_state(setup.model, setup.optimizer, setup.mesh, setup.config.seed, params, terms)
+    return make_state(setup.model, setup.optimizer, setup.mesh, setup.config.seed, params)
 
 
 @contextlib.contextmanager

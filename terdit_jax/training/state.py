@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from terdit_jax.diffusion.objective import Ddpm
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import init_params, packed_operands
 from terdit_jax.parallel.sharding import abstract_sharded, place
@@ -22,13 +21,9 @@ State = dict
 
 
 def init_state(
-    model: DiTConfig,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    params: dict | None = None,
-    terms: tuple[str, ...] = Ddpm.terms,
+    model: DiTConfig, optimizer: optax.GradientTransformation, seed: int, params: dict | None = None
 ) -> State:
-    """A fresh state, from fresh parameters or from those given, of a run whose objective's loss has these terms.
+    """A fresh state, from fresh parameters or from those given.
 
     Returns:
       step () int32: updates tried so far.
@@ -46,7 +41,7 @@ def init_state(
         "opt_state": optimizer.init(params),
         "skipped": {"total": jnp.int32(0), "consecutive": jnp.int32(0)},
         "spikes": empty_spikes(),
-        "window": {"sums": empty_sums(terms), "codes": packed_codes(model, params)},
+        "window": {"sums": empty_sums(), "codes": packed_codes(model, params)},
     }
 
 
@@ -65,20 +60,13 @@ def packed_codes(model: DiTConfig, params: dict) -> dict[str, dict]:
     }
 
 
-def abstract_state(
-    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, terms: tuple[str, ...] = Ddpm.terms
-) -> State:
+def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state as shapes with their shardings; nothing is allocated."""
-    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0, terms=terms)), mesh)
+    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0)), mesh)
 
 
 def make_state(
-    model: DiTConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    seed: int,
-    params: dict | None = None,
-    terms: tuple[str, ...] = Ddpm.terms,
+    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: dict | None = None
 ) -> State:
     """A fresh state, created sharded: no device ever holds more than its part.
 
@@ -88,10 +76,9 @@ def make_state(
       mesh: the devices.
       seed: of fresh parameters.
       params: float32 host arrays to start from instead, whole in every process.
-      terms: of the objective's loss.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, terms))
-    make = jax.jit(lambda params: init_state(model, optimizer, seed, params, terms), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    make = jax.jit(lambda params: init_state(model, optimizer, seed, params), out_shardings=shardings)
     if params is not None:
         params = jax.tree.map(place, params, shardings["params"])
     with jax.set_mesh(mesh):
@@ -101,9 +88,9 @@ def make_state(
 NUM_QUARTILES = 4
 
 
-def empty_sums(terms: tuple[str, ...] = Ddpm.terms) -> dict[str, Array]:
-    """Sums over steps, all float32: scalars, the terms of the loss among them, and (4,) by quartile of the timestep."""
-    scalars = {name: jnp.float32(0) for name in ("steps", *terms, "grad_norm")}
+def empty_sums() -> dict[str, Array]:
+    """Sums over steps, all float32: scalars, and (4,) by quartile of t. Terms that an objective lacks stay 0."""
+    scalars = {name: jnp.float32(0) for name in ("steps", "loss", "mse", "vb", "grad_norm")}
     return scalars | {name: jnp.zeros(NUM_QUARTILES, jnp.float32) for name in ("quartile_loss", "quartile_count")}
 
 
@@ -113,9 +100,9 @@ def quartile_sums(losses: Array, quartile: Array) -> dict[str, Array]:
     return {"quartile_loss": jnp.sum(losses[:, None] * member, 0), "quartile_count": member.sum(0)}
 
 
-def means(sums: dict[str, Array]) -> dict[str, Array]:
-    """The figures of a window: means over its steps; NaN where nothing was summed."""
-    out = {name: total / sums["steps"] for name, total in sums.items() if not total.ndim and name != "steps"}
+def means(sums: dict[str, Array], terms: tuple[str, ...]) -> dict[str, Array]:
+    """The figures of a window: means of the loss's terms over its steps; NaN where nothing was summed."""
+    out = {name: sums[name] / sums["steps"] for name in (*terms, "grad_norm")}
     by_quartile = sums["quartile_loss"] / sums["quartile_count"]
     return out | {f"loss_t{i + 1}of{NUM_QUARTILES}": by_quartile[i] for i in range(NUM_QUARTILES)}
 

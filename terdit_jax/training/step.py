@@ -145,7 +145,7 @@ def apply_gradients(
         return jax.tree.map(lambda n, o: jnp.where(take, n, o), new, old)
 
     seen = sums | {"grad_norm": grad_norm, "steps": jnp.float32(1)}
-    window_sums = {name: total + seen[name] for name, total in state["window"]["sums"].items()}
+    window_sums = {name: total + seen.get(name, 0) for name, total in state["window"]["sums"].items()}
     return {
         "step": state["step"] + 1,
         "params": keep(params, state["params"]),
