@@ -139,14 +139,14 @@ def _from_json(place: epath.Path, content: str) -> ConfigDict:
     """`base_config()` with the values of a JSON file.
 
     Fields that the file of an older run lacks have their defaults, which a line on standard error says. Those of
-    `model` may not be missing: with another default it would be another model.
+    `model` may be missing only if they came later (`added`): with another default it would be another model.
     """
     tree = parse_json(content, f"--config={place}", dict)
     given, config = dict(flatten(tree)), base_config()
     missing = sorted(FIELDS.keys() - given.keys())
     if len(missing) == len(FIELDS):
         raise UserError(f"--config={place}: holds no field of a configuration; a run's WORKDIR/config.json does")
-    late = [field for field in missing if not field.startswith("model.")]
+    late = [field for field in missing if FIELDS[field].added or not field.startswith("model.")]
     _check_fields(place, given | dict.fromkeys(late))
     for field, value in given.items():
         FIELDS[field].check_type(value, f"config.{field}")

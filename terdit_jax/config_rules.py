@@ -48,7 +48,7 @@ TEXT = Rule(lambda value: len(value) <= 10_000 and value.isprintable(), "must be
 PATH = Rule(lambda value: value == value.strip(), "must not begin or end with a space")
 
 
-def setting(default: Any, meaning: str, rule: Rule | None = None, *, free: bool = False) -> Any:
+def setting(default: Any, meaning: str, rule: Rule | None = None, *, free: bool = False, added: bool = False) -> Any:
     """A field of a section.
 
     Args:
@@ -56,8 +56,10 @@ def setting(default: Any, meaning: str, rule: Rule | None = None, *, free: bool 
       meaning: one line for docs/configs.md, in Markdown.
       rule: what it accepts; booleans need none.
       free: a resumed run may change it. It always may where the whole section is free.
+      added: models were written to files before there was this field, and have its default.
     """
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "rule": rule, "free": free})
+    metadata = {"meaning": meaning, "rule": rule, "free": free, "added": added}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Field(NamedTuple):
@@ -67,6 +69,7 @@ class Field(NamedTuple):
     meaning: str
     rule: Rule | None
     free: bool
+    added: bool
 
     def check(self, value: Any, name: str) -> None:
         """Raises UserError, which names the field so, for a value that its rule does not accept."""

@@ -16,9 +16,21 @@ class ModelConfig:
         True,
         "The blocks' matrices are ternary (TerDiT). `False`: Large-DiT, full precision, without the adaLN RMSNorm.",
     )
+    family: str = setting(
+        "large_dit",
+        "Kind of block. `large_dit`: RMSNorm, SwiGLU, RoPE, no biases (TerDiT and Large-DiT). `dit`: LayerNorm without "
+        'parameters, GELU, biases (DiT and SiT); it takes `positions="sincos_2d"` and `qk_norm=False` '
+        "([families.md](families.md)).",
+        one_of("large_dit", "dit"),
+        added=True,
+    )
     input_size: int = setting(32, "Height and width of the input; 32 for 256 px, 64 for 512 px.", whole(1, 2**13))
-    in_channels: int = setting(
-        4, "Channels of the input: 4 for latents, 3 or 1 for images. The output has twice as many.", whole(1, 2**12)
+    in_channels: int = setting(4, "Channels of the input: 4 for latents, 3 or 1 for images.", whole(1, 2**12))
+    learn_sigma: bool = setting(
+        True,
+        "The output has a second half of channels, the variance that `ddpm` needs; flows have no use for it, published "
+        "SiT checkpoints have it all the same.",
+        added=True,
     )
     patch_size: int = setting(
         2, "Side of a patch; divides `input_size`. The model sees (input_size / patch_size)^2 tokens.", whole(1, 2**13)
@@ -29,10 +41,12 @@ class ModelConfig:
     depth: int = setting(16, "Blocks.", whole(1, 2**10))
     num_heads: int = setting(32, "Query heads; D / num_heads is even.", whole(1, 2**12))
     num_kv_heads: int = setting(
-        0, "Key and value heads; divides `num_heads`. 0: as many as `num_heads`.", whole(0, 2**12)
+        0, "Key and value heads; divides `num_heads`. 0: as many as `num_heads`, always in `dit`.", whole(0, 2**12)
     )
     ffn_multiple_of: int = setting(
-        256, "The feed-forward's width is 8 D / 3, rounded up to a multiple of this.", whole(1, 2**20)
+        256,
+        "The feed-forward's width is 8 D / 3, rounded up to a multiple of this; in `dit` it is 4 D.",
+        whole(1, 2**20),
     )
     num_classes: int = setting(1000, "Classes, without the null class. Must be the data set's.", whole(1, 2**24))
     class_dropout_prob: float = setting(
@@ -44,8 +58,8 @@ class ModelConfig:
     positions: str = setting(
         "rope_1d",
         "`rope_1d`: 1-D RoPE over the row-major token index, as published. `rope_1d_sincos_2d`: also absolute 2-D "
-        "positions; for small images.",
-        one_of("rope_1d", "rope_1d_sincos_2d"),
+        "positions; for small images. `sincos_2d`: those alone, in `dit`.",
+        one_of("rope_1d", "rope_1d_sincos_2d", "sincos_2d"),
     )
     adaln_rms_norm: bool = setting(
         True, "RMSNorm after the block's adaLN map, the paper's addition. Read only where `ternary` is on."

@@ -17,7 +17,7 @@ from terdit_jax.interop.published import StateDict, model_leaves, params_leaves,
 from terdit_jax.interop.weights import Weights
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.training.resume import describe_run
-from tests.golden_models import GOLDEN, golden_config, random_params, tiny_config
+from tests.golden_models import DIT, GOLDEN, golden_config, random_params, tiny_config
 
 # Every choice that gives tensors other names, shapes or meanings.
 VARIANTS = {
@@ -26,6 +26,9 @@ VARIANTS = {
     "sincos positions": {"positions": "rope_1d_sincos_2d"},
     "no norms": {"qk_norm": False, "adaln_rms_norm": False},
     "Large-DiT": {"ternary": False},
+    "ternary DiT": DIT,
+    "DiT": {**DIT, "ternary": False},
+    "flow without variance": {"learn_sigma": False},
 }
 
 

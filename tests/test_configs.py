@@ -28,6 +28,8 @@ PUBLISHED = {
     "terdit_4b_512": (4_238_414_112, 4_227_858_432, 696e6),
     "large_dit_600m": (609_836_576, 0, 448e6),
     "large_dit_4b": (4_237_824_032, 0, 604e6),
+    "dit_xl_2": (674_834_720, 0, 1792e6),
+    "terdit_dit_xl_2": (675_028_452, 668_860_416, 448e6),
 }
 
 
@@ -52,7 +54,7 @@ def test_config_is_sound(name):
     DiTConfig.from_config(config)
     assert config.name == name and config.data.dir
     assert config.optimizer.drop_step < config.train.num_steps
-    assert config.optimizer.drop_learning_rate < config.optimizer.learning_rate
+    assert not config.optimizer.drop_step or config.optimizer.drop_learning_rate < config.optimizer.learning_rate
     assert config.checkpoint.keep_every % config.checkpoint.every == 0, "only a step that is saved can be kept"
 
 

@@ -21,7 +21,7 @@ from terdit_jax.fast.linear import FastLinear, make_fast, ternarize_by_layer
 from terdit_jax.fast.modes import Numerics
 from terdit_jax.fast.plan import FastPlan
 from terdit_jax.fast.unrolled import gradient_norm_by_layer
-from terdit_jax.model.block import feed_forward
+from terdit_jax.model.feed_forward import swiglu as plain_swiglu
 from terdit_jax.model.layers import rms_norm
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import forward, packed_operands
@@ -83,7 +83,7 @@ def gradient_of_norm_modulate(x, gain, shift):
 
 
 def swiglu(x, weight):
-    return feed_forward({"w13": FullLinear(weight.reshape(2, -1, x.shape[-1])), "down": lambda h: h[..., None, :]}, x)
+    return plain_swiglu({"w13": FullLinear(weight.reshape(2, -1, x.shape[-1])), "down": lambda h: h[..., None, :]}, x)
 
 
 WIDE_X = jnp.round(4 * draws(1, 128, 128, seed=5)).astype(jnp.bfloat16)

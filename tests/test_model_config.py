@@ -10,7 +10,7 @@ from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, count_params, forward, make_operands
-from tests.golden_models import tiny_config
+from tests.golden_models import DIT, tiny_config
 from tests.traced import products
 
 SIZES = {  # name: (hidden_size, depth, num_heads) of the published models
@@ -58,6 +58,7 @@ def test_no_kv_heads_means_as_many_as_heads():
 
 def test_every_field_arrives_from_the_configuration():
     fields = dict(
+        family="large_dit", learn_sigma=False,
         ternary=False, input_size=16, in_channels=3, patch_size=4, hidden_size=64, depth=2, num_heads=4,
         num_kv_heads=2, ffn_multiple_of=64, num_classes=7, class_dropout_prob=0.2, qk_norm=False,
         positions="rope_1d_sincos_2d", adaln_rms_norm=False, alpha_init="least_squares", dtype="float32",
@@ -94,7 +95,15 @@ POSITIVE = (
         ({"hidden_size": 6, "num_heads": 3}, "model.hidden_size=6: must be a multiple of 4 to be packed"),
         ({"class_dropout_prob": 1.0}, "model.class_dropout_prob=1.0: must be in [0, 1), in float32 too"),
         ({"class_dropout_prob": -0.1}, "model.class_dropout_prob=-0.1: must be in [0, 1), in float32 too"),
-        ({"positions": "rope"}, "model.positions='rope': choose one of rope_1d, rope_1d_sincos_2d"),
+        ({"positions": "rope"}, "model.positions='rope': choose one of rope_1d, rope_1d_sincos_2d, sincos_2d"),
+        ({"family": "unet"}, "model.family='unet': choose one of large_dit, dit"),
+        ({**DIT, "positions": "rope_1d"}, "model.positions='rope_1d': model.family='dit' has only 'sincos_2d'"),
+        ({**DIT, "qk_norm": True}, "model.qk_norm=True: model.family='dit' has only False"),
+        ({**DIT, "num_kv_heads": 8}, "model.num_kv_heads=8: model.family='dit' has only 32"),
+        (
+            {"positions": "sincos_2d"},
+            "model.positions='sincos_2d': of model.family='dit'; give one of 'large_dit', such as 'rope_1d'",
+        ),
         ({"alpha_init": "one"}, "model.alpha_init='one': choose one of normal, least_squares"),
         ({"dtype": "float16"}, "compute.dtype='float16': choose one of float32, bfloat16"),
         ({"grad_dtype": "int8"}, "compute.grad_dtype='int8': choose one of float32, bfloat16"),
@@ -131,7 +140,9 @@ def test_a_feed_forward_that_cannot_be_packed_is_refused():
         {"ternary": False},
         {"qk_norm": False, "adaln_rms_norm": False},
         {"hidden_size": 2048, "num_heads": 16, "num_kv_heads": 4, "depth": 3},
-        {"in_channels": 1, "patch_size": 4, "num_classes": 10, "hidden_size": 32, "num_heads": 4},
+        {"in_channels": 1, "patch_size": 4, "num_classes": 10, "hidden_size": 32, "num_heads": 4, "learn_sigma": False},
+        DIT,
+        {**DIT, "ternary": False, "hidden_size": 1152, "num_heads": 16},
     ],
 )
 def test_parameters_are_counted_without_shapes(fields):
@@ -167,6 +178,7 @@ def test_work_of_600m_by_hand():
         {"ternary": False, "qk_norm": False},
         {"num_heads": 8, "num_kv_heads": 2, "in_channels": 3, "patch_size": 4, "num_classes": 1000},
         {"hidden_size": 1536, "depth": 1, "layers": "unrolled"},  # wider than the condition
+        {**DIT, "hidden_size": 1152, "num_heads": 16, "depth": 2, "learn_sigma": False},
     ],
 )
 def test_work_is_that_of_the_matmuls_in_the_traced_model(fields):

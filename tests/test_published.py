@@ -17,11 +17,11 @@ from terdit_jax.interop.published import (
     published_tensors,
     read_leaves,
 )
-from terdit_jax.model.transformer import abstract_params
-from terdit_jax.parallel.sharding import path_name
+from terdit_jax.interop.weights import packed_leaves
 from terdit_jax.ternary.packing import unpack, unpack_planes
+from terdit_jax.ternary.quantize import absmean_codes
 from tests.deployed import VARIANTS, random_params, small_config
-from tests.golden_models import GOLDEN, golden_config
+from tests.golden_models import DIT, GOLDEN, golden_config, tiny_config
 
 WQ = "layers.1.attention.wq.weight"
 
@@ -169,9 +169,47 @@ def test_a_full_precision_checkpoint_is_no_ternary_model(master):
         read(model, load_file(GOLDEN / "largedit_tiny.safetensors"))
 
 
-def test_every_parameter_has_its_own_published_name(master):
-    model, _ = master
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(model))]
-    assert len({published_name(path) for path in paths}) == len(paths)
+@pytest.mark.parametrize("fields", [{}, DIT])
+def test_every_parameter_has_its_own_published_name_or_part(fields):
+    model = tiny_config(**fields)
+    leaves = model_leaves(model)
+    assert len({(leaf.name, leaf.part) for leaf in leaves}) == len(leaves)
     with pytest.raises(ValueError, match="blocks/attention/w9/weight"):
-        published_name("blocks/attention/w9/weight")
+        published_name("blocks/attention/w9/weight", model.family)
+
+
+def rounds_trip(model, tensors):
+    leaves = list(read_leaves(model, StateDict.of(tensors)))
+    written = dict(published_tensors(model, leaves))
+    assert list(written) == list(published_layout(model, any(a.dtype == np.uint8 for a in tensors.values())))
+    assert written.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(written[name], array, err_msg=name)
+        assert (written[name].dtype, written[name].shape) == (array.dtype, array.shape)
+    return leaves
+
+
+@pytest.mark.parametrize("name", ["dit_tiny", "sit_tiny"])
+def test_published_dit_is_written_back_bit_for_bit(name):
+    rounds_trip(golden_config(name), load_file(GOLDEN / f"{name}.safetensors"))
+
+
+def test_ternary_dit_keeps_q_k_and_v_in_one_tensor_each_with_its_scale():
+    model = tiny_config(**DIT)
+    leaves = list(packed_leaves(model, params_leaves(random_params(model))))
+    tensors = dict(published_tensors(model, sorted(leaves, key=lambda leaf: leaf[1].dtype == np.uint8)))
+    assert tensors["blocks.1.attn.qkv.weight"].shape == (3 * 64 // 4, 64)
+    assert tensors["blocks.1.attn.qkv.alphas"].shape == (3,)
+    params = random_params(model)["blocks"]["attention"]
+    expected = [absmean_codes(params[name]["weight"][1]) for name in ("wq", "wk", "wv")]
+    np.testing.assert_array_equal(unpack_planes(tensors["blocks.1.attn.qkv.weight"]), np.concatenate(expected))
+    read = dict(read_leaves(model, StateDict.of(tensors)))
+    for path, leaf in leaves:
+        np.testing.assert_array_equal(read[path], leaf, err_msg=path)
+
+
+def test_another_table_of_positions_is_refused():
+    tensors = load_file(GOLDEN / "dit_tiny.safetensors")
+    tensors["pos_embed"] = tensors["pos_embed"] + np.float32(1e-3)
+    with pytest.raises(UserError, match="'pos_embed' is not the fixed table of 2-D positions"):
+        list(read_leaves(golden_config("dit_tiny"), StateDict.of(tensors)))

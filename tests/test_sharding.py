@@ -19,7 +19,7 @@ from terdit_jax.parallel.sharding import RULES, batch_sharding, logical_axes, pa
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.state import abstract_state, init_state
 from terdit_jax.training.step import loss_and_grads
-from tests.golden_models import assert_trees_close, random_params, tiny_config
+from tests.golden_models import DIT, assert_trees_close, random_params, tiny_config
 
 DDPM = Ddpm()
 # Eight heads and every width a multiple of eight, so that each axis can take all devices; scales near the weights' own,
@@ -42,7 +42,7 @@ def stored_batch(step):
     }
 
 
-def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM):
+def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM, model=MODEL):
     """Losses and gradients of three steps of plain gradient descent, which hides no gradient's size as Adam does."""
 
     @jax.jit
@@ -55,11 +55,11 @@ def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM):
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
         )
-        sums, grads = loss_and_grads(MODEL, objective, params, examples, accumulation_steps, plan)
+        sums, grads = loss_and_grads(model, objective, params, examples, accumulation_steps, plan)
         scale = 1e-3 / plan.gradient_norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 
-    params = random_params(MODEL)
+    params = random_params(model)
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(params, mesh))
     seen = []
@@ -119,6 +119,19 @@ def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):
         assert_trees_close(ours, expected)
 
 
+@pytest.mark.parametrize("fields", [{}, {"ternary": False}, {"layers": "unrolled"}], ids=str)
+def test_dit_on_a_mesh_equals_one_device(fields):
+    model = dataclasses.replace(MODEL, **DIT, **fields)
+    with jax.default_device(jax.devices()[0]):
+        expected = three_steps(None, model=model)
+    assert all(np.abs(leaf).max() > 0 for _, grads in expected for leaf in jax.tree.leaves(grads))
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        seen = three_steps(mesh, accumulation_steps=4, plan=choose_plan(model, mesh), model=model)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert_trees_close(ours, theirs)
+
+
 def every_tree():
     """All trees that lie on a mesh: the state of every kind of model, and its operands in every form."""
     for options in (
@@ -126,6 +139,7 @@ def every_tree():
         {"ternary": False},
         {"qk_norm": False, "adaln_rms_norm": False},
         {"num_kv_heads": 4, "positions": "rope_1d_sincos_2d"},
+        DIT,
     ):
         model = tiny_config(**{"num_heads": 8, **options})
         yield jax.eval_shape(lambda m=model: init_state(m, optax.adamw(1e-3), 0))

@@ -24,6 +24,7 @@ from terdit_jax.model.transformer import (
     packed_operands,
 )
 from tests.golden_models import (
+    DIT,
     assert_close,
     assert_trees_close,
     golden_arrays,
@@ -35,7 +36,8 @@ from tests.golden_models import (
 )
 from tests.traced import products
 
-MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny")
+MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "dit_tiny", "sit_tiny")
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 SIZES = {"600m": (1536, 16, 32), "4b": (3072, 32, 32), "7b": (4096, 32, 32)}
 
 
@@ -79,11 +81,14 @@ def test_golden_forward_and_guidance(plan, name, packed):
     operands = (packed_operands if packed else plan.make_operands)(config, golden_params(config, name))
     io = golden_arrays(f"{name}_io")
 
+    channels = nhwc(io["out"]).shape[-1]  # SiT returns the first half
+
     def denoise(x_t, t, y):
-        return jax.jit(forward, static_argnums=(0, 5))(config, operands, x_t, t, y, plan.run_blocks)
+        out = jax.jit(forward, static_argnums=(0, 5))(config, operands, x_t, t, y, plan.run_blocks)
+        return out[..., :channels]
 
     assert_close(denoise(nhwc(io["x"]), io["t"], io["y"]), nhwc(io["out"]))
-    x, t, y = nhwc(io["cfg_x"]), io["cfg_t"][:2], io["cfg_y"][:2]
+    x, t, y = nhwc(io["cfg_x"])[:2], io["cfg_t"][:2], io["cfg_y"][:2]
     out = guided(denoise, y, config.num_classes, float(io["cfg_scale"]), 3)(x, t)
     expected = nhwc(io["cfg_out"])
     assert_close(out, expected[:2])
@@ -124,9 +129,24 @@ def test_published_parameter_counts(size, ternary, total):
         assert packed_bytes(config) == pytest.approx({"600m": 175.0e6, "4b": 1099e6, "7b": 1874e6}[size], rel=5e-3)
 
 
-@pytest.mark.parametrize("ternary", [True, False])
-def test_scan_equals_loop_and_remat_changes_nothing(ternary):
-    config = tiny_config(ternary=ternary, positions="rope_1d_sincos_2d", hidden_size=32, depth=2)
+@pytest.mark.parametrize(
+    ("size", "total"), [("S", 32_963_360), ("B", 130_512_416), ("L", 458_102_816), ("XL", 675_129_632)]
+)
+def test_published_parameter_counts_of_dit(size, total):
+    hidden_size, depth, heads = DIT_SIZES[size]
+    sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": heads, "num_classes": 1000, "input_size": 32}
+    counts = count_params(tiny_config(ternary=False, **DIT, **sizes))
+    assert counts == {"total": total - 256 * hidden_size, "ternary": 0}  # without the fixed table of positions
+    ternary = count_params(tiny_config(**DIT, **sizes))
+    assert ternary["ternary"] == depth * 18 * hidden_size**2  # attention 4, feed-forward 8, adaLN 6
+    assert ternary["total"] == counts["total"] + depth * (6 * hidden_size + 7)  # RMSNorm after adaLN, alphas
+
+
+@pytest.mark.parametrize(
+    "fields", [{"positions": "rope_1d_sincos_2d"}, {"ternary": False}, DIT, {**DIT, "ternary": False}]
+)
+def test_scan_equals_loop_and_remat_changes_nothing(fields):
+    config = tiny_config(**{"hidden_size": 32, "depth": 2, **fields})
     params = random_params(config)
     loss, grads = loss_and_grads(config, params)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
@@ -195,8 +215,9 @@ def test_grouped_kv_heads_with_qk_norm_are_packed_as_trained():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packed_model_equals_trained_model_bit_for_bit(dtype):
-    config = tiny_config(dtype=dtype)
+@pytest.mark.parametrize("family", [{}, DIT], ids=["large_dit", "dit"])
+def test_packed_model_equals_trained_model_bit_for_bit(family, dtype):
+    config = tiny_config(dtype=dtype, **family)
     params = random_params(config)
     run = jax.jit(forward, static_argnums=0)
     trained = run(config, make_operands(config, params), *inputs(config))

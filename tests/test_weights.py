@@ -167,9 +167,9 @@ def test_codes_become_master_weights_of_a_fresh_ones_size():
             np.testing.assert_array_equal(params[leaf.path], leaves[leaf.path])
             continue
         masters, codes = params[leaf.path], np.asarray(unpack(jnp.asarray(leaves[leaf.path])))
-        assert masters.dtype == np.float32 and masters.shape == (weights.model.depth, *leaf.shape)
+        assert masters.dtype == np.float32 and masters.shape == leaf.shape
         np.testing.assert_array_equal(codes_of(masters), codes, err_msg=leaf.path)
-        bound = np.sqrt(6 / sum(leaf.shape))  # xavier-uniform draws from [-bound, bound]
+        bound = np.sqrt(6 / sum(leaf.tensor_shape))  # xavier-uniform draws from [-bound, bound]
         np.testing.assert_allclose(np.abs(masters).mean(axis=(1, 2)), bound / 2, rtol=1e-5)
 
 

@@ -79,7 +79,13 @@ class _Between(NamedTuple):
 
 
 def fused_block(
-    config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
+    config: DiTConfig,
+    matmul_dtype: str,
+    attention: Implementation,
+    operands: dict,
+    x: Array,
+    m: Array,
+    rope: Array | None,
 ) -> Array:
     """Runs one block; differentiable with respect to operands, x and m.
 
@@ -99,7 +105,13 @@ def fused_block(
 
 
 def fused_activations(
-    config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
+    config: DiTConfig,
+    matmul_dtype: str,
+    attention: Implementation,
+    operands: dict,
+    x: Array,
+    m: Array,
+    rope: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
     """Runs one block as `fused_block` does and returns the activations of `block.block` too; without a gradient."""
     arguments = _arguments(config, matmul_dtype, attention, operands, x, m, rope)
@@ -113,7 +125,13 @@ def fused_activations(
 
 
 def _arguments(
-    config: DiTConfig, matmul_dtype: str, attention: Implementation, operands: dict, x: Array, m: Array, rope: Array
+    config: DiTConfig,
+    matmul_dtype: str,
+    attention: Implementation,
+    operands: dict,
+    x: Array,
+    m: Array,
+    rope: Array | None,
 ) -> tuple:
     static = _Static(config.num_heads, attention, None if matmul_dtype == SAME else EIGHT_BIT, config.remat == "dots")
     attention_maps, ffn_maps = operands["attention"], operands["feed_forward"]
@@ -139,14 +157,24 @@ def _alphas(linear: _Map) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _block(
-    static: _Static, x: Array, maps: dict[str, _Map], vectors: dict[str, Array], norms: tuple[dict, dict], rope: Array
+    static: _Static,
+    x: Array,
+    maps: dict[str, _Map],
+    vectors: dict[str, Array],
+    norms: tuple[dict, dict],
+    rope: Array | None,
 ) -> Array:
     """The block of x (B, T, D); vectors (B, D) float32 hold norms' gains, shifts and gates, alphas included."""
     return _block_fwd(static, x, maps, vectors, norms, rope)[0]
 
 
 def _block_fwd(
-    static: _Static, x: Array, maps: dict[str, _Map], vectors: dict[str, Array], norms: tuple[dict, dict], rope: Array
+    static: _Static,
+    x: Array,
+    maps: dict[str, _Map],
+    vectors: dict[str, Array],
+    norms: tuple[dict, dict],
+    rope: Array | None,
 ) -> tuple[Array, tuple]:
     start, dtype = x, static.matmul_dtype
     # With 8 bits and recomputation, the forward pass needs rows in 8 bits alone, the backward pass in bfloat16 alone.
@@ -208,7 +236,13 @@ _block.defvjp(_block_fwd, _block_bwd)
 
 
 def _between(
-    static: _Static, x: Array, maps: dict[str, _Map], vectors: dict[str, Array], norms: tuple, rope: Array, kept: _Kept
+    static: _Static,
+    x: Array,
+    maps: dict[str, _Map],
+    vectors: dict[str, Array],
+    norms: tuple,
+    rope: Array | None,
+    kept: _Kept,
 ) -> _Between:
     """Makes anew, from what is kept, what kernels made in the forward pass: no matmul is done twice."""
     stored = Stored(True, None)
@@ -219,7 +253,7 @@ def _between(
 
 
 def _queries_keys_values(
-    static: _Static, qkv: _Product, maps: dict[str, _Map], norms: tuple[dict, dict], rope: Array
+    static: _Static, qkv: _Product, maps: dict[str, _Map], norms: tuple[dict, dict], rope: Array | None
 ) -> tuple[Array, Array, Array]:
     run = partial(forward.queries_keys_values, heads=static.heads)
     return _over_batch(run, whole=(2, 3, 4))(*qkv, _alphas(maps["qkv"]), norms, rope)

@@ -63,11 +63,13 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
     if mode == "plain":
         return None
     if mode == "auto":
-        if not config.ternary or cut or device.platform == "cpu":
+        if not config.ternary or cut or device.platform == "cpu" or config.family == "dit":
             return None
         mode = "exact" if _fits(config, device) else "small_exact"
     if not config.ternary:
         raise UserError(f"mode {mode}: is of ternary models, and this one is full precision; give auto")
+    if config.family == "dit":
+        raise UserError(f"mode {mode}: is of TerDiT's blocks, and this model has DiT's; give auto")
     if cut:
         raise UserError(f"mode {mode}: needs whole matrices on each device, mesh {', '.join(cut)} cuts them; give auto")
     eight = _eight_bit_dtype(device)

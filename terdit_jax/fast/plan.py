@@ -47,7 +47,7 @@ class FastPlan(Plan):
         return constrain_tree(make_fast(operands, self.matmul_dtype, self.gather or "codes", self.rings))
 
     def run_blocks(
-        self, config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array, watch: Watch | None = None
+        self, config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array | None, watch: Watch | None = None
     ) -> tuple[Array, dict[str, Array]]:
         fused = self.fused and not isinstance(operands["attention"]["qkv"], PackedLinear)
 
@@ -122,6 +122,8 @@ def choose_attention(config: DiTConfig, device: jax.Device) -> Implementation:
 def _fits_fused(config: DiTConfig, mesh: Mesh) -> bool:
     """Whether blocks run as `fused_block`: on Hopper GPUs in bfloat16, each device with whole rows."""
     if config.passes == "xla" or config.dtype != "bfloat16" or not warpgroup.run_on(mesh.devices.flat[0]):
+        return False
+    if config.family != "large_dit":
         return False
     if mesh.shape["tensor"] > 1 or not config.qk_norm or config.num_kv_heads != config.num_heads:
         return False

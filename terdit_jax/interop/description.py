@@ -15,7 +15,7 @@ from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.config_sections import DiffusionConfig, ModelConfig, SampleConfig
 from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError
-from terdit_jax.interop.published import Layout
+from terdit_jax.interop.published import POSITIONS, Layout
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.untrusted import is_count, is_number, reading, short
 
@@ -223,10 +223,13 @@ def check_architecture(model: DiTConfig, layout: Layout, source: str) -> None:
 
 def _facts(layout: Layout, source: str) -> dict[str, Any]:
     """Fields of the architecture that names and shapes alone tell."""
+    if POSITIONS in layout:
+        return _dit_facts(layout, source)
     try:
         hidden_size, patch_width = layout["x_embedder.weight"][1]
         block = "layers.0."
         return {
+            "family": "large_dit",
             "hidden_size": hidden_size,
             "patch_width": patch_width,
             "depth": sum(name.startswith("layers.") and name.endswith(".ffn_norm.weight") for name in layout),
@@ -242,6 +245,27 @@ def _facts(layout: Layout, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: not a TerDiT or Large-DiT checkpoint, it lacks {missing}") from error
 
 
+def _dit_facts(layout: Layout, source: str) -> dict[str, Any]:
+    try:
+        hidden_size, channels, patch_size, _ = layout["x_embedder.proj.weight"][1]
+        tokens = layout[POSITIONS][1][1]
+        return {
+            "family": "dit",
+            "hidden_size": hidden_size,
+            "in_channels": channels,
+            "patch_size": patch_size,
+            "input_size": math.isqrt(tokens) * patch_size,
+            "learn_sigma": layout["final_layer.linear.weight"][1][0] == 2 * patch_size**2 * channels,
+            "depth": sum(name.startswith("blocks.") and name.endswith(".mlp.fc1.weight") for name in layout),
+            "num_classes": layout["y_embedder.embedding_table.weight"][1][0] - 1,
+            "ternary": "blocks.0.attn.qkv.alphas" in layout,
+            "adaln_rms_norm": "blocks.0.adaLN_modulation.2.weight" in layout,
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        missing = f"tensor {error.args[0]!r}" if isinstance(error, KeyError) else "matrices where they belong"
+        raise UserError(f"{source}: not a checkpoint of DiT or SiT, it lacks {missing}") from error
+
+
 def _rows(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
     dtype, shape = tensor
     return shape[0] * (4 if dtype == np.uint8 else 1)
@@ -252,7 +276,8 @@ def _parse(kind: type[_Section], fields: Mapping[str, Any], source: str, *, comp
     known = vars(kind())
     if unknown := sorted(map(str, fields.keys() - known.keys())):
         raise UserError(f"{source} has the unknown field {short(unknown[0])}: a newer version may be needed")
-    if complete and (missing := sorted(known.keys() - fields.keys())):
+    added = {field.name for field in dataclasses.fields(kind) if field.metadata["added"]}
+    if complete and (missing := sorted(known.keys() - fields.keys() - added)):
         raise UserError(f"{source} lacks {missing[0]}")
     values = {}
     for name, value in fields.items():

@@ -33,6 +33,7 @@ _INTEGERS = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", 
              "ffn_multiple_of", "num_classes")  # fmt: skip
 _FLAGS = ("ternary", "qk_norm", "adaln_rms_norm")
 _OF_TRAINING = ("class_dropout_prob", "alpha_init")  # described, but of no consequence here
+_ADDED = {"family": "large_dit", "learn_sigma": True}  # fields that older files lack, and what they then are
 _POSITIONS = ("rope_1d", "rope_1d_sincos_2d")
 _MAX_TOKENS, _MAX_FIELD = 2**16, 2**20  # a description is not to be trusted with our memory
 _SHIFTS = (6, 4, 2, 0)  # the first quarter of a weight's rows lies in the highest bits of its planes
@@ -266,7 +267,10 @@ def _ternary_planes(weight: Tensor) -> Tensor:
 
 def _check_fields(fields: Mapping) -> None:
     needed = {*_INTEGERS, *_FLAGS, "positions"}
-    if wrong := sorted(needed ^ (fields.keys() - set(_OF_TRAINING))):
+    for name, value in _ADDED.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"the model's field {name}={fields[name]!r}: this module takes {value!r} alone")
+    if wrong := sorted(needed ^ (fields.keys() - {*_OF_TRAINING, *_ADDED})):
         raise ValueError(f"the model's field {wrong[0]!r} is {'missing' if wrong[0] in needed else 'unknown'}")
     for name in _INTEGERS:
         if type(fields[name]) is not int or not 0 < fields[name] <= _MAX_FIELD:

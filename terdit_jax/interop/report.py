@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from terdit_jax.interop.published import model_leaves, params_leaves
+from terdit_jax.interop.published import constants, model_leaves, params_leaves
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params, packed_operands
 
@@ -40,9 +40,10 @@ def size_report(model: DiTConfig, file_bytes: int | None = None) -> str:
     rows = {part: np.zeros(4, np.int64) for part, _ in _PARTS}  # parameters, ternary ones, bytes on disk, in memory
     for leaf in model_leaves(model):
         dtype, shape = leaf.stored(packed=True)
-        layers = leaf.depth or 1
-        size, stored = layers * math.prod(leaf.shape), layers * math.prod(shape) * dtype.itemsize
+        size = math.prod(leaf.shape)
+        stored = (leaf.depth or 1) * math.prod(shape) * dtype.itemsize // leaf.parts
         rows[_part_of(leaf.path)] += (size, size if leaf.ternary else 0, stored, 0)
+    rows["embedders"][2] += sum(array.nbytes for array in constants(model).values())
     operands = jax.eval_shape(lambda params: packed_operands(model, params), abstract_params(model))
     for path, array in params_leaves(operands):
         rows[_part_of(path)][3] += array.size * array.dtype.itemsize

@@ -1,4 +1,4 @@
-"""One transformer block: adaLN modulation, attention and SwiGLU feed-forward, each gated into the residual stream.
+"""One transformer block: adaLN modulation, attention and feed-forward, each gated into the residual stream.
 
 `depth` runs the blocks one after the other.
 """
@@ -6,27 +6,14 @@
 from typing import Any
 
 from flax import nnx
-import jax
 from jax import Array
 import jax.numpy as jnp
 
 from terdit_jax.model.attention import Attention, Implementation, attention
 from terdit_jax.model.config import DiTConfig
-from terdit_jax.model.layers import BlockLinear, MakeLinear, RMSNorm, group, rms_norm, zeros
+from terdit_jax.model.feed_forward import MLP, SwiGLU, feed_forward
+from terdit_jax.model.layers import BlockLinear, MakeLinear, RMSNorm, layer_norm, rms_norm, stack, zeros
 from terdit_jax.parallel.sharding import constrain
-
-
-class FeedForward(nnx.Module):
-    """w1 and w3 (mlp_width, D), w2 (D, mlp_width)."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.w1 = BlockLinear(config, config.hidden_size, config.mlp_width, rngs=rngs)
-        self.w2 = BlockLinear(config, config.mlp_width, config.hidden_size, rngs=rngs)
-        self.w3 = BlockLinear(config, config.hidden_size, config.mlp_width, rngs=rngs)
-
-    def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
-        """The operands of `feed_forward`, from parameters with the depth in front."""
-        return {"w13": group(config, [self.w1, self.w3], make_linear), "down": group(config, [self.w2], make_linear)}
 
 
 class Modulation(BlockLinear):
@@ -39,34 +26,37 @@ class Modulation(BlockLinear):
 
     def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
         """The operands of `modulation`, from parameters with the depth in front."""
-        operands: dict[str, Any] = {"linear": group(config, [self], make_linear), "bias": self.bias[...]}
+        operands: dict[str, Any] = {"linear": stack(config, [self], make_linear), "bias": self.bias[...]}
         if config.ternary and config.adaln_rms_norm:
             operands["norm"] = {"scale": self.norm.scale[...]}
         return operands
 
 
+NORMS = ("attention_norm", "ffn_norm")
+
+
 class Block(nnx.Module):
-    """The parameters of one block."""
+    """The parameters of one block; DiT's norms have none."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        self.feed_forward = (MLP if config.family == "dit" else SwiGLU)(config, rngs=rngs)
         self.adaLN_modulation = Modulation(config, rngs=rngs)
-        self.attention_norm = RMSNorm(config.hidden_size)
-        self.ffn_norm = RMSNorm(config.hidden_size)
+        if config.family == "large_dit":
+            self.attention_norm = RMSNorm(config.hidden_size)
+            self.ffn_norm = RMSNorm(config.hidden_size)
 
     def operands(self, config: DiTConfig, make_linear: MakeLinear) -> dict:
         """The operands of `block`, from parameters with the depth in front."""
         parts = ("attention", "feed_forward", "adaLN_modulation")
         operands = {name: getattr(self, name).operands(config, make_linear) for name in parts}
-        return operands | {name: {"scale": getattr(self, name).scale[...]} for name in ("attention_norm", "ffn_norm")}
+        norms = NORMS if config.family == "large_dit" else ()
+        return operands | {name: {"scale": getattr(self, name).scale[...]} for name in norms}
 
 
-def feed_forward(operands: dict, x: Array) -> Array:
-    """SwiGLU: w2(silu(w1 x) * w3 x), (B, T, D) -> (B, T, D). Source: arXiv 2002.05202."""
-    hidden = operands["w13"](x)  # (B, T, 2, mlp_width)
-    hidden = jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
-    return operands["down"](constrain(hidden, "batch", "tokens", "mlp"))[..., 0, :]
+def norm(config: DiTConfig, operands: dict, name: str, x: Array) -> Array:
+    """One of a block's two norms, by its name in `NORMS`: RMSNorm, or in DiT LayerNorm without parameters."""
+    return layer_norm(x, eps=1e-6) if config.family == "dit" else rms_norm(x, operands[name]["scale"])
 
 
 def modulation(operands: dict, c: Array) -> Array:
@@ -88,7 +78,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 
 def block(
-    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array, implementation: Implementation = "xla"
+    config: DiTConfig, operands: dict, x: Array, m: Array, rope: Array | None, implementation: Implementation = "xla"
 ) -> tuple[Array, dict[str, Array]]:
     """One block.
 
@@ -97,17 +87,17 @@ def block(
       operands: one layer's, of `Block.operands`.
       x: (B, T, D) residual stream.
       m: (B, 6, D) of `modulation`.
-      rope: (2, T, head_dim / 2).
+      rope: (2, T, head_dim / 2); None in DiT.
       implementation: of attention.
 
     Returns:
       The new residual stream, and by name the activations that a training log watches. A caller that drops the
       second pays nothing for it.
     """
-    h = modulate(rms_norm(x, operands["attention_norm"]["scale"]), m[:, 0], m[:, 1])
+    h = modulate(norm(config, operands, "attention_norm", x), m[:, 0], m[:, 1])
     attended = attention(config, operands["attention"], h, rope, implementation)
     x = constrain(x + m[:, 2, None] * attended, "batch", "tokens", None)
-    h = modulate(rms_norm(x, operands["ffn_norm"]["scale"]), m[:, 3], m[:, 4])
-    fed = feed_forward(operands["feed_forward"], h)
+    h = modulate(norm(config, operands, "ffn_norm", x), m[:, 3], m[:, 4])
+    fed = feed_forward(config, operands["feed_forward"], h)
     x = constrain(x + m[:, 5, None] * fed, "batch", "tokens", None)
     return x, {"attention": attended, "feed_forward": fed, "adaLN_modulation": m, "residual": x}

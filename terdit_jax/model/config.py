@@ -18,7 +18,7 @@ MAX_PARAMS = 10**13  # more than any machine trains: beyond it, not even shapes 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig(ModelConfig, ComputeConfig):
-    """A TerDiT (`ternary`) or Large-DiT, and how it is computed: the fields of both sections of a run's configuration.
+    """An architecture, and how it is computed: the fields of both sections of a run's configuration.
 
     Without a run's choice, numbers are float32.
     """
@@ -49,9 +49,20 @@ class DiTConfig(ModelConfig, ComputeConfig):
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}",
         )
-        _require(
-            self.head_dim % 2 == 0, f"model.hidden_size / model.num_heads = {self.head_dim}: RoPE needs an even width"
-        )
+        if self.family == "dit":
+            only = {"positions": "sincos_2d", "qk_norm": False, "num_kv_heads": self.num_heads}
+            for short, value in only.items():
+                given = getattr(self, short)
+                _require(given == value, f"model.{short}={given!r}: model.family='dit' has only {value!r}")
+        else:
+            _require(
+                self.positions != "sincos_2d",
+                f"model.positions='sincos_2d': of model.family='dit'; give one of {self.family!r}, such as 'rope_1d'",
+            )
+            _require(
+                self.head_dim % 2 == 0,
+                f"model.hidden_size / model.num_heads = {self.head_dim}: RoPE needs an even width",
+            )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}",
@@ -102,12 +113,23 @@ class DiTConfig(ModelConfig, ComputeConfig):
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width of the feed-forward: 8/3 of hidden_size, rounded up to ffn_multiple_of."""
+        """Hidden width of the feed-forward: 8/3 of hidden_size, rounded up to ffn_multiple_of; in DiT 4 times it."""
+        if self.family == "dit":
+            return 4 * self.hidden_size
         return math.ceil(int(8 * self.hidden_size / 3) / self.ffn_multiple_of) * self.ffn_multiple_of
 
     @property
     def condition_width(self) -> int:
-        return min(self.hidden_size, MAX_CONDITION_WIDTH)
+        return self.hidden_size if self.family == "dit" else min(self.hidden_size, MAX_CONDITION_WIDTH)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether the linear maps of attention and feed-forward have biases."""
+        return self.family == "dit"
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -121,14 +143,18 @@ class DiTConfig(ModelConfig, ComputeConfig):
     @property
     def num_params(self) -> int:
         """Parameters, counted without making the model, or its shapes."""
-        width, condition, patch = self.hidden_size, self.condition_width, self.patch_size**2 * self.in_channels
-        layer = 2 * width * (width + self.kv_width) + 3 * width * self.mlp_width  # q, k, v, out and w1, w2, w3
+        width, condition, patch = self.hidden_size, self.condition_width, self.patch_size**2
+        ffn_maps = 2 if self.family == "dit" else 3
+        layer = 2 * width * (width + self.kv_width) + ffn_maps * width * self.mlp_width
         layer += 6 * width * (condition + 1)  # adaLN
-        layer += 2 * width + 2 * (width + self.kv_width) * self.qk_norm  # norms
-        layer += (6 * width * self.adaln_rms_norm + 8) * self.ternary  # norm after adaLN, alphas
-        ends = patch * width + width  # patch embedder
+        if self.family == "dit":
+            layer += 5 * width + self.mlp_width  # biases
+        else:
+            layer += 2 * width + 2 * (width + self.kv_width) * self.qk_norm  # norms
+        layer += (6 * width * self.adaln_rms_norm + 5 + ffn_maps) * self.ternary  # norm after adaLN, alphas
+        ends = patch * self.in_channels * width + width  # patch embedder
         ends += (256 + condition + 2) * condition + (self.num_classes + 1) * condition  # timestep and label
-        ends += 2 * width * (condition + 1) + 2 * patch * (width + 1)  # final layer
+        ends += 2 * width * (condition + 1) + patch * self.out_channels * (width + 1)  # final layer
         return self.depth * layer + ends
 
     def flops_per_image(self) -> float:
@@ -137,9 +163,10 @@ class DiTConfig(ModelConfig, ComputeConfig):
         A training step does three times that. Source of the counting: PaLM (arXiv 2204.02311), appendix B.
         """
         tokens, width = self.num_tokens, self.hidden_size
-        per_token = width * (2 * width + 2 * self.kv_width + 3 * self.mlp_width) + 2 * tokens * width
+        ffn_maps = 2 if self.family == "dit" else 3
+        per_token = width * (2 * width + 2 * self.kv_width + ffn_maps * self.mlp_width) + 2 * tokens * width
         per_image = self.condition_width * 6 * width
-        patches = tokens * width * self.patch_size**2 * 3 * self.in_channels
+        patches = tokens * width * self.patch_size**2 * (self.in_channels + self.out_channels)
         head = self.condition_width * (256 + self.condition_width + 2 * width)
         return 2.0 * (self.depth * (tokens * per_token + per_image) + patches + head)
 

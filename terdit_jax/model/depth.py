@@ -11,15 +11,15 @@ from terdit_jax.model.config import DiTConfig
 
 # Maps a block's named activations to what is recorded of each layer.
 Watch = Callable[[dict[str, Array]], dict[str, Array]]
-# (config, operands of the blocks, x (B, T, D), c (B, C'), rope, watch or None) -> x, and what `watch` kept, (L, ...).
-RunBlocks = Callable[[DiTConfig, dict, Array, Array, Array, Watch | None], tuple[Array, dict[str, Array]]]
+# (config, operands of the blocks, x (B, T, D), c (B, C'), rope, watch) -> x, and what `watch` kept, (L, ...)
+RunBlocks = Callable[[DiTConfig, dict, Array, Array, Array | None, Watch | None], tuple[Array, dict[str, Array]]]
 
 # Keeps the outputs of matmuls without batch dimensions; the rest is cheap to do again.
 KEEP_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def scan_blocks(
-    config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array, watch: Watch | None = None
+    config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array | None, watch: Watch | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """Runs all blocks.
 
@@ -28,7 +28,7 @@ def scan_blocks(
       operands: of `Block.operands`, the depth in front.
       x: (B, T, D) residual stream.
       c: (B, C') condition, in x's dtype.
-      rope: (2, T, head_dim / 2).
+      rope: (2, T, head_dim / 2); None in DiT.
       watch: maps a block's activations to what is recorded of each layer; nothing if left out.
 
     Returns:

@@ -32,10 +32,10 @@ class LabelEmbedder(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """A two-way adaLN and the map from a token to its patch of 2C channels; both start at zero."""
+    """A two-way adaLN and the map from a token to its patch of the output's channels; both start at zero."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        out_features = config.patch_size**2 * 2 * config.in_channels
+        out_features = config.patch_size**2 * config.out_channels
         self.adaLN_modulation = Linear(config.condition_width, 2 * config.hidden_size, zeros, rngs=rngs)
         self.linear = Linear(config.hidden_size, out_features, zeros, rngs=rngs)
 
@@ -55,7 +55,7 @@ def patchify(x: Array, patch_size: int) -> Array:
 def embed(config: DiTConfig, operands: dict[str, Array], x_t: Array) -> Array:
     """x_t (B, H, W, C) -> tokens (B, T, D) in the activations' dtype, with absolute positions if the model has them."""
     x = linear(patchify(x_t, config.patch_size), operands, config.activation_dtype)
-    if config.positions == "rope_1d_sincos_2d":
+    if config.positions != "rope_1d":
         x = x + sincos_2d_table(config.grid_size, config.hidden_size)
     return x.astype(config.activation_dtype)
 
@@ -75,7 +75,7 @@ def timestep_frequencies(t: Array) -> Array:
 
 
 def condition(operands: dict, t: Array, y: Array) -> Array:
-    """t (B,), y (B,) -> SiLU(t_embed + y_embed), (B, min(D, 1024)) float32; the adaLN linears read only this.
+    """t (B,), y (B,) -> SiLU(t_embed + y_embed), (B, condition_width) float32; the adaLN linears read only this.
 
     In float32: B rows cost nothing beside B * T, and every modulation depends on it.
     """
@@ -85,7 +85,7 @@ def condition(operands: dict, t: Array, y: Array) -> Array:
 
 
 def final_layer(operands: dict, x: Array, c: Array) -> Array:
-    """x (B, T, D), c (B, C') -> (B, T, p * p * 2C) float32: layer norm without affine, modulate, project."""
+    """x (B, T, D), c (B, C') -> (B, T, p * p * out_channels) float32: layer norm without affine, modulate, project."""
     shift, scale = jnp.split(linear(c, operands["adaLN_modulation"]), 2, axis=-1)
     normed = layer_norm(x, eps=1e-6).astype(jnp.float32)
     return linear(normed * (1 + scale[:, None]) + shift[:, None], operands["linear"], x.dtype)

@@ -79,7 +79,23 @@ def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> form
     return forms.PackedLinear(pack(absmean_codes(weight)), sound_alpha(weight, alpha))
 
 
-def group(config: DiTConfig, layers: list[BlockLinear], make_linear: MakeLinear) -> forms.Linear:
+def group(config: DiTConfig, groups: dict[str, list[BlockLinear]], make_linear: MakeLinear) -> dict:
+    """The operands of groups of maps: by name each group's map, and NAME_bias (L, n, out) where it has one."""
+    operands: dict[str, forms.Linear | Array] = {}
+    for name, layers in groups.items():
+        operands[name] = stack(config, layers, make_linear)
+        if hasattr(layers[0], "bias"):
+            operands[f"{name}_bias"] = jnp.stack([layer.bias[...] for layer in layers], axis=1)
+    return operands
+
+
+def apply(operands: dict, name: str, x: Array) -> Array:
+    """A group's maps with their biases, (..., in) -> (..., n, out) in x's dtype."""
+    y, bias = operands[name](x), operands.get(f"{name}_bias")
+    return y if bias is None else (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
+def stack(config: DiTConfig, layers: list[BlockLinear], make_linear: MakeLinear) -> forms.Linear:
     """Stacks the maps that share an input into one; every leaf has the layers, then the maps, in front.
 
     Maps of unequal width (queries beside grouped keys and values) are cut into parts of the narrowest: see

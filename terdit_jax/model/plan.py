@@ -27,7 +27,7 @@ class Plan:
         return make_operands(config, params)
 
     def run_blocks(
-        self, config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array, watch: Watch | None = None
+        self, config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array | None, watch: Watch | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """Runs the blocks over the depth; see `model.depth.scan_blocks`."""
         return scan_blocks(config, operands, x, c, rope, watch)

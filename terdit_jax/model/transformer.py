@@ -33,7 +33,7 @@ from terdit_jax.parallel.sharding import constrain, constrain_tree
 
 
 class DiT(nnx.Module):
-    """The parameters of TerDiT, or of Large-DiT where `config.ternary` is off."""
+    """The parameters of a network of `config.family`: TerDiT, Large-DiT, or DiT, ternary or not."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -111,18 +111,18 @@ def packed_operands(config: DiTConfig, params: dict) -> dict:
 def forward(
     config: DiTConfig, operands: dict, x_t: Array, t: Array, y: Array, run_blocks: RunBlocks = scan_blocks
 ) -> Array:
-    """Predicts the noise and the variance interpolation.
+    """Predicts the noise and the variance interpolation (DDPM), or the velocity (flow matching).
 
     Args:
       config: the architecture.
       operands: of `make_operands`.
       x_t: (B, H, W, C) float noisy latents.
-      t: (B,) int timesteps in [0, 1000).
+      t: (B,) timesteps, int in [0, 1000), or of a flow float in [0, 1].
       y: (B,) int labels; num_classes is the null class.
       run_blocks: runs the blocks over the depth.
 
     Returns:
-      (B, H, W, 2C) float32: eps, then the variance interpolation v.
+      (B, H, W, out_channels) float32: the prediction, C channels, then with `learn_sigma` the interpolation v.
     """
     return _forward(config, operands, x_t, t, y, run_blocks, None)[0]
 
@@ -141,7 +141,7 @@ def _forward(
     dtype = config.activation_dtype
     x = constrain(embed(config, operands["x_embedder"], x_t), "batch", "tokens", None)
     c = condition(operands, t, y)
-    rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
+    rope = None if config.family == "dit" else jnp.asarray(rope_table(config.num_tokens, config.head_dim))
 
     x, watched = run_blocks(config, operands["blocks"], x, c.astype(dtype), rope, watch)
     out = final_layer(operands["final_layer"], x, c)
