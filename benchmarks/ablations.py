@@ -6,10 +6,11 @@ python -m benchmarks.ablations --data=data/cifar10 --steps=1200 --seeds=0,1 --de
 Every run is `terdit_jax.main` on the configuration with the overrides that VARIANTS names, in a process of its own with
 a device of its own, and is judged there as `terdit_jax.evaluate` does it, by one classifier for all, on pictures of its
 averaged weights. Rows are written as they come; runs and rows that are there already are not made again. Further
-overrides for all runs: --set=model.hidden_size=256,model.depth=6.
+overrides for all runs: --set=model.hidden_size=256,model.depth=6. With --calls=10,20,50,250 pictures are also drawn and
+judged at so many calls of the network, by the samplers of the run's objective.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import dataclasses
 import datetime
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import flags
 from flax import serialization
@@ -37,6 +39,7 @@ from terdit_jax.inference.images import save_png, to_uint8
 from terdit_jax.inference.runtime import Denoiser, place_operands
 from terdit_jax.interop.published import Leaves
 from terdit_jax.interop.weights import open_weights
+from terdit_jax.model.plan import PLAIN
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.paths import define_path
 from terdit_jax.ternary.quantize import least_squares_alpha
@@ -50,6 +53,7 @@ _SEEDS = flags.DEFINE_list("seeds", "0", "Of the runs.")
 _VARIANTS = flags.DEFINE_list("variants", None, "Some of VARIANTS; all if left out.")
 _SET = flags.DEFINE_list("set", "", "FIELD=VALUE of the configuration, for all runs.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 5000, "Pictures judged, of each run.", lower_bound=2)
+_CALLS = flags.DEFINE_list("calls", "", "Calls of the network at which pictures are judged too.")
 _FOLDER = define_path("folder", "runs/ablations", "Where the runs' workdirs are.")
 _DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that runs are spread over.", lower_bound=1)
 _RUNS_PER_DEVICE = flags.DEFINE_integer("runs_per_device", 1, "Runs that share a GPU.", lower_bound=1)
@@ -62,6 +66,7 @@ _ONE = flags.DEFINE_string("one", None, "VARIANT:SEED, in this process; prints i
 TERNARISED, FULL = "ternarised_afterwards", "full_precision"
 AS_PUBLISHED, LEAST_SQUARES = ({"model.alpha_init": start} for start in ("normal", "least_squares"))
 NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
+FLOW = {"diffusion.objective": "flow", "model.learn_sigma": False, "sample.method": "heun", "sample.num_steps": 25}
 VARIANTS = {
     FULL: {"model.ternary": False},
     "ternary": AS_PUBLISHED,
@@ -72,6 +77,13 @@ VARIANTS = {
     "least_squares_no_adaln_norm": LEAST_SQUARES | NO_NORM,
     "eight_bit_no_adaln_norm": LEAST_SQUARES | NO_NORM | EIGHT_BIT,
     TERNARISED: None,  # the weights of FULL, judged beside it
+    "flow_full_precision": FLOW | {"model.ternary": False},
+    "flow_least_squares": FLOW | LEAST_SQUARES,
+}
+# objective: (sampler, calls of the network a step, fewest calls, most calls)
+SAMPLERS = {
+    "ddpm": (("dpmpp_2m", 1, 1, 100), ("ddpm", 1, 100, 1000)),
+    "flow": (("euler", 1, 1, 1000), ("heun", 2, 1, 100), ("sde", 1, 100, 1000)),
 }
 QUARTERS = tuple(f"loss_t{k}of4" for k in range(1, 5))
 _SPANS = ("0-249", "250-499", "500-749", "750-999")
@@ -136,6 +148,7 @@ def run_all(jobs: list[str]) -> Iterator[list[dict]]:
 def _in_own_process(job: str, device: int) -> list[dict]:
     shared = ("config", "data", "steps", "drop", "num_samples", "folder")
     command = [sys.executable, "-m", "benchmarks.ablations", f"--one={job}", f"--set={','.join(_SET.value)}"]
+    command += [f"--{name}={','.join(flags.FLAGS[name].value or [])}" for name in ("calls", "variants")]
     command += [f"--{name}={flags.FLAGS[name].value}" for name in shared]
     log = pathlib.Path(_FOLDER.value) / f"{job.replace(':', '-')}.log"
     environment = on_devices([device]) if _DEVICES.value * _RUNS_PER_DEVICE.value > 1 else None
@@ -156,11 +169,24 @@ def make_rows(job: str) -> Iterator[dict]:
     name, _, seed = job.partition(":")
     trained = train(name, seed)
     judge = make_judge()
-    for variant in (name, TERNARISED) if name == FULL else (name,):
+    ternarises = name == FULL and TERNARISED in (_VARIANTS.value or VARIANTS)
+    for variant in (name, TERNARISED) if ternarises else (name,):
         row = {"variant": variant, "seed": seed, "steps": _STEPS.value, "device": jax.devices()[0].device_kind}
-        scores, pictures = judge(load(variant, seed))
+        model = load(variant, seed)
+        scores, pictures = judge(model)
         np.save(_pictures_file(variant, seed), pictures)
-        yield row | (trained if variant == name else {}) | scores
+        yield row | (trained if variant == name else {}) | scores | by_calls(model, judge)
+
+
+def by_calls(model: Denoiser, judge: Callable[..., tuple[dict, np.ndarray]]) -> dict:
+    """Scores of pictures drawn with each number of --calls, by each sampler that is made for so many."""
+    scores = {}
+    for calls in map(int, _CALLS.value):
+        for method, calls_a_step, fewest, most in SAMPLERS[model.description.diffusion.objective]:
+            if fewest <= calls <= most:
+                settings = {"method": method, "num_steps": calls // calls_a_step}
+                scores[f"{method} {calls}"] = judge(model, **settings)[0]
+    return {"by_calls": scores} if scores else {}
 
 
 def workdir(name: str, seed: str) -> pathlib.Path:
@@ -211,7 +237,7 @@ def load(name: str, seed: str) -> Denoiser:
     if name == TERNARISED:
         config, leaves = dataclasses.replace(config, ternary=True, adaln_rms_norm=False), ternarised(leaves)
     mesh = single_device_mesh()
-    return Denoiser(config, weights.description, mesh, None, place_operands(config, leaves, mesh))
+    return Denoiser(config, weights.description, mesh, PLAIN, None, place_operands(config, leaves, mesh))
 
 
 def ternarised(leaves: Leaves) -> Leaves:
@@ -232,8 +258,8 @@ def make_judge():
     labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
     shown = np.searchsorted(labels, np.arange(num_classes)).clip(max=len(labels) - 1)
 
-    def judge(model: Denoiser) -> tuple[dict, np.ndarray]:
-        samples = LabelledImages(np.clip(model.draw(labels, seed=0), -1, 1), labels)
+    def judge(model: Denoiser, **settings: Any) -> tuple[dict, np.ndarray]:
+        samples = LabelledImages(np.clip(model.draw(labels, seed=0, **settings), -1, 1), labels)
         scores = proxy_metrics(train, heldout, samples, num_classes, classifier=classifier)
         keep = ("frechet_distance", "frechet_distance_floor", "frechet_ratio", "agreement")
         return {name: scores[f"classifier_{name}"] for name in keep}, to_uint8(samples.images[shown])
