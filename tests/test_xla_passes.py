@@ -67,6 +67,41 @@ def test_add_norm_modulate(dtype, scaled):
 
 @pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("scaled", [False, True])
+def test_add_layer_norm_modulate(dtype, scaled):
+    x, y, vectors = draws(B, T, 64) + 3, draws(B, T, 64, seed=1), draws(4, 4, B, 64, seed=2)
+    y_scale = np.abs(draws(B, T, seed=3)) if scaled else None
+    gate, gain, shift, offset = vectors[2].astype(np.float64)[:, :, None]
+    sums = x + gate * y * (y_scale[..., None] if scaled else 1) + offset
+    arguments = jnp.asarray(x), y, y_scale, jnp.asarray(vectors), 2, dtype
+    new_x, operand, scale = xla_passes.add_norm_modulate(*arguments, norm="layer")
+    np.testing.assert_allclose(new_x, sums, rtol=1e-5, atol=1e-5)
+    normed = (sums - sums.mean(axis=-1, keepdims=True)) / np.sqrt(sums.var(axis=-1, keepdims=True) + 1e-6)
+    assert_operand(operand, scale, normed * gain + shift, dtype)
+
+
+@pytest.mark.parametrize("dtype", OPERANDS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gelu(dtype, scaled):
+    y, bias = draws(B, T, 64), draws(64, seed=1)
+    y_scale = np.abs(draws(B, T, seed=3)) if scaled else None
+    a = y.astype(np.float64) * (y_scale[..., None] if scaled else 1) * -1.3 + bias
+    operand, scale = xla_passes.gelu(jnp.asarray(y), y_scale, jnp.array([-1.3]), jnp.asarray(bias), dtype)
+    expected = a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+    assert_operand(operand, scale, expected, dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_split_heads(scaled):
+    y, alphas, bias = draws(B, T, 96), np.array([0.5, -2.0, 3.0], np.float32), draws(96, seed=1)
+    y_scale = np.abs(draws(B, T, seed=2)) if scaled else None
+    made = xla_passes.split_heads(jnp.asarray(y), y_scale, jnp.asarray(alphas), jnp.asarray(bias), 4)
+    expected = y * (y_scale[..., None] if scaled else 1) * np.repeat(alphas, 32) + bias
+    for a, e in zip(made, np.split(expected, 3, axis=-1), strict=True):
+        np.testing.assert_allclose(a, e.reshape(B, T, 4, 8), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", OPERANDS)
+@pytest.mark.parametrize("scaled", [False, True])
 def test_swiglu(dtype, scaled):
     y, alphas = draws(B, T, 64), np.array([0.7, -1.3], np.float32)
     y_scale = np.abs(draws(B, T, seed=3)) if scaled else None

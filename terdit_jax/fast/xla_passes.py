@@ -1,8 +1,11 @@
 """The passes between the matmuls of a block, over whole rows; equal to `model.block` between its matmuls.
 
-The compiler fuses them as it can. All arithmetic is float32, rounded once at the end. `inference_pass` multiplies
+Blocks of TerDiT have RMS norms, qk-norm, RoPE and SwiGLU; blocks of DiT have layer norms without parameters, biases and
+GELU. The compiler fuses them as it can. All arithmetic is float32, rounded once at the end. `inference_pass` multiplies
 between them; on Hopper GPUs `hopper.forward` has the same passes as kernels.
 """
+
+from typing import Literal
 
 import jax
 from jax import Array
@@ -13,37 +16,44 @@ import numpy as np
 from terdit_jax.fast.eight_bit import quantize
 from terdit_jax.model.layers import layer_norm, rms_norm
 
-
-def norm_modulate(x: Array, gain: Array, shift: Array) -> Array:
-    """RMS norm and modulation: x (B, T, D), gain and shift (B, D) float32 -> (B, T, D) float32."""
-    return rms_norm(x.astype(jnp.float32), gain[:, None]) + shift[:, None]
+Norm = Literal["rms", "layer"]
+EPS: dict[Norm, float] = {"rms": 1e-5, "layer": 1e-6}  # of the norms before modulation
 
 
-def add_gated(x: Array, y: Array, y_scale: Array | None, gate: Array) -> Array:
-    """x (B, T, D) + gate (B, D) * y (B, T, D) with its scale, in x's dtype."""
-    return (x.astype(jnp.float32) + gate[:, None] * _scaled(y, y_scale)).astype(x.dtype)
+def norm_modulate(x: Array, gain: Array, shift: Array, norm: Norm = "rms") -> Array:
+    """Norm and modulation: x (B, T, D), gain and shift (B, D) float32 -> (B, T, D) float32."""
+    run = rms_norm if norm == "rms" else layer_norm
+    return run(x.astype(jnp.float32), gain[:, None], eps=EPS[norm]) + shift[:, None]
+
+
+def add_gated(x: Array, y: Array, y_scale: Array | None, gate: Array, offset: Array | None = None) -> Array:
+    """x (B, T, D) + gate (B, D) * y (B, T, D) with its scale + offset (B, D), in x's dtype."""
+    x32 = x.astype(jnp.float32) + gate[:, None] * _scaled(y, y_scale)
+    return (x32 if offset is None else x32 + offset[:, None]).astype(x.dtype)
 
 
 def add_norm_modulate(
-    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike
+    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike, norm: Norm = "rms"
 ) -> tuple[Array, Array, Array | None]:
-    """A gated branch into the residual stream, then RMS norm, modulation and quantisation.
+    """A gated branch into the residual stream, then norm, modulation and quantisation.
 
     Args:
       x: (B, T, D).
       y: (B, T, D) products of the branch's last matmul.
       y_scale: (B, T) float32, what each token's products stand for, or None.
-      vectors: (S, 3, B, D) float32: gate, gain and shift of every such site in the network. The gate holds all scales
-        of y that a token does not decide, the gain is the norm's scale times one plus the modulation's.
+      vectors: (S, 3 or 4, B, D) float32: gate, gain and shift of every such site in the network, and offset if the
+        matmul has a bias. The gate holds all scales of y that a token does not decide, the gain is the norm's scale
+        times one plus the modulation's, the offset is the modulation's gate times the bias.
       site: () int, which of them.
       dtype: of the result, as in `quantize`.
+      norm: the RMS norm, or the layer norm without parameters.
 
     Returns:
       The new x (B, T, D), the normed rows (B, T, D), and their scale (B, T) or None.
     """
-    gate, gain, shift = vectors[site]
-    x = add_gated(x, y, y_scale, gate)
-    return x, *quantize(norm_modulate(x, gain, shift), dtype)
+    gate, gain, shift, *offset = vectors[site]
+    x = add_gated(x, y, y_scale, gate, *offset)
+    return x, *quantize(norm_modulate(x, gain, shift, norm), dtype)
 
 
 def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
@@ -60,6 +70,45 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
     """
     a, b = jnp.split(_scaled(y, y_scale), 2, axis=-1)
     return quantize(jax.nn.silu(a * alphas[0]) * (b * alphas[1]), dtype)
+
+
+def gelu(y: Array, y_scale: Array | None, alphas: Array, bias: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
+    """GELU, by its approximation with tanh, of a map with a bias, and quantisation.
+
+    Args:
+      y: (B, T, F) products.
+      y_scale: (B, T) float32, what each token's products stand for, or None.
+      alphas: (1,) float32, what they are multiplied by besides.
+      bias: (F,) float32.
+      dtype: of the result, as in `quantize`.
+
+    Returns:
+      The rows (B, T, F), and their scale (B, T) or None.
+    """
+    return quantize(jax.nn.gelu(_scaled(y, y_scale) * alphas[0] + bias, approximate=True), dtype)
+
+
+def split_heads(y: Array, y_scale: Array | None, alphas: Array, bias: Array, heads: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values from one projection with a bias, and nothing else; as many heads of each.
+
+    Args:
+      y: (B, T, 3 D) products.
+      y_scale: (B, T) float32, what each token's products stand for, or None.
+      alphas: (3,) float32, what queries, keys and values are multiplied by besides.
+      bias: (3 D,) float32.
+      heads: their number.
+
+    Returns:
+      (B, T, heads, head_dim) three times, in bfloat16, or float32 if y is.
+    """
+    dtype = jnp.float32 if y.dtype == jnp.float32 else jnp.bfloat16
+    q, k, v = (
+        (part * alpha + part_bias).astype(dtype).reshape(*y.shape[:2], heads, -1)
+        for part, alpha, part_bias in zip(
+            jnp.split(_scaled(y, y_scale), 3, axis=-1), alphas, jnp.split(bias, 3), strict=True
+        )
+    )
+    return q, k, v
 
 
 def queries_keys_values(
