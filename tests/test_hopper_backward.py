@@ -7,7 +7,7 @@ import pytest
 
 from terdit_jax.fast import xla_passes
 from terdit_jax.fast.eight_bit import quantize
-from terdit_jax.fast.hopper import backward, forward
+from terdit_jax.fast.hopper import backward, biased, forward
 from terdit_jax.model.embedders import rope_table
 from tests.interpreted import interpreted_kernels
 
@@ -59,6 +59,11 @@ def norm(x, gain, shift):
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * gain[:, None] + shift[:, None]
 
 
+def layer_norm(x, gain, shift):
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain[:, None] + shift[:, None]
+
+
 both_dtypes = pytest.mark.parametrize("dtype", [None, EIGHT_BIT], ids=["bfloat16", "8 bits"])
 
 
@@ -88,6 +93,39 @@ def test_add_norm_modulate(case, dtype):
     assert_near([made[4][:, which] for which in (2, 1, 0)], to_vectors)
 
 
+@both_dtypes
+@pytest.mark.parametrize("width", [256, 384, 1152])
+def test_layer_norm_and_offset(dtype, width):
+    """Of rows far from zero, and of unequal size."""
+    y_scale, d_scale = (None, None) if dtype is None else (scales(7), scales(8))
+    sizes = jnp.geomspace(0.1, 30, T)[:, None]
+    x, y = ((sizes * (1 + draws(B, T, width, seed=seed))).astype(BF16) for seed in (1, 9))
+    dx, dh = (draws(B, T, width, seed=seed, dtype=BF16) for seed in (2, 3))
+    gate, gain, shift, offset = (draws(B, width, seed=seed) for seed in (4, 5, 6, 7))
+
+    def plain(x, y, gate, gain, shift, offset):
+        x = x + gate[:, None] * y + offset[:, None]
+        return x, layer_norm(x, gain, shift)
+
+    (new_x, _), pullback = jax.vjp(plain, x.astype(jnp.float32), times(y, y_scale), gate, gain, shift, offset)
+    to_x, to_y, *to_vectors = pullback((dx.astype(jnp.float32), times(dh, d_scale)))
+    arguments = new_x.astype(BF16), y, y_scale, gate, gain, dx, dh, d_scale
+    made = backward.add_norm_modulate(*arguments, eight=dtype, norm="layer", offset=True)
+    assert_near(made[0], to_x)
+    assert_product_gradient(made[1:4], to_y, dtype)
+    assert_near([made[4][:, which] for which in (2, 1, 0, 3)], to_vectors)
+
+
+def test_layer_norm_alone():
+    x = (3 + draws(B, T, 384, seed=1)).astype(BF16)
+    dx, dh = (draws(B, T, 384, seed=seed, dtype=BF16) for seed in (2, 3))
+    gain, shift = (draws(B, 384, seed=seed) for seed in (4, 5))
+    _, pullback = jax.vjp(lambda x, *rest: (x, layer_norm(x, *rest)), x.astype(jnp.float32), gain, shift)
+    to_x, *to_vectors = pullback((dx.astype(jnp.float32), dh.astype(jnp.float32)))
+    made = backward.add_norm_modulate(x, None, None, None, gain, dx, dh, None, norm="layer")
+    assert_near((made[0], made[4][:, 1], made[4][:, 0]), (to_x, *to_vectors))
+
+
 def test_norm_modulate():
     x, dx, dh = (draws(B, T, D, seed=seed, dtype=BF16) for seed in (1, 2, 3))
     gain, shift = (draws(B, D, seed=seed) for seed in (4, 5))
@@ -104,9 +142,56 @@ def test_add_gated(case, dtype):
     y, gate, dx = y[..., :D], draws(B, D, seed=4), draws(B, T, D, seed=2, dtype=BF16)
     _, pullback = jax.vjp(lambda y, gate: gate[:, None] * y, times(y, y_scale), gate)
     to_y, to_gate = pullback(dx.astype(jnp.float32))
-    *made, dgate = backward.add_gated(y, y_scale, gate, dx, eight=dtype)
+    *made, sums = backward.add_gated(y, y_scale, gate, dx, eight=dtype)
     assert_product_gradient(made, to_y, dtype)
-    assert_near(dgate, to_gate)
+    assert_near(sums[:, 0], to_gate)
+
+
+@both_dtypes
+def test_add_gated_with_an_offset(case, dtype):
+    y, y_scale, _ = case
+    y, gate, dx = y[..., :384], draws(B, 384, seed=4), draws(B, T, 384, seed=2, dtype=BF16)
+    plain = lambda y, gate, offset: gate[:, None] * y + offset[:, None]  # noqa: E731
+    _, pullback = jax.vjp(plain, times(y, y_scale), gate, jnp.zeros_like(gate))
+    to_y, *to_vectors = pullback(dx.astype(jnp.float32))
+    *made, sums = backward.add_gated(y, y_scale, gate, dx, eight=dtype, offset=True)
+    assert_product_gradient(made, to_y, dtype)
+    assert_near([sums[:, 0], sums[:, 1]], to_vectors)
+
+
+@both_dtypes
+@pytest.mark.parametrize("width", [256, 384, 4608])
+def test_gelu(dtype, width):
+    y_scale, d_scale = (None, None) if dtype is None else (scales(7), scales(8))
+    y, dh = (draws(B, T, width, seed=seed, dtype=BF16) for seed in (9, 3))
+    bias = draws(width, seed=4)
+    plain = lambda y, bias: jax.nn.gelu(-2 * y + bias, approximate=True)  # noqa: E731
+    _, pullback = jax.vjp(plain, times(y, y_scale), bias)
+    to_y, to_bias = pullback(times(dh, d_scale))
+    *made, sums = biased.gelu(y, y_scale, ALPHAS[1:2], bias, dh, d_scale, eight=dtype)
+    assert_product_gradient(made, to_y, dtype)
+    assert_near(jnp.sum(sums, axis=0), to_bias)
+
+
+def test_gradient_of_gelu_far_from_zero():
+    y = jnp.linspace(-60, 60, B * T * D).reshape(B, T, D).astype(BF16)
+    exact = jax.vmap(jax.grad(lambda a: jax.nn.gelu(a, approximate=True)))(y.astype(jnp.float32).ravel())
+    made = biased.gelu(y, None, jnp.ones(1), jnp.zeros(D), jnp.ones_like(y), None)[0]
+    np.testing.assert_allclose(made.astype(jnp.float32).ravel(), exact, rtol=2**-7, atol=1e-5)
+
+
+@both_dtypes
+@pytest.mark.parametrize("width", [256, 384])
+def test_split_heads(dtype, width):
+    y_scale = None if dtype is None else scales(7)
+    y, bias = draws(B, T, 3 * width, seed=9, dtype=BF16), draws(3 * width, seed=4)
+    plain = lambda y, bias: xla_passes.split_heads(y, None, ALPHAS, bias, HEADS)  # noqa: E731
+    made, pullback = jax.vjp(plain, times(y, y_scale), bias)
+    d = [draws(*a.shape, seed=seed, dtype=BF16) for seed, a in enumerate(made)]
+    to_y, to_bias = pullback(tuple(a.astype(jnp.float32) for a in d))
+    *ours, sums = biased.split_heads(*d, ALPHAS, eight=dtype)
+    assert_product_gradient(ours, to_y, dtype)
+    assert_near(jnp.sum(sums, axis=0), to_bias)
 
 
 @both_dtypes

@@ -14,6 +14,9 @@ B, T, D, HEADS = 2, 4, 256, 4
 OPERANDS = ("bfloat16", "float8_e4m3fn")
 
 
+widths = pytest.mark.parametrize("width", [256, 384, 1152])
+
+
 @pytest.fixture(params=OPERANDS)
 def dtype(request):
     return request.param
@@ -40,8 +43,8 @@ def assert_equal_but_for_rounding(actual, expected):
     assert np.abs(b).max() > 0
 
 
-def assert_same_pass(name, *arguments):
-    made, expected = (getattr(module, name)(*arguments) for module in (forward, xla_passes))
+def assert_same_pass(name, *arguments, **options):
+    made, expected = (getattr(module, name)(*arguments, **options) for module in (forward, xla_passes))
     made, expected = (jax.tree.leaves(leaves) for leaves in (made, expected))
     assert len(made) == len(expected)
     for pair in zip(made, expected, strict=True):
@@ -52,6 +55,25 @@ def test_add_norm_modulate(dtype):
     y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
     x, y = (draws(B, T, D, seed=seed, dtype=jnp.bfloat16) for seed in (2, 3))
     assert_same_pass("add_norm_modulate", x, y, y_scale, draws(2, 3, B, D, seed=4), jnp.int32(1), dtype)
+
+
+@widths
+def test_layer_norm_and_offset(dtype, width):
+    """Of rows far from zero, and of unequal size."""
+    y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
+    sizes = jnp.array([1e-2, 30, 1, 1e3])[:, None]
+    x, y = ((sizes * (3 + draws(B, T, width, seed=seed))).astype(jnp.bfloat16) for seed in (2, 3))
+    arguments = x, y, y_scale, draws(2, 4, B, width, seed=4), jnp.int32(1), dtype
+    assert_same_pass("add_norm_modulate", *arguments, norm="layer")
+
+
+@widths
+def test_layer_norm_alone(width):
+    x = (5 + draws(B, T, width, seed=2)).astype(jnp.bfloat16)
+    gain, shift = draws(B, width, seed=3), draws(B, width, seed=4)
+    expected = xla_passes.norm_modulate(x, gain, shift, norm="layer").astype(jnp.bfloat16)
+    made = forward.norm_modulate(x, gain, shift, forward.Stored(True, None), norm="layer")
+    assert_equal_but_for_rounding(made[0], expected)
 
 
 def test_norm_modulate():
@@ -67,6 +89,22 @@ def test_swiglu(dtype):
     assert_same_pass("swiglu", y, y_scale, jnp.array([0.7, -1.3]), dtype)
 
 
+@pytest.mark.parametrize("width", [D, 384, 4608])
+def test_gelu(dtype, width):
+    y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
+    y, bias = draws(B, T, width, dtype=jnp.bfloat16), draws(width, seed=2)
+    assert_same_pass("gelu", y, y_scale, jnp.array([-0.7]), bias, dtype)
+
+
+def test_gelu_keeps_what_is_small():
+    """Where GELU is a small difference of large numbers by its formula, and where exp overflows."""
+    a = jnp.linspace(-20, 20, 256 * B * T).reshape(B, T, 256).astype(jnp.bfloat16)
+    exact = np.asarray(a, np.float64)
+    exact = exact / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)))
+    made = np.asarray(forward.gelu(a, None, jnp.ones(1), jnp.zeros(256), "bfloat16")[0], np.float64)
+    np.testing.assert_allclose(made, exact, rtol=2**-8, atol=1e-30)
+
+
 def test_training_rounds_to_8_bits_what_it_has_rounded_to_bfloat16():
     """Whichever of the two is stored; and what is stored in bfloat16 alone is the same."""
     x, y = (draws(B, T, n * D, seed=n, dtype=jnp.bfloat16) for n in (1, 2))
@@ -75,6 +113,7 @@ def test_training_rounds_to_8_bits_what_it_has_rounded_to_bfloat16():
         lambda kinds: forward.norm_modulate(x, *vectors[0, 1:], kinds),
         lambda kinds: forward.add_norm_modulate(x, y[..., :D], y_scale, vectors, jnp.int32(0), kinds)[1:],
         lambda kinds: forward.swiglu(y, y_scale, jnp.array([0.7, -1.3]), kinds),
+        lambda kinds: forward.gelu(y, y_scale, jnp.array([0.7]), draws(2 * D, seed=5), kinds),
     ):
         both, wide, narrow = (run(forward.Stored(*kinds)) for kinds in ((True, eight), (True, None), (False, eight)))
         assert wide[1:] == (None, None) and narrow[0] is None

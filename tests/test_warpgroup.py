@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from terdit_jax.fast.hopper import backward, forward, warpgroup
+from terdit_jax.fast.hopper import backward, biased, forward, warpgroup
 
 B, T = 64, 256
 
@@ -24,5 +24,33 @@ def test_pairs_of_a_thread_lower(width, heads):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("width", [1152, 1024, 768, 384])
+@pytest.mark.parametrize("eight", [None, "float8_e4m3fn"])
+def test_passes_of_dit_lower(width, eight):
+    shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    x, y = (shape(B, T, n, dtype=jnp.bfloat16) for n in (width, 4 * width))
+    scale, vector, stored = None if eight is None else shape(B, T), shape(B, width), forward.Stored(True, eight)
+    site, d, bias = shape(dtype=jnp.int32), shape(B, T, 8, width // 8, dtype=jnp.bfloat16), shape(4 * width)
+    for traced in (
+        forward.norm_modulate.trace(x, vector, vector, stored, norm="layer"),
+        forward.add_norm_modulate.trace(x, x, scale, shape(1, 4, B, width), site, stored, norm="layer"),
+        forward.gelu.trace(y, scale, shape(1), bias, stored),
+        forward.quantize.trace(x, eight or "bfloat16"),
+        backward.add_norm_modulate.trace(
+            x, x, scale, vector, vector, x, x, scale, eight=eight, norm="layer", offset=True
+        ),
+        backward.add_norm_modulate.trace(x, None, None, None, vector, x, x, scale, norm="layer"),
+        backward.add_gated.trace(x, scale, vector, x, eight=eight, offset=True),
+        biased.gelu.trace(y, scale, shape(1), bias, y, scale, eight=eight),
+        biased.split_heads.trace(d, d, d, shape(3), eight=eight),
+    ):
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_widths_that_a_warpgroup_cannot_share():
     assert warpgroup.supports(1536, 4096) and not warpgroup.supports(1536, 4096 + 128)
+    assert warpgroup.supports(1152, 4608, pairs=False) and not warpgroup.supports(1152 + 64, pairs=False)
+
+
+def test_pieces_of_a_row_as_wide_as_the_hardware_loads():
+    assert [forward.wide_parts(width) for width in (4608, 4096, 3072, 1536, 384)] == [3, 4, 3, 3, 3]

@@ -207,7 +207,8 @@ def _block_bwd(static: _Static, residuals: tuple, dx: Array) -> tuple:
     between = kept.between or _between(static, *residuals)
 
     run = partial(backward.add_gated, eight=dtype)
-    *d, dvectors["ffn_gate"] = _over_batch(run)(*kept.down, vectors["ffn_gate"], dx)
+    *d, sums = _over_batch(run)(*kept.down, vectors["ffn_gate"], dx)
+    dvectors["ffn_gate"] = sums[:, 0]
     dh, dh_scale, dmaps["down"] = _multiply_backward(_Rows(*d), maps["down"], between.h_down)
 
     run, alphas = partial(backward.swiglu, eight=dtype), _alphas(maps["w13"])

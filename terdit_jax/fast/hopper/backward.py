@@ -1,7 +1,7 @@
 """Kernels equal to the gradients of `forward`'s passes: a row of each array is read once and written once.
 
 Sums over tokens, for the gradients of what tokens share, leave as one part a block. The cut over a warpgroup's
-threads and the barriers are as in `forward`; `fused_block` calls them in turn.
+threads and the barriers are as in `forward`; `fused_block` calls them in turn. `biased` has the passes that add biases.
 """
 
 from functools import partial
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from terdit_jax.fast.hopper import forward, warpgroup
-from terdit_jax.fast.hopper.forward import EPS, Stored
+from terdit_jax.fast.hopper.forward import QK_EPS, Stored, centred
+from terdit_jax.fast.xla_passes import EPS, Norm
 
 
-@partial(jax.jit, static_argnames=("eight",))
+@partial(jax.jit, static_argnames=("eight", "norm", "offset"))
 def add_norm_modulate(
     x: Array,
     y: Array | None,
@@ -27,8 +28,10 @@ def add_norm_modulate(
     dh: Array,
     dh_scale: Array | None,
     eight: DTypeLike | None = None,
+    norm: Norm = "rms",
+    offset: bool = False,
 ) -> tuple[Array | None, ...]:
-    """Gradients of x' = x + gate y_scale y, h = x' / sqrt(mean(x'^2) + 1e-5) * gain + shift.
+    """Gradients of x' = x + gate y_scale y + offset, h = norm(x') * gain + shift.
 
     Args:
       x: (B, T, D) bfloat16, x'.
@@ -40,13 +43,16 @@ def add_norm_modulate(
       dh: (B, T, D) bfloat16, that of h once it is multiplied by its scale.
       dh_scale: (B, T) float32, or None.
       eight: dtype of 8 bits in which the gradient of y_scale y is also to be, if at all.
+      norm: the RMS norm, or the layer norm without parameters.
+      offset: whether there was one (B, D) beside y.
 
     Returns:
       dL/dx (B, T, D) bfloat16; the gradient of y_scale y (B, T, D) in bfloat16, in 8 bits, and its scale (B, T), None
-      each if there is none; the sums over tokens dL/dshift, dL/dgain and, if there was something to add, dL/dgate,
-      (B, 2 or 3, D) float32.
+      each if there is none; the sums over tokens dL/dshift, dL/dgain and, if there was something to add, dL/dgate, and
+      then dL/doffset, (B, 2 to 4, D) float32.
     """
-    width, count, gated = x.shape[-1], _rows_of_block(x.shape), y is not None
+    width, count, gated = x.shape[-1], rows_of_block(x.shape), y is not None
+    sums_count = 2 + gated + offset
 
     def body(x_ref, y_ref, y_scale_ref, gate_ref, gain_ref, dx_ref, dh_ref, dh_scale_ref, dx_out, *outs):
         *dy_outs, sums_out = outs
@@ -57,8 +63,10 @@ def add_norm_modulate(
             x, dh = (warpgroup.load(ref.at[image, token]).astype(jnp.float32) for ref in (x_ref, dh_ref))
             scale = 1.0 if dh_scale_ref is None else dh_scale_ref[image, token]  # in factors: rows are registers
             dn = dh * warpgroup.load(gain_ref.at[image])
+            # The layer norm is the RMS norm of what is centred, as is then its gradient.
+            x, dn = centred(x, norm), centred(dn, norm)
             squares, along = jnp.sum(x * x), jnp.sum(dn * x)
-            inverse = jax.lax.rsqrt(squares * (1 / width) + EPS)
+            inverse = jax.lax.rsqrt(squares * (1 / width) + EPS[norm])
             n = x * inverse
             slope = along * inverse * (1 / width)
             total = warpgroup.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * (inverse * scale)
@@ -68,10 +76,12 @@ def add_norm_modulate(
                 forward.store_row([total * warpgroup.load(gate_ref.at[image])], dy_outs, image, token)
                 y = warpgroup.load(y_ref.at[image, token]).astype(jnp.float32)
                 new.append(sums[2] + total * (y if y_scale_ref is None else y * y_scale_ref[image, token]))
+            if offset:
+                new.append(sums[-1] + total)
             return tuple(new)
 
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
-        sums = jax.lax.fori_loop(0, count, step, (zeros,) * (2 + gated))
+        sums = jax.lax.fori_loop(0, count, step, (zeros,) * sums_count)
         for k, total in enumerate(sums):
             sums_out[image, block, k] = total
 
@@ -79,39 +89,43 @@ def add_norm_modulate(
     outputs = [
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         *forward.row_types(x, Stored(gated, eight)),
-        jax.ShapeDtypeStruct((B, blocks, 2 + gated, width), jnp.float32),
+        jax.ShapeDtypeStruct((B, blocks, sums_count, width), jnp.float32),
     ]
     *made, sums = forward.call(body, (B, blocks), [x, y, y_scale, gate, gain, dx, dh, dh_scale], outputs)
     return *made, jnp.sum(sums, axis=1)
 
 
-@partial(jax.jit, static_argnames=("eight",))
+@partial(jax.jit, static_argnames=("eight", "offset"))
 def add_gated(
-    y: Array, y_scale: Array | None, gate: Array, dx: Array, eight: DTypeLike | None = None
+    y: Array, y_scale: Array | None, gate: Array, dx: Array, eight: DTypeLike | None = None, offset: bool = False
 ) -> tuple[Array | None, ...]:
-    """Gradients of x' = x + gate y_scale y; that of x is that of x'. Arguments as of `add_norm_modulate`.
+    """Gradients of x' = x + gate y_scale y + offset; that of x is that of x'. Arguments as of `add_norm_modulate`.
 
     Returns:
-      The gradient of y_scale y (B, T, D) in bfloat16, in 8 bits, and its scale (B, T); dL/dgate (B, D) float32.
+      The gradient of y_scale y (B, T, D) in bfloat16, in 8 bits, and its scale (B, T); the sums over tokens dL/dgate
+      and, if there was an offset, dL/doffset, (B, 1 or 2, D) float32.
     """
-    width, count = y.shape[-1], _rows_of_block(y.shape)
+    width, count = y.shape[-1], rows_of_block(y.shape)
 
     def body(y_ref, y_scale_ref, gate_ref, dx_ref, *outs):
         *dy_outs, sums_out = outs
         image, block = jax.lax.axis_index("image"), jax.lax.axis_index("block")
         gate = warpgroup.load(gate_ref.at[image])
 
-        def step(index, total):
+        def step(index, sums):
             token = block * count + index
             dx, y = (warpgroup.load(ref.at[image, token]).astype(jnp.float32) for ref in (dx_ref, y_ref))
             forward.store_row([dx * gate], dy_outs, image, token)
-            return total + dx * (y if y_scale_ref is None else y * y_scale_ref[image, token])
+            new = [sums[0] + dx * (y if y_scale_ref is None else y * y_scale_ref[image, token])]
+            return tuple(new + [total + dx for total in sums[1:]])
 
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
-        sums_out[image, block] = jax.lax.fori_loop(0, count, step, zeros)
+        sums = jax.lax.fori_loop(0, count, step, (zeros,) * (1 + offset))
+        for k, total in enumerate(sums):
+            sums_out[image, block, k] = total
 
     B, blocks = y.shape[0], y.shape[1] // count
-    sums = jax.ShapeDtypeStruct((B, blocks, width), jnp.float32)
+    sums = jax.ShapeDtypeStruct((B, blocks, 1 + offset, width), jnp.float32)
     outputs = [*forward.row_types(y, Stored(True, eight)), sums]
     *made, sums = forward.call(body, (B, blocks), [y, y_scale, gate, dx], outputs)
     return *made, jnp.sum(sums, axis=1)
@@ -231,7 +245,7 @@ def queries_keys_values(
                 n = [part * scale for part in warpgroup.split(warpgroup.load(y_ref.at[image, token, at]))]
                 mean = jnp.sum(n[0] + n[1]) * (1 / width)
                 n = [part - mean for part in n]
-                inverse = jax.lax.rsqrt(jnp.sum(n[0] * n[0] + n[1] * n[1]) * (1 / width) + EPS)
+                inverse = jax.lax.rsqrt(jnp.sum(n[0] * n[0] + n[1] * n[1]) * (1 / width) + QK_EPS)
                 n = [part * inverse for part in n]
                 sums = [total + new for total, new in zip(sums, (d[0] * n[0], d[1] * n[1], *d), strict=True)]
                 gain = warpgroup.split(warpgroup.load(gain_refs[which]))
@@ -280,7 +294,7 @@ def queries_keys_values(
     return *made, jnp.sum(sums, axis=1).swapaxes(-1, -2).reshape(blocks, 4, width)
 
 
-def _rows_of_block(shape: tuple[int, ...]) -> int:
+def rows_of_block(shape: tuple[int, ...]) -> int:
     """How many rows are summed before their sum is stored: twice as many as of a forward pass, for half the parts."""
     count = forward.rows_of_block(shape)
     return 2 * count if shape[1] % (2 * count) == 0 and count > 1 else count

@@ -8,6 +8,7 @@ Nothing in them is specific to Hopper but fp8.
 from collections.abc import Callable, Sequence
 import functools
 from functools import partial
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,8 +20,10 @@ from jax.typing import DTypeLike
 
 from terdit_jax.fast.eight_bit import TINY
 from terdit_jax.fast.hopper import warpgroup
+from terdit_jax.fast.xla_passes import EPS, Norm
 
-EPS = 1e-5  # of both norms
+QK_EPS = 1e-5  # of the layer norm of queries and keys
+GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # u = slope (a + cube a^3)
 ENOUGH_BLOCKS = 1024  # a Hopper GPU has 132 cores, each of which runs several
 
 # Exp and rsqrt to a few float32 units in the last place. Threads meet in reductions, which have barriers; what a thread
@@ -35,9 +38,15 @@ class Stored(NamedTuple):
     rounded: DTypeLike | None
 
 
-@partial(jax.jit, static_argnames=("dtype",))
+@partial(jax.jit, static_argnames=("dtype", "norm"))
 def add_norm_modulate(
-    x: Array, y: Array, y_scale: Array | None, vectors: Array, site: Array, dtype: DTypeLike | Stored
+    x: Array,
+    y: Array,
+    y_scale: Array | None,
+    vectors: Array,
+    site: Array,
+    dtype: DTypeLike | Stored,
+    norm: Norm = "rms",
 ) -> tuple[Array | None, ...]:
     """Computes `xla_passes.add_norm_modulate` of bfloat16 x. For training (`Stored`) it returns x, the rows in
     bfloat16 or None, in 8 bits or None, and the scale or None."""
@@ -46,7 +55,8 @@ def add_norm_modulate(
 
     def body(x_ref, y_ref, y_scale_ref, vectors_ref, site_ref, x_out, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
-        gate, gain, shift = (warpgroup.load(vectors_ref.at[site_ref[0], which, image]) for which in range(3))
+        shared = (warpgroup.load(vectors_ref.at[site_ref[0], which, image]) for which in range(vectors.shape[1]))
+        gate, gain, shift, *offset = shared
 
         def load(index):
             return warpgroup.load(x_ref.at[image, tokens + index]), warpgroup.load(y_ref.at[image, tokens + index])
@@ -56,10 +66,10 @@ def add_norm_modulate(
             x, y = (row.astype(jnp.float32) for row in loaded)
             if y_scale_ref is not None:
                 y = y * y_scale_ref[image, token]
-            x = (x + gate * y).astype(jnp.bfloat16)
+            x = sum(offset, x + gate * y).astype(jnp.bfloat16)
             x_out[image, token] = x
-            x = x.astype(jnp.float32)
-            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
+            x = centred(x.astype(jnp.float32), norm)
+            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS[norm])
             store_row([x * inverse * gain + shift], outs, image, token)
 
         pipelined(count, load, process)
@@ -68,10 +78,10 @@ def add_norm_modulate(
     return call(body, (x.shape[0], x.shape[1] // count), arguments, [_like(x, jnp.bfloat16), *row_types(x, dtype)])
 
 
-@partial(jax.jit, static_argnames=("stored",))
-def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored) -> tuple[Array | None, ...]:
-    """x / sqrt(mean(x^2) + 1e-5) * gain + shift: (B, T, D) bfloat16, (B, D) and (B, D) float32 -> (B, T, D) of `stored`
-    and (B, T)."""
+@partial(jax.jit, static_argnames=("stored", "norm"))
+def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored, norm: Norm = "rms") -> tuple[Array | None, ...]:
+    """Computes `xla_passes.norm_modulate`: (B, T, D) bfloat16, (B, D) and (B, D) float32 -> (B, T, D) of `stored` and
+    (B, T)."""
     width = x.shape[-1]
     count = rows_of_block(x.shape)
 
@@ -80,8 +90,8 @@ def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored) -> tuple[
         gain, shift = warpgroup.load(gain_ref.at[image]), warpgroup.load(shift_ref.at[image])
 
         def process(index, x):
-            x = x.astype(jnp.float32)
-            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS)
+            x = centred(x.astype(jnp.float32), norm)
+            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS[norm])
             store_row([x * inverse * gain + shift], outs, image, tokens + index)
 
         pipelined(count, lambda index: warpgroup.load(x_ref.at[image, tokens + index]), process)
@@ -125,6 +135,41 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
 
     grid = (y.shape[0], y.shape[1] // count, parts // together)
     return call(body, grid, [y, y_scale, alphas], outputs)
+
+
+@partial(jax.jit, static_argnames=("dtype",))
+def gelu(
+    y: Array, y_scale: Array | None, alphas: Array, bias: Array, dtype: DTypeLike | Stored
+) -> tuple[Array | None, ...]:
+    """Computes `xla_passes.gelu`. For training (`Stored`) it returns the rows in bfloat16 or None, in 8 bits or None,
+    and the scale or None."""
+    outputs = row_types(y, dtype)
+    parts = wide_parts(y.shape[-1])
+    part = y.shape[-1] // parts
+    together, count = (parts, 1) if outputs[-1] is not None else (1, rows_of_block(y.shape))
+
+    def body(y_ref, y_scale_ref, alphas_ref, bias_ref, *outs):
+        image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
+        first = jax.lax.axis_index("part") * (together * part)
+        places = [pl.ds(first + k * part, part) for k in range(together)]
+        biases = [warpgroup.load(bias_ref.at[at]) for at in places]
+
+        def process(index, loaded):
+            scale = alphas_ref[0] if y_scale_ref is None else alphas_ref[0] * y_scale_ref[image, tokens + index]
+            rows = (y.astype(jnp.float32) * scale + bias for y, bias in zip(loaded, biases, strict=True))
+            store_row([a * gelu_sigmoid(a) for a in rows], outs, image, tokens + index, first)
+
+        load = lambda index: [warpgroup.load(y_ref.at[image, tokens + index, at]) for at in places]  # noqa: E731
+        pipelined(count, load, process)
+
+    grid = (y.shape[0], y.shape[1] // count, parts // together)
+    return call(body, grid, [y, y_scale, alphas, bias], outputs)
+
+
+def gelu_sigmoid(a: Array) -> Array:
+    """What `a` is multiplied by in GELU: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). The hardware's tanh would lose the
+    small values on the left, which exp has to the last places."""
+    return 1 / (1 + jnp.exp(a * (-2 * GELU_SLOPE - 2 * GELU_SLOPE * GELU_CUBE * (a * a))))
 
 
 @partial(jax.jit, static_argnames=("dtype",))
@@ -187,7 +232,7 @@ def queries_keys_values(
                 if norm_refs:
                     mean = jnp.sum(even + odd) * (1 / size)
                     even, odd = even - mean, odd - mean
-                    inverse = jax.lax.rsqrt(jnp.sum(even * even + odd * odd) * (1 / size) + EPS)
+                    inverse = jax.lax.rsqrt(jnp.sum(even * even + odd * odd) * (1 / size) + QK_EPS)
                     even = even * inverse * fetch(2) + fetch(4)
                     odd = odd * inverse * fetch(3) + fetch(5)
                 cos, sin = fetch(0), fetch(1)
@@ -275,6 +320,11 @@ def store_row(pieces: list[Array], outs: Sequence, image: Array, token: Array, s
         put(h_out, pieces)
 
 
+def centred(row: Array, norm: Norm) -> Array:
+    """What the norm divides by its root mean square: a row (W,), of the layer norm less its mean."""
+    return row if norm == "rms" else row - jnp.sum(row) * (1 / row.size)
+
+
 def largest(pieces: list[Array]) -> Array:
     """The largest magnitude in pieces of a row: one reduction over the threads for all."""
     return jnp.max(functools.reduce(jnp.maximum, (jnp.abs(piece) for piece in pieces)))
@@ -313,3 +363,14 @@ def images_of_block(images: int, tokens: int, most: int = 8) -> int:
 def parts_of_row(width: int, most: int = 8) -> int:
     """Pieces that a row is taken in, to bound live registers."""
     return next(n for n in (8, 4, 2, 1) if n <= most and width % (2 * warpgroup.LANES * n) == 0)
+
+
+def wide_parts(width: int) -> int:
+    """As many pieces of a row, up to four, as leave what a thread loads at once as wide as of the whole row."""
+    return next(
+        n
+        for n in (4, 3, 2, 1)
+        if width % n == 0
+        and warpgroup.supports(width // n, pairs=False)
+        and warpgroup.piece(width // n) == warpgroup.piece(width)
+    )

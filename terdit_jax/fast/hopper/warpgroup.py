@@ -1,7 +1,8 @@
 """Rows cut over the threads of a warpgroup, and the pairs of neighbouring features that a row is made of.
 
-A thread holds pieces as wide as the hardware loads, of two features at least: what needs both features of a pair, RoPE,
-asks no other thread. What is computed with rows is `forward`'s and `backward`'s.
+A thread holds pieces as wide as the hardware loads and the row's width allows. Where they have two features at least,
+what needs both features of a pair, RoPE, asks no other thread. What is computed with rows is `forward`'s and
+`backward`'s.
 """
 
 import jax
@@ -16,9 +17,10 @@ import numpy as np
 LANES = 128  # threads of a warpgroup
 
 
-def supports(*widths: int) -> bool:
-    """Whether rows of these widths can be cut over the threads of a warpgroup."""
-    return all(width % (2 * LANES) == 0 for width in widths)
+def supports(*widths: int, pairs: bool = True) -> bool:
+    """Whether rows of these widths can be cut over the threads of a warpgroup, both features of a pair in one thread if
+    `pairs`, as RoPE needs."""
+    return all(width % (LANES * (1 + pairs)) == 0 for width in widths)
 
 
 def run_on(device: jax.Device) -> bool:
@@ -50,7 +52,7 @@ def strided_half(half: Array) -> Array:
 def split(row: Array) -> tuple[Array, Array]:
     """The even and the odd features of a row: (W,) -> (W / 2,) float32 twice."""
     width, widened = row.size, row.dtype != jnp.float32
-    vec_size = _piece(width) // 2
+    vec_size = piece(width) // 2
     half = plgpu.ShapeDtypeStruct((width // 2,), jnp.float32, layout=_half_layout(width // 2))
 
     @plgpu.inline_mgpu(arg_types=(_layout(width),), return_type=(half, half))
@@ -69,7 +71,7 @@ def split(row: Array) -> tuple[Array, Array]:
 def join(even: Array, odd: Array) -> Array:
     """Back again: (W / 2,) float32 twice -> (W,) bfloat16."""
     width = 2 * even.size
-    vec_size = _piece(width)
+    vec_size = piece(width)
     out = plgpu.ShapeDtypeStruct((width,), jnp.bfloat16, layout=_layout(width))
     half = _half_layout(width // 2)
 
@@ -92,14 +94,14 @@ def _array(registers: np.ndarray, make, size: int, vec_size: int):
     return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
 
 
-def _piece(width: int) -> int:
+def piece(width: int) -> int:
     """Neighbouring numbers of a row that a thread holds."""
-    return next(n for n in (8, 4, 2) if width % (LANES * n) == 0)
+    return next(n for n in (8, 4, 2, 1) if width % (LANES * n) == 0)
 
 
 def _layout(width: int):
-    return plgpu.Layout.WG_STRIDED((width,), vec_size=_piece(width))
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=piece(width))
 
 
 def _half_layout(size: int):
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=_piece(2 * size) // 2)
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=piece(2 * size) // 2)
