@@ -15,13 +15,13 @@ from terdit_jax.interop.exports import export
 from terdit_jax.model.transformer import forward, packed_operands
 from terdit_jax.parallel.mesh import make_mesh
 from tests.deployed import golden_weights, random_params, small_config, weights_of
-from tests.golden_models import assert_close, golden_arrays, nhwc
+from tests.golden_models import DIT, assert_close, golden_arrays, nhwc
 from tests.interpreted import interpreted_kernels
 
 FLOAT32 = Numerics("float32", "float32", "float32")
 # Relative error of what a network of two layers predicts, root mean square: 8-bit numbers have steps of 2^-4 to 2^-7.
 EIGHT_BITS = {
-    "float8_e4m3fn": (Numerics("float8_e4m3fn", "float8_e4m3fn", "float32"), 0.04),
+    "float8_e4m3fn": (Numerics("float8_e4m3fn", "float8_e4m3fn", "float32"), 0.05),
     "int8": (Numerics("int8", "int8", "int32"), 0.02),
 }
 VARIANTS = {
@@ -29,6 +29,9 @@ VARIANTS = {
     "grouped heads": {"num_kv_heads": 1},
     "sincos positions": {"positions": "rope_1d_sincos_2d"},
     "no norms": {"qk_norm": False, "adaln_rms_norm": False},
+    "Large-DiT": {"ternary": False},
+    "ternary DiT": DIT,
+    "DiT": {**DIT, "ternary": False},
 }
 
 
@@ -62,17 +65,20 @@ def test_it_is_the_same_function(variant, weights):
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
-def test_eight_bits_err_by_their_rounding(dtype):
+@pytest.mark.parametrize("family", [{}, DIT], ids=["large_dit", "dit"])
+def test_eight_bits_err_by_their_rounding(family, dtype):
     numerics, bound = EIGHT_BITS[dtype]
-    expected, actual = both(small_config(), numerics)
+    expected, actual = both(small_config(**family), numerics)
     assert 1e-4 < error(actual, expected) < bound
 
 
 @pytest.mark.parametrize(("weights", "operand"), [("packed", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn")])
-def test_kernels_make_the_same_function(monkeypatch, weights, operand):
+@pytest.mark.parametrize("family", [{"hidden_size": 256}, {**DIT, "hidden_size": 384}], ids=["large_dit", "dit"])
+def test_kernels_make_the_same_function(monkeypatch, family, weights, operand):
     """Hardly further from float32 than without them: few numbers, rounded elsewhere."""
-    widths = {"hidden_size": 256, "num_heads": 4, "ffn_multiple_of": 256}
-    config = small_config(**widths, depth=1, input_size=4, dtype="bfloat16", attention="xla")
+    config = small_config(
+        **family, num_heads=4, ffn_multiple_of=256, depth=1, input_size=4, dtype="bfloat16", attention="xla"
+    )
     numerics = Numerics(weights, operand, "bfloat16")
     plain = error(*both(config, numerics, batch=2)[::-1])
     with interpreted_kernels(monkeypatch):
@@ -94,7 +100,7 @@ def test_what_is_held():
     for weights, bits in (("packed", 2), ("float8_e4m3fn", 8), ("bfloat16", 16)):
         numerics = Numerics(weights, "bfloat16" if weights == "bfloat16" else "float8_e4m3fn", "float32")
         layers = inference_pass.make_inference_operands(config, numerics, operands)["layers"]
-        matrices = [layer[name] for layer in layers for name in ("qkv", "out", "w13", "down")]
+        matrices = [layer[name] for layer in layers for name in ("qkv", "out", "hidden", "down")]
         rows = 3 * config.hidden_size + config.hidden_size + 2 * config.mlp_width
         codes = config.depth * (rows * config.hidden_size + config.hidden_size * config.mlp_width)
         assert sum(matrix.nbytes for matrix in matrices) * 8 == bits * codes

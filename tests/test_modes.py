@@ -55,7 +55,7 @@ def test_auto_keeps_two_bits_where_sixteen_do_not_fit():
 
 def test_auto_is_the_forward_pass_of_training_where_modes_end():
     assert choose_numerics("auto", small_config(), single_device_mesh()) is None
-    assert choose_numerics("auto", wide_config(ternary=False), mesh_of(GPU)) is None
+    assert choose_numerics("auto", wide_config(ternary=False), mesh_of(GPU, fsdp=2)) is None
     assert choose_numerics("auto", wide_config(), mesh_of(GPU, fsdp=2)) is None
     assert choose_numerics("auto", wide_config(), mesh_of(GPU, data=2)) is not None
     assert choose_numerics("plain", wide_config(), mesh_of(GPU)) is None
@@ -66,10 +66,17 @@ def test_kernels_are_for_rows_that_they_can_cut():
     assert not choose_numerics("exact", narrow, mesh_of(GPU)).kernels
 
 
+def test_full_precision_is_exact_or_plain():
+    exact = choose_numerics("exact", wide_config(), mesh_of(GPU))
+    for mode in ("auto", "exact"):
+        assert choose_numerics(mode, wide_config(ternary=False), mesh_of(GPU)) == exact
+    for mode in ("fast", "small", "small_exact"):
+        with pytest.raises(UserError, match=f"mode {mode}: is of ternary models"):
+            choose_numerics(mode, small_config(ternary=False), single_device_mesh())
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("auto", "plain")])
-def test_modes_that_a_model_or_a_mesh_cannot_have(mode):
-    with pytest.raises(UserError, match=f"mode {mode}: is of ternary models"):
-        choose_numerics(mode, small_config(ternary=False), single_device_mesh())
+def test_modes_that_a_mesh_cannot_have(mode):
     cut = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(UserError, match=f"mode {mode}: needs whole matrices .* fsdp=2, tensor=2"):
         choose_numerics(mode, small_config(), cut)

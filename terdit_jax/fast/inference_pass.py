@@ -1,11 +1,13 @@
-"""The forward pass of a ternary model arranged for inference; equals `model.transformer.forward`.
+"""The forward pass arranged for inference; equals `model.transformer.forward`.
 
-One matmul makes q, k and v, one w1 x and w3 x, and the modulations of all layers are made before the first. Scales are
-applied after the sums. `xla_passes` or `hopper.forward` compute between matmuls, in the dtypes that `modes` chooses.
+One matmul makes q, k and v, one w1 x and w3 x (TerDiT), and the modulations of all layers are made before the first.
+Scales are applied after the sums. `xla_passes` or `hopper.forward` compute between matmuls, in the dtypes that `modes`
+chooses.
 """
 
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import jax
 from jax import Array
@@ -23,7 +25,9 @@ from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.embedders import condition, embed, final_layer, rope_table, unpatchify
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
+from terdit_jax.ternary.linear import FullLinear, PackedLinear
 
+NORMS: dict[str, xla_passes.Norm] = {"large_dit": "rms", "dit": "layer"}  # of a family's blocks
 SCHEDULE_BYTES = 2**30  # of device memory for the modulations of a whole sampling run
 
 
@@ -31,7 +35,7 @@ def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dic
     """Arranges operands for `inference_forward`.
 
     Args:
-      config: a ternary architecture.
+      config: the architecture.
       numerics: of the mode.
       operands: of `packed_operands(...)`, whole on each device.
 
@@ -47,41 +51,70 @@ def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dic
     )
     modulation_operands = {
         "linear": blocks["adaLN_modulation"],
-        "attention": {"norm": blocks["attention_norm"]["scale"], "alpha": blocks["attention"]["out"].alpha[:, 0]},
-        "ffn": {"norm": blocks["ffn_norm"]["scale"], "alpha": blocks["feed_forward"]["down"].alpha[:, 0]},
+        "attention": _site(blocks, "attention_norm", blocks["attention"], "out"),
+        "ffn": _site(blocks, "ffn_norm", blocks["feed_forward"], "down"),
     }
     rest = {name: value for name, value in operands.items() if name != "blocks"}
     return rest | {"modulation": modulation_operands, "layers": layers}
 
 
+def _site(blocks: dict, norm: str, branch: dict, last: str) -> dict:
+    """Of all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, where it has one."""
+    ones = jnp.ones(len(blocks["adaLN_modulation"]["bias"]), jnp.float32)
+    site = {
+        "norm": blocks[norm]["scale"] if norm in blocks else ones,
+        "alpha": ones if isinstance(branch[last], FullLinear) else branch[last].alpha[:, 0],
+    }
+    return site | ({"bias": branch[f"{last}_bias"][:, 0]} if f"{last}_bias" in branch else {})
+
+
 def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_forward: dict) -> dict:
+    """One layer's matrices, each (out, in), with the vectors of `_blocks`' passes."""
+    first = "up" if config.family == "dit" else "w13"
+    parts = {"out": attention["out"], first: feed_forward[first], "down": feed_forward["down"]}
+    weights = {name: _codes(linear).reshape(-1, _codes(linear).shape[-1]) for name, linear in parts.items()}
+    vectors: dict[str, Any] = {"alphas_hidden": _alphas(feed_forward[first])}
+    if config.family == "dit":
+        weights["qkv"] = _codes(attention["qkv"]).reshape(3 * config.hidden_size, -1)
+        vectors |= {
+            "alphas_qkv": _alphas(attention["qkv"]),
+            "bias_qkv": attention["qkv_bias"].ravel(),
+            "bias_hidden": feed_forward["up_bias"].ravel(),
+        }
+    else:
+        weights["qkv"], of_qkv = _rotary_qkv(config, numerics, attention)
+        vectors |= of_qkv
+    if numerics.weights != "packed":
+        weights = {n: expand(w, numerics.weights) if w.dtype == jnp.uint8 else w for n, w in weights.items()}
+    return {"hidden": weights.pop(first), **weights, **vectors}
+
+
+def _codes(linear: PackedLinear | FullLinear) -> Array:
+    return linear.weight if isinstance(linear, FullLinear) else linear.packed
+
+
+def _alphas(linear: PackedLinear | FullLinear) -> Array:
+    return jnp.ones(len(linear.weight), jnp.float32) if isinstance(linear, FullLinear) else linear.alpha
+
+
+def _rotary_qkv(config: DiTConfig, numerics: Numerics, attention: dict) -> tuple[Array, dict]:
+    """The matrix of q, k and v with features ordered for RoPE, and its alphas and norms."""
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     repeats = heads // kv_heads
     # Kernels take features as they are published, XLA turns pairs best that lie half a head apart.
     orders = [
         slice(None) if numerics.kernels else xla_passes.rotary_order(count, head_dim) for count in (heads, kv_heads)
     ]
-    packed, alpha = attention["qkv"].packed, attention["qkv"].alpha  # (repeats + 2, kv_width, in / 4)
+    codes, alpha = _codes(attention["qkv"]), _alphas(attention["qkv"])  # (repeats + 2, kv_width, in or in / 4)
     # Back to the published head order (kv head, repeat, head_dim).
-    q = packed[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
-    weights = {
-        "qkv": jnp.concatenate([q[orders[0]], packed[-2][orders[1]], packed[-1]]),
-        "out": attention["out"].packed[0],
-        "w13": feed_forward["w13"].packed.reshape(2 * config.mlp_width, -1),
-        "down": feed_forward["down"].packed[0],
-    }
-    if numerics.weights != "packed":
-        weights = {name: expand(leaf, numerics.weights) for name, leaf in weights.items()}
+    q = codes[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
     norms = None
     if config.qk_norm:
         named = zip(("q_norm", "k_norm"), orders, strict=True)
         norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in named)
     # Queries' parts share one alpha.
-    return weights | {
-        "alphas_qkv": alpha[jnp.array([0, -2, -1])],
-        "alphas_w13": feed_forward["w13"].alpha,
-        "norms": norms,
-    }
+    vectors = {"alphas_qkv": alpha[jnp.array([0, -2, -1])], "norms": norms}
+    return jnp.concatenate([q[orders[0]], codes[-2][orders[1]], codes[-1]]), vectors
 
 
 def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:
@@ -91,7 +124,7 @@ def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:
 
 
 def _make_vectors(operands: dict, m: Array) -> Array:
-    """Vectors for `xla_passes.add_norm_modulate` at each of its sites, (2 L, 3, R, D) float32, from modulations.
+    """Vectors for `xla_passes.add_norm_modulate` at each of its sites, (2 L, 3 or 4, R, D) float32, from modulations.
 
     Site 2 l leads from attention to feed-forward, site 2 l + 1 from there to the next layer's attention; after the
     last layer gain and shift are the first one's, which its start needs.
@@ -102,9 +135,12 @@ def _make_vectors(operands: dict, m: Array) -> Array:
         {name: leaf.reshape(len(m), 1, -1) for name, leaf in operands["modulation"][site].items()}
         for site in ("attention", "ffn")
     )
-    to_ffn = (gate * attention["alpha"], ffn["norm"] * (1 + ffn_scale), ffn_shift)
+    to_ffn = [gate * attention["alpha"], ffn["norm"] * (1 + ffn_scale), ffn_shift]
     following = (jnp.roll(a, -1, axis=0) for a in (attention["norm"] * (1 + scale), shift))
-    to_attention = (ffn_gate * ffn["alpha"], *following)
+    to_attention = [ffn_gate * ffn["alpha"], *following]
+    if "bias" in attention:
+        to_ffn.append(gate * attention["bias"])
+        to_attention.append(ffn_gate * ffn["bias"])
     vectors = jnp.stack([jnp.stack(to_ffn, axis=1), jnp.stack(to_attention, axis=1)], axis=1)
     return vectors.reshape(-1, *vectors.shape[2:])
 
@@ -165,7 +201,7 @@ def inference_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t:
       m: (L, B, 6, D) of `modulations`.
 
     Returns:
-      (B, H, W, 2C) float32: eps, then the variance interpolation v.
+      (B, H, W, out_channels) float32, as of `forward`.
     """
     compute = partial(_blocks, config, numerics)
     mesh = jax.sharding.get_abstract_mesh()
@@ -179,32 +215,46 @@ def inference_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t:
 
 def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
     matmul_dtype = numerics.matmul_dtype
-    passes = _passes(numerics)
-    rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
+    passes, norm = _passes(numerics), NORMS[config.family]
     vectors = _make_vectors(operands, m)
     x = embed(config, operands["x_embedder"], x_t)
-    h, scale = xla_passes.quantize(xla_passes.norm_modulate(x, vectors[-1, 1], vectors[-1, 2]), matmul_dtype)
+    h, scale = xla_passes.quantize(xla_passes.norm_modulate(x, vectors[-1, 1], vectors[-1, 2], norm), matmul_dtype)
     for index, layer in enumerate(operands["layers"]):
-        y = _multiply(numerics, h, layer["qkv"])
-        q, k, v = passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
+        q, k, v = _queries_keys_values(config, numerics, _multiply(numerics, h, layer["qkv"]), scale, layer)
         h = jax.nn.dot_product_attention(q, k, v, implementation=numerics.attention).reshape(x.shape)
         h, scale = _quantized(numerics, h)
         y = _multiply(numerics, h, layer["out"])
-        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), matmul_dtype)
-        h, scale = _gated(numerics, h, scale, layer)
+        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), matmul_dtype, norm)
+        h, scale = _hidden(config, numerics, h, scale, layer)
         y = _multiply(numerics, h, layer["down"])
-        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), matmul_dtype)
+        x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index + 1), matmul_dtype, norm)
     return unpatchify(final_layer(operands["final_layer"], x, c), config.grid_size, config.patch_size)
 
 
-def _gated(numerics: Numerics, h: Array, scale: Array | None, layer: dict) -> tuple[Array, Array | None]:
+def _queries_keys_values(
+    config: DiTConfig, numerics: Numerics, y: Array, scale: Array | None, layer: dict
+) -> tuple[Array, Array, Array]:
+    """From products y (B, T, D + 2 kv_width) and their scale (B, T) or None, (B, T, heads, head_dim) each."""
+    if config.family == "dit":
+        return xla_passes.split_heads(y, scale, layer["alphas_qkv"], layer["bias_qkv"], config.num_heads)
+    rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
+    passes = _passes(numerics)
+    return passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
+
+
+def _hidden(
+    config: DiTConfig, numerics: Numerics, h: Array, scale: Array | None, layer: dict
+) -> tuple[Array, Array | None]:
     """The feed-forward up to its last matmul: h (B, T, D) and its scale (B, T) or None -> (B, T, F) and its scale."""
-    (B, T, D), weight, alphas = h.shape, _unpacked(numerics, layer["w13"]), layer["alphas_w13"]
+    (B, T, D), weight, alphas = h.shape, _unpacked(numerics, layer["hidden"]), layer["alphas_hidden"]
+    passes, dtype = _passes(numerics), numerics.matmul_dtype
+    if config.family == "dit":
+        return passes.gelu(_multiply(numerics, h, weight), scale, alphas, layer["bias_hidden"], dtype)
     if numerics.kernels and swiglu_matmul.pays(B * T, D, len(weight) // 2):
         scale = None if scale is None else scale.reshape(B * T)
         h = swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), scale, weight, alphas)
         return _quantized(numerics, h.reshape(B, T, -1))
-    return _passes(numerics).swiglu(_multiply(numerics, h, weight), scale, alphas, numerics.matmul_dtype)
+    return passes.swiglu(_multiply(numerics, h, weight), scale, alphas, dtype)
 
 
 def _quantized(numerics: Numerics, h: Array) -> tuple[Array, Array | None]:

@@ -46,7 +46,7 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
     """The dtypes of a mode on the mesh's devices, or None for the forward pass of training over packed codes.
 
     That one is what `auto` takes on CPUs, where it equals quantisation-aware training bit for bit, and wherever the
-    matrices are full precision or cut over the mesh.
+    matrices are cut over the mesh.
 
     Args:
       mode: of MODES.
@@ -63,13 +63,11 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
     if mode == "plain":
         return None
     if mode == "auto":
-        if not config.ternary or cut or device.platform == "cpu" or config.family == "dit":
+        if cut or device.platform == "cpu":
             return None
-        mode = "exact" if _fits(config, device) else "small_exact"
-    if not config.ternary:
-        raise UserError(f"mode {mode}: is of ternary models, and this one is full precision; give auto")
-    if config.family == "dit":
-        raise UserError(f"mode {mode}: is of TerDiT's blocks, and this model has DiT's; give auto")
+        mode = "exact" if not config.ternary or _fits(config, device) else "small_exact"
+    if not config.ternary and mode != "exact":
+        raise UserError(f"mode {mode}: is of ternary models, and this one is full precision; give auto or exact")
     if cut:
         raise UserError(f"mode {mode}: needs whole matrices on each device, mesh {', '.join(cut)} cuts them; give auto")
     eight = _eight_bit_dtype(device)
@@ -106,7 +104,7 @@ def _eight_bit_dtype(device: jax.Device) -> str:
 def _has_kernels(config: DiTConfig, device: jax.Device) -> bool:
     if not warpgroup.run_on(device) or config.activation_dtype != jnp.bfloat16:
         return False
-    return warpgroup.supports(config.hidden_size, config.kv_width, config.mlp_width)
+    return warpgroup.supports(config.hidden_size, config.kv_width, config.mlp_width, pairs=config.family != "dit")
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, ...]:
