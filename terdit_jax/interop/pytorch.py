@@ -1,19 +1,22 @@
-"""TerDiT and Large-DiT for PyTorch in one file that imports only torch: the network, its loader and its sampler.
+"""TerDiT, Large-DiT, DiT and SiT for PyTorch in one file that imports only torch: networks, loader and samplers.
 
 Copy it wherever it is needed. Training, other samplers and autoencoders are left to others.
 
     model = load("digits.safetensors", device="cuda")
     images = to_images(sample(model, labels=range(10)), model.description["latent_scale"])
 
-Sources: TerDiT (arXiv 2405.14854), DiT (arXiv 2212.09748), RoFormer (arXiv 2104.09864), DDPM (arXiv 2006.11239), DDIM
-(arXiv 2010.02502), learned variances (arXiv 2102.09672), classifier-free guidance (arXiv 2207.12598).
+Sources: TerDiT (arXiv 2405.14854), DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), RoFormer (arXiv 2104.09864), DDPM
+(arXiv 2006.11239), DDIM (arXiv 2010.02502), learned variances (arXiv 2102.09672), classifier-free guidance (arXiv
+2207.12598), shifted noise levels (arXiv 2403.03206).
 """
 
 import argparse
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 import contextlib
 from functools import partial
 import hashlib
+from itertools import pairwise
 import json
 import math
 import mmap
@@ -31,16 +34,16 @@ __all__ = ["TerDiT", "load", "sample", "to_images"]
 
 _INTEGERS = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads",
              "ffn_multiple_of", "num_classes")  # fmt: skip
-_FLAGS = ("ternary", "qk_norm", "adaln_rms_norm")
+_FLAGS = ("ternary", "qk_norm", "adaln_rms_norm", "learn_sigma")
 _OF_TRAINING = ("class_dropout_prob", "alpha_init")  # described, but of no consequence here
-_ADDED = {"family": "large_dit", "learn_sigma": True}  # fields that older files lack, and what they then are
-_POSITIONS = ("rope_1d", "rope_1d_sincos_2d")
+_ADDED: dict[str, Any] = {"family": "large_dit", "learn_sigma": True}  # what older files without these fields are
+_POSITIONS = {"large_dit": ("rope_1d", "rope_1d_sincos_2d"), "dit": ("sincos_2d",)}  # of each family
 _MAX_TOKENS, _MAX_FIELD = 2**16, 2**20  # a description is not to be trusted with our memory
 _SHIFTS = (6, 4, 2, 0)  # the first quarter of a weight's rows lies in the highest bits of its planes
 
 
 class TerDiT(nn.Module):
-    """A ternary diffusion transformer, or Large-DiT, its full-precision twin, where `fields["ternary"]` is off.
+    """A diffusion transformer: TerDiT or Large-DiT (`family` "large_dit"), DiT or SiT ("dit"), each ternary or not.
 
     Its parameters and buffers have the names of the published checkpoints, whose state dicts load as they are. A fresh
     one's weights mean nothing. It is for inference: rounding has no gradient, and packed weights cannot move.
@@ -51,15 +54,19 @@ class TerDiT(nn.Module):
     frequencies: Tensor
     rope: Tensor
     positions: Tensor
+    pos_embed: Tensor
+    blocks: nn.ModuleList
+    layers: nn.ModuleList
 
     def __init__(self, fields: Mapping, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True):
         """Args:
           fields: ternary, input_size, in_channels, patch_size, hidden_size, depth, num_heads, num_kv_heads,
-            ffn_multiple_of, num_classes, qk_norm, positions ("rope_1d" or "rope_1d_sincos_2d"), adaln_rms_norm.
+            ffn_multiple_of, num_classes, qk_norm, positions ("rope_1d", "rope_1d_sincos_2d"; in DiT "sincos_2d"),
+            adaln_rms_norm, and, or they are "large_dit" and True, family and learn_sigma.
           dtype: torch.float32 or torch.bfloat16, of the blocks' activations and matmuls. Norms, the condition and the
             output are float32 in both.
-          packed: keep the blocks' weights as they are stored (2-bit planes; float32 in Large-DiT) and turn them into
-            `dtype` at each use; otherwise do so once, when a state dict is loaded.
+          packed: keep the blocks' weights as they are stored (2-bit planes; float32 in full precision) and turn them
+            into `dtype` at each use; otherwise do so once, when a state dict is loaded.
 
         Raises:
           ValueError: fields or a dtype that make no model.
@@ -67,68 +74,80 @@ class TerDiT(nn.Module):
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}: give torch.float32 or torch.bfloat16")
+        fields = _ADDED | dict(fields)
         _check_fields(fields)
-        self.fields, self.dtype, self.packed = dict(fields), dtype, packed
+        self.fields, self.dtype, self.packed = fields, dtype, packed
         self.description: dict | None = None
         channels, patch, width = fields["in_channels"], fields["patch_size"], fields["hidden_size"]
-        condition = min(width, 1024)
-        self.x_embedder = _RoundedLinear(patch**2 * channels, width, dtype)
+        condition, is_dit = _condition_width(fields), fields["family"] == "dit"
+        patches = _RoundedLinear(patch**2 * channels, width, dtype)
+        if is_dit:  # a convolution there
+            patches.weight = nn.Parameter(patches.weight.detach().unflatten(1, (channels, patch, patch)))
+            self.register_buffer("pos_embed", _sincos_2d(fields, torch.get_default_device()))
+        self.x_embedder = nn.Sequential(OrderedDict(proj=patches)) if is_dit else patches
         mlp = nn.Sequential(nn.Linear(256, condition), nn.SiLU(), nn.Linear(condition, condition))
         # One row a class, and the last for the null class that guidance subtracts.
         table = nn.Embedding(fields["num_classes"] + 1, condition)
         self.t_embedder, self.y_embedder = nn.ModuleDict({"mlp": mlp}), nn.ModuleDict({"embedding_table": table})
-        self.layers = nn.ModuleList(_Block(fields, dtype, packed) for _ in range(fields["depth"]))
+        blocks = nn.ModuleList(_Block(fields, dtype, packed) for _ in range(fields["depth"]))
+        setattr(self, "blocks" if is_dit else "layers", blocks)
         head = {
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(condition, 2 * width)),
-            "linear": _RoundedLinear(width, patch**2 * 2 * channels, dtype),
+            "linear": _RoundedLinear(width, patch**2 * channels * (1 + fields["learn_sigma"]), dtype),
         }
         self.final_layer = nn.ModuleDict(head)
         self._make_tables(torch.get_default_device())
 
     def _make_tables(self, device: torch.device | str) -> None:
-        """Fixed tables, worked out in float64: frequencies of the timestep, angles of RoPE, absolute positions."""
-        fields = self.fields
-        home = "meta" if torch.device(device).type == "meta" else "cpu"  # where unchecked fields cost no memory
-        width, head_dim = fields["hidden_size"], fields["hidden_size"] // fields["num_heads"]
-        grid = fields["input_size"] // fields["patch_size"]
-        place = torch.arange(grid**2, dtype=torch.float64, device=home)
-        angles = torch.outer(place, _falling(head_dim // 2, home))
-        tables = {"frequencies": _falling(128, home), "rope": torch.stack([angles.cos(), angles.sin()])[:, :, None]}
+        """Fixed tables that no file holds: frequencies of the timestep, angles of RoPE, absolute positions."""
+        fields, home = self.fields, _home(device)
+        tables = {"frequencies": _falling(128, home)}
+        if fields["family"] == "large_dit":
+            place = torch.arange((fields["input_size"] // fields["patch_size"]) ** 2, dtype=torch.float64, device=home)
+            angles = torch.outer(place, _falling(fields["hidden_size"] // fields["num_heads"] // 2, home))
+            tables["rope"] = torch.stack([angles.cos(), angles.sin()])[:, :, None]
         if fields["positions"] == "rope_1d_sincos_2d":
-            column, row = (torch.outer(axis, _falling(width // 4, home)) for axis in (place % grid, place // grid))
-            tables["positions"] = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
+            tables["positions"] = _sincos_2d(fields, device)[0]
         for name, table in tables.items():
             self.register_buffer(name, table.to(device, torch.float32), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predicts the noise in x and the interpolation of the variance.
+        """Predicts the noise in x and the interpolation of the variance, or the velocity of a flow.
 
         Args:
           x: (B, C, H, W) float noisy latents, or pixels.
-          t: (B,) timesteps in [0, 1000).
+          t: (B,) timesteps in [0, 1000); of a flow floats from 0, noise, to 1, data.
           y: (B,) int64 classes; num_classes is the null class.
 
         Returns:
-          (B, 2C, H, W) float32: the noise, then the interpolation.
+          (B, 2C, H, W) float32: the noise or velocity, then the interpolation; without `learn_sigma` the first C alone.
         """
-        patch, grid = self.fields["patch_size"], self.fields["input_size"] // self.fields["patch_size"]
+        is_dit, patch = self.fields["family"] == "dit", self.fields["patch_size"]
+        grid = self.fields["input_size"] // patch
         x = x.unflatten(3, (grid, patch)).unflatten(2, (grid, patch))  # (B, C, g, p, g, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C p p)
         x = self.x_embedder(x)
-        if self.fields["positions"] == "rope_1d_sincos_2d":
-            x = x + self.positions
+        if self.fields["positions"] != "rope_1d":
+            x = x + (self.pos_embed if is_dit else self.positions)
         x = x.to(self.dtype)
         angles = t.float()[:, None] * self.frequencies
         c = self.t_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], 1))
         c = c + self.y_embedder["embedding_table"](y)  # (B, C') float32: every modulation depends on it
-        for layer in self.layers:
-            x = layer(x, c, self.rope)
+        for block in self.blocks if is_dit else self.layers:
+            x = block(x, c, None if is_dit else self.rope)
         shift, scale = self.final_layer["adaLN_modulation"](c)[:, None].chunk(2, -1)
         # Rounded to `dtype`, as the norms of the blocks are, before it is modulated in float32.
         x = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(self.dtype).float() * (1 + scale) + shift
         x = self.final_layer["linear"](x)
-        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))  # (B, g, g, p, p, 2C)
+        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))  # (B, g, g, p, p, C or 2C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+# The two norms and what they feed, by family: each is a module of that name, as published.
+_PARTS = {
+    "large_dit": ("attention_norm", "attention", "ffn_norm", "feed_forward"),
+    "dit": ("norm1", "attn", "norm2", "mlp"),
+}
 
 
 class _Block(nn.Module):
@@ -136,38 +155,59 @@ class _Block(nn.Module):
 
     def __init__(self, fields: Mapping, dtype: torch.dtype, packed: bool):
         super().__init__()
-        width = fields["hidden_size"]
+        width, is_dit = fields["hidden_size"], fields["family"] == "dit"
         linear = partial(_BlockLinear, fields["ternary"], dtype, packed)
-        self.attention = _Attention(fields, linear)
-        mlp = _mlp_width(fields)
-        maps = {"w1": linear(width, mlp), "w2": linear(mlp, width), "w3": linear(width, mlp)}
-        self.feed_forward = nn.ModuleDict(maps)
-        self.attention_norm, self.ffn_norm = _RMSNorm(width, eps=1e-5), _RMSNorm(width, eps=1e-5)
-        adaln = [nn.SiLU(), linear(min(width, 1024), 6 * width, bias=True)]
+        self.parts = _PARTS[fields["family"]]
+        first_norm, attention, second_norm, feed_forward = self.parts
+        self.add_module(attention, (_JointAttention if is_dit else _Attention)(fields, linear))
+        self.add_module(feed_forward, (_GELU if is_dit else _SwiGLU)(fields, linear))
+        for name in (first_norm, second_norm):
+            norm = _LayerNorm(width, eps=1e-6, elementwise_affine=False) if is_dit else _RMSNorm(width, eps=1e-5)
+            self.add_module(name, norm)
+        adaln = [nn.SiLU(), linear(_condition_width(fields), 6 * width, bias=True)]
         if fields["ternary"] and fields["adaln_rms_norm"]:
             adaln.append(_RMSNorm(6 * width, eps=1e-5))
         self.adaLN_modulation = nn.Sequential(*adaln)
 
-    def forward(self, x: Tensor, c: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor | None) -> Tensor:
         """Maps x (B, T, D) and the condition c (B, C'), float32, to (B, T, D)."""
+        first_norm, attention, second_norm, feed_forward = [getattr(self, name) for name in self.parts]
         modulation = self.adaLN_modulation(c).to(x.dtype)[:, None].chunk(6, -1)
         shift, scale, gate = modulation[:3]
-        x = x + gate * self.attention(self.attention_norm(x) * (1 + scale) + shift, rope)
+        x = x + gate * attention(first_norm(x) * (1 + scale) + shift, rope)
         shift, scale, gate = modulation[3:]
-        hidden, w = self.ffn_norm(x) * (1 + scale) + shift, self.feed_forward
-        return x + gate * w["w2"](F.silu(w["w1"](hidden)) * w["w3"](hidden))  # SwiGLU
+        return x + gate * feed_forward(second_norm(x) * (1 + scale) + shift)
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, fields: Mapping, linear: Callable[..., nn.Module]):
+        super().__init__()
+        width, mlp = fields["hidden_size"], _mlp_width(fields)
+        self.w1, self.w2, self.w3 = linear(width, mlp), linear(mlp, width), linear(width, mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class _GELU(nn.Module):
+    def __init__(self, fields: Mapping, linear: Callable[..., nn.Module]):
+        super().__init__()
+        width, mlp = fields["hidden_size"], _mlp_width(fields)
+        self.fc1, self.fc2 = linear(width, mlp, bias=True), linear(mlp, width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x).to(x.dtype), approximate="tanh")).to(x.dtype)
 
 
 class _Attention(nn.Module):
     """Attention over all tokens; optional norms over the whole of q and k, RoPE over the token's index, grouped kv."""
 
-    def __init__(self, fields: Mapping, linear: Callable[[int, int], nn.Module]):
+    def __init__(self, fields: Mapping, linear: Callable[..., nn.Module]):
         super().__init__()
         width, self.head_dim = fields["hidden_size"], fields["hidden_size"] // fields["num_heads"]
         kv_width = fields["num_kv_heads"] * self.head_dim
         self.wq, self.wk, self.wv = linear(width, width), linear(width, kv_width), linear(width, kv_width)
         self.wo = linear(width, width)
-        self.grouped = kv_width < width
         self.q_norm = _LayerNorm(width, eps=1e-5) if fields["qk_norm"] else nn.Identity()
         self.k_norm = _LayerNorm(kv_width, eps=1e-5) if fields["qk_norm"] else nn.Identity()
 
@@ -175,15 +215,39 @@ class _Attention(nn.Module):
         """Maps x (B, T, D) to (B, T, D); rope is (2, T, 1, head_dim / 2)."""
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (a.unflatten(2, (-1, self.head_dim)) for a in (q, k, v))  # (B, T, heads, head_dim)
-        q, k, v = (a.transpose(1, 2) for a in (_rotate(q, rope), _rotate(k, rope), v))
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return self.wo(_attend(_rotate(q, rope), _rotate(k, rope), v))
+
+
+class _JointAttention(nn.Module):
+    """DiT's attention: q, k and v are three matrices, one under the other in one tensor, with biases."""
+
+    def __init__(self, fields: Mapping, linear: Callable[..., nn.Module]):
+        super().__init__()
+        width, self.heads = fields["hidden_size"], fields["num_heads"]
+        self.qkv, self.proj = linear(width, 3 * width, bias=True, matrices=3), linear(width, width, bias=True)
+
+    def forward(self, x: Tensor, rope: None) -> Tensor:
+        """Maps x (B, T, D) to (B, T, D)."""
+        q, k, v = self.qkv(x).to(x.dtype).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return self.proj(_attend(q, k, v)).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q (B, T, heads, head_dim) over k and v, which may have fewer heads, to (B, T, D)."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2).flatten(2)
 
 
 class _BlockLinear(nn.Module):
-    """A linear map of a block: weight (out, in), or (out / 4, in) uint8 planes and alphas (1,) float32 if ternary."""
+    """A linear map of a block: weight (out, in), or (out / 4, in) uint8 planes and alphas (matrices,) if ternary.
 
-    def __init__(self, ternary: bool, dtype: torch.dtype, packed: bool, width_in: int, width_out: int, bias=False):
+    The weight may be several matrices of one size, one under the other, each with a scale of its own.
+    """
+
+    def __init__(
+        self, ternary: bool, dtype: torch.dtype, packed: bool, width_in: int, width_out: int, bias=False, matrices=1
+    ):
         super().__init__()
         self.dtype, self.packed = dtype, packed
         if ternary and packed:
@@ -192,7 +256,7 @@ class _BlockLinear(nn.Module):
             self.register_buffer("weight", torch.zeros(width_out, width_in, dtype=dtype))
         else:
             self.weight = nn.Parameter(torch.zeros(width_out, width_in, dtype=torch.float32 if packed else dtype))
-        self.alphas = nn.Parameter(torch.ones(1)) if ternary else None
+        self.alphas = nn.Parameter(torch.ones(matrices)) if ternary else None
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -206,7 +270,8 @@ class _BlockLinear(nn.Module):
         y = F.linear(x.to(self.dtype), _unpacked(self.weight, self.dtype))
         if self.alphas is not None:
             # Codes are exact in every float dtype; scaled in float32 after the sum, only activations round.
-            y = (y.float() * self.alphas).to(self.dtype)
+            scaled = y.float().unflatten(-1, (len(self.alphas), -1)) * self.alphas[:, None]
+            y = scaled.flatten(-2).to(self.dtype)
         return y if self.bias is None else y.float() + self.bias
 
 
@@ -229,7 +294,7 @@ class _RoundedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounds x and the weight to a dtype; sums their products, and returns them, in float32."""
-        x, weight = (a.to(self.rounded_to).float() for a in (x, self.weight))
+        x, weight = (a.to(self.rounded_to).float() for a in (x, self.weight.flatten(1)))
         return F.linear(x, weight, self.bias)
 
 
@@ -240,12 +305,31 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(3).to(x.dtype)
 
 
+def _home(device: torch.device | str) -> str:
+    """Where tables are worked out in float64: on the CPU, or nowhere, where unchecked fields cost no memory."""
+    return "meta" if torch.device(device).type == "meta" else "cpu"
+
+
+def _sincos_2d(fields: Mapping, device: torch.device | str) -> Tensor:
+    """Absolute positions, (1, T, D) float32: a quarter each of sin and cos of the column, then of the row."""
+    grid, home = fields["input_size"] // fields["patch_size"], _home(device)
+    place, falling = torch.arange(grid**2, dtype=torch.float64, device=home), _falling(fields["hidden_size"] // 4, home)
+    column, row = (torch.outer(axis, falling) for axis in (place % grid, place // grid))
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)[None].to(device, torch.float32)
+
+
 def _falling(count: int, device: str) -> Tensor:
     """Frequencies 1e4^(-i / count), (count,) float64."""
     return 1e4 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
 
 
+def _condition_width(fields: Mapping) -> int:
+    return fields["hidden_size"] if fields["family"] == "dit" else min(fields["hidden_size"], 1024)
+
+
 def _mlp_width(fields: Mapping) -> int:
+    if fields["family"] == "dit":
+        return 4 * fields["hidden_size"]
     multiple = fields["ffn_multiple_of"]
     return math.ceil(int(8 * fields["hidden_size"] / 3) / multiple) * multiple
 
@@ -257,20 +341,20 @@ def _unpacked(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([(weight >> shift & 3).to(dtype) - 1 for shift in _SHIFTS])
 
 
-def _ternary_planes(weight: Tensor) -> Tensor:
-    """Master weights (out, in) -> (out / 4, in) planes of clip(round(W / (mean|W| + 1e-6)), -1, 1), half to even."""
-    weight = weight.float()
-    codes = (weight / (weight.abs().mean() + 1e-6)).round_().clamp_(-1, 1).add_(1).to(torch.uint8)
+def _ternary_planes(weight: Tensor, matrices: int = 1) -> Tensor:
+    """Master weights (out, in) -> (out / 4, in) planes of clip(round(W / (mean|W| + 1e-6)), -1, 1), half to even.
+
+    The rows may be those of several matrices of one size, each with a mean of its own.
+    """
+    parts = [part / (part.abs().mean() + 1e-6) for part in weight.float().chunk(matrices)]
+    codes = torch.cat(parts).round_().clamp_(-1, 1).add_(1).to(torch.uint8)
     planes = [quarter << shift for quarter, shift in zip(codes.chunk(4), _SHIFTS, strict=True)]
     return planes[0] | planes[1] | planes[2] | planes[3]
 
 
 def _check_fields(fields: Mapping) -> None:
-    needed = {*_INTEGERS, *_FLAGS, "positions"}
-    for name, value in _ADDED.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"the model's field {name}={fields[name]!r}: this module takes {value!r} alone")
-    if wrong := sorted(needed ^ (fields.keys() - {*_OF_TRAINING, *_ADDED})):
+    needed = {*_INTEGERS, *_FLAGS, "family", "positions"}
+    if wrong := sorted(needed ^ (fields.keys() - {*_OF_TRAINING})):
         raise ValueError(f"the model's field {wrong[0]!r} is {'missing' if wrong[0] in needed else 'unknown'}")
     for name in _INTEGERS:
         if type(fields[name]) is not int or not 0 < fields[name] <= _MAX_FIELD:
@@ -278,31 +362,45 @@ def _check_fields(fields: Mapping) -> None:
     for name in _FLAGS:
         if type(fields[name]) is not bool:
             raise ValueError(f"the model's field {name}={fields[name]!r}: must be true or false")
-    if fields["positions"] not in _POSITIONS:
-        raise ValueError(f"the model's field positions={fields['positions']!r}: choose one of {', '.join(_POSITIONS)}")
+    if fields["family"] not in (*_POSITIONS,):
+        raise ValueError(f"the model's field family={fields['family']!r}: choose one of {', '.join(_POSITIONS)}")
+    choices = _POSITIONS[fields["family"]]
+    if fields["positions"] not in choices:
+        raise ValueError(f"the model's field positions={fields['positions']!r}: choose one of {', '.join(choices)}")
     size, patch, width = fields["input_size"], fields["patch_size"], fields["hidden_size"]
-    heads, kv_heads = fields["num_heads"], fields["num_kv_heads"]
+    heads, kv_heads, is_dit = fields["num_heads"], fields["num_kv_heads"], fields["family"] == "dit"
+    if is_dit and (fields["qk_norm"] or heads != kv_heads):
+        raise ValueError("the family 'dit' has no qk_norm, and as many num_kv_heads as num_heads")
     if size % patch or (size // patch) ** 2 > _MAX_TOKENS:
         raise ValueError(f"patches of {patch} do not cut {size} x {size} into at most {_MAX_TOKENS} tokens")
-    if width % (2 * heads) or width % 4 or heads % kv_heads:
+    if width % (heads if is_dit else 2 * heads) or width % 4 or heads % kv_heads:
         raise ValueError(f"hidden_size={width}, num_heads={heads}, num_kv_heads={kv_heads} do not divide into heads")
     if fields["ternary"] and (_mlp_width(fields) % 4 or width // heads * kv_heads % 4):
         raise ValueError("the widths of k, v and the feed-forward must be multiples of 4 to be packed")
 
 
 def load(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, packed: bool = True
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    packed: bool = True,
+    num_heads: int | None = None,
+    objective: str | None = None,
 ) -> TerDiT:
     """Reads a model, checking every byte that has a checksum and every name, shape and value.
 
     Args:
       path: an artifact (.safetensors); a plain safetensors export with its description; a PyTorch export or published
-        checkpoint, as a directory or as one .pth file beside its model_args.pth. A directory's averaged weights come
-        before the others, and ternary files before full precision. Nothing in a file is ever run.
+        checkpoint, as a directory or as one .pth file beside its model_args.pth; a published checkpoint of DiT or SiT,
+        or one of their training, as one .pt file. Averaged weights come before the others, and in a directory ternary
+        files before full precision. Nothing in a file is ever run.
       device: where the model goes.
       dtype: as for `TerDiT`.
       packed: as for `TerDiT`. Then `state_dict()` is, bit for bit, the float32 and uint8 tensors of the file. Float
         weights of a ternary map are master weights: they are ternarised by the absmean rule in either mode.
+      num_heads: attention heads of a DiT or SiT file that has none of the published widths and depths.
+      objective: "ddpm" or "flow", of a DiT or SiT file whose name starts with neither "DiT" nor "SiT".
 
     Returns:
       The model in eval mode, without gradients.
@@ -313,18 +411,29 @@ def load(
     """
     path = Path(os.path.expanduser(path))
     try:
-        tensors, fields, description = _read(path)
-        depth = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+        tensors, fields, description = _read(path, num_heads, objective)
+        depth = _depth(tensors)
         if depth != fields.get("depth"):  # before anything is built by the description alone
             raise ValueError(f"has {depth} layers, its description says {fields.get('depth')}")
         with torch.device("meta"):
             model, published = TerDiT(fields, dtype=dtype, packed=packed), TerDiT(fields).state_dict()
-        model.load_state_dict(_fitting(tensors, published, device), assign=True)
+        fitting = _fitting(tensors, published, device)
+        if "pos_embed" in published and not _is_near(tensors["pos_embed"], _sincos_2d(model.fields, "cpu")):
+            raise ValueError("tensor 'pos_embed' is not the fixed table of 2-D positions that this model has")
+        model.load_state_dict(fitting, assign=True)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     model._make_tables(device)
     model.description = description
     return model.requires_grad_(False).eval()
+
+
+def _depth(tensors: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(("layers.", "blocks."))})
+
+
+def _is_near(tensor: Tensor, table: Tensor) -> bool:
+    return torch.allclose(tensor.float(), table, rtol=0, atol=1e-6)
 
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -352,21 +461,42 @@ def _fitting(tensors: Mapping[str, Tensor], published: Mapping[str, Tensor], dev
             raise ValueError(f"tensor {name!r} holds the 2-bit code 11, which stands for no ternary value")
         if not planes and not tensor.abs().max() <= _LARGEST:
             raise ValueError(f"tensor {name!r} holds values that are not finite, or beyond 2**40")
-        tensor = _ternary_planes(tensor) if ternary and not planes else tensor.detach()
+        if ternary and not planes:
+            tensor = _ternary_planes(tensor, len(published[name.removesuffix("weight") + "alphas"]))
+        tensor = tensor.detach()
         fitting[name] = tensor.to(device, target.dtype, copy=True)  # never a view of the mapped file
     return fitting
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict, dict | None]:
-    """Reads (tensors, fields, description) of any kind of file; a published checkpoint has no description."""
+_Contents = tuple[dict[str, Tensor], dict, dict | None]  # tensors, fields, description
+
+
+def _read(path: Path, num_heads: int | None = None, objective: str | None = None) -> _Contents:
+    """Reads any kind of file; a published TerDiT has no description, a published DiT or SiT one of its objective."""
     try:
-        if path.is_dir():
-            return _read_torch(path)
-        with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                return _read_torch(path)
-            return _read_safetensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        is_torch = path.is_dir()
+        if not is_torch:
+            with open(path, "rb") as file:
+                is_torch = file.read(4) == b"PK\x03\x04"
+                if not is_torch:
+                    contents: _Contents = _read_safetensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        if is_torch:
+            weights, tensors = _state_dict(path)
+            if path.is_file() and "x_embedder.proj.weight" in tensors and not (path.parent / _ARGS).exists():
+                return _describe_bare(path.name, tensors, num_heads, objective)
+            contents = _describe_args(weights, tensors)
+        if num_heads is not None or objective is not None:
+            raise ValueError("says itself what it is: num_heads and objective are for bare files of DiT and SiT")
+        return contents
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+    ) as error:
         raise ValueError(f"its header or description is malformed: {type(error).__name__} {error}") from error
 
 
@@ -430,6 +560,7 @@ def _tensor(name: str, entry: dict, stored: memoryview | bytearray) -> Tensor:
     return torch.frombuffer(stored, dtype=_DTYPES[dtype]).reshape(shape)
 
 
+_ARGS = "model_args.pth"
 _PREFERENCE = ("consolidated_ema_ternary", "consolidated_ema", "consolidated_ternary", "consolidated")
 _PUBLISHED = {  # width, layers, heads
     "DiT_Llama_600M_patch2": (1536, 16, 32),
@@ -438,19 +569,33 @@ _PUBLISHED = {  # width, layers, heads
 }
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict, dict | None]:
-    """An export or a published checkpoint: a state dict beside its model_args.pth."""
+_DIT_HEADS = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # by layers and width: S, B, L, XL
+_OBJECTIVES = {"DiT": "ddpm", "SiT": "flow"}  # by the start of a file's name
+
+
+def _state_dict(path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file of weights that a path means, and its tensors, of a training checkpoint the averaged ones."""
     files = [path / f"{stem}.00-of-01.pth" for stem in _PREFERENCE] if path.is_dir() else [path]
     weights = next((file for file in files if file.exists()), None)
     if weights is None:
         raise ValueError(f"holds none of {', '.join(file.name for file in files)}")
-    if not (weights.parent / "model_args.pth").exists():
-        raise ValueError("there is no model_args.pth beside the weights")
-    args, tensors = _torch_load(weights.parent / "model_args.pth"), _torch_load(weights)
-    if not isinstance(args, argparse.Namespace):
-        raise ValueError(f"model_args.pth holds a {type(args).__name__}, not an argparse.Namespace")
+    if path.is_dir() and not (path / _ARGS).exists():
+        raise ValueError(f"there is no {_ARGS} beside the weights")
+    tensors = _torch_load(weights)
+    if isinstance(tensors, dict):
+        tensors = next((tensors[key] for key in ("ema", "model") if isinstance(tensors.get(key), dict)), tensors)
     if not isinstance(tensors, dict) or not all(_is_plain(*item) for item in tensors.items()):
         raise ValueError(f"{weights.name} is no state dict")
+    return weights, tensors
+
+
+def _describe_args(weights: Path, tensors: dict[str, Tensor]) -> _Contents:
+    """An export or a published TerDiT or Large-DiT: a state dict beside its model_args.pth."""
+    if not (weights.parent / _ARGS).exists():
+        raise ValueError(f"there is no {_ARGS} beside the weights")
+    args = _torch_load(weights.parent / _ARGS)
+    if not isinstance(args, argparse.Namespace):
+        raise ValueError(f"model_args.pth holds a {type(args).__name__}, not an argparse.Namespace")
     description = getattr(args, "terdit_jax", None)
     if description is not None:
         return tensors, dict(description["model"]), description
@@ -465,6 +610,27 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict, dict | None]:
         "qk_norm": "layers.0.attention.q_norm.weight" in tensors, "adaln_rms_norm": ternary,
     }  # fmt: skip
     return tensors, fields, None
+
+
+def _describe_bare(name: str, tensors: dict[str, Tensor], num_heads: int | None, objective: str | None) -> _Contents:
+    """A checkpoint of DiT or SiT: its tensors' shapes, the file's name and the caller say what it is."""
+    objective = _OBJECTIVES.get(name[:3]) if objective is None else objective
+    if objective not in _OBJECTIVES.values():
+        raise ValueError(f"objective is {objective!r}, and the name starts with neither DiT nor SiT: give ddpm or flow")
+    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    depth = _depth(tensors)
+    heads = _DIT_HEADS.get((depth, width)) if num_heads is None else num_heads
+    if heads is None:
+        raise ValueError(f"width {width} with {depth} layers is none of the published DiT and SiT: give num_heads")
+    fields = {
+        "family": "dit", "ternary": "blocks.0.attn.qkv.alphas" in tensors, "in_channels": channels, "patch_size": patch,
+        "input_size": math.isqrt(tensors["pos_embed"].shape[1]) * patch, "hidden_size": width, "depth": depth,
+        "num_heads": heads, "num_kv_heads": heads, "ffn_multiple_of": 256, "qk_norm": False, "positions": "sincos_2d",
+        "num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
+        "learn_sigma": len(tensors["final_layer.linear.weight"]) > patch**2 * channels,
+        "adaln_rms_norm": "blocks.0.adaLN_modulation.2.weight" in tensors,
+    }  # fmt: skip
+    return tensors, fields, {"model": fields, "diffusion": {"objective": objective}}
 
 
 def _is_plain(name: object, tensor: object) -> bool:
@@ -492,7 +658,11 @@ def _class_of(label: Any) -> int:
 
 
 _MAX_CFG_SCALE = 1000
-_SAMPLE = {"method": "ddpm", "num_steps": 250, "cfg_scale": 4.0, "cfg_channels": 3}  # the published demo's
+_SAMPLE: dict[str, Any] = {"num_steps": 250, "cfg_scale": 4.0, "cfg_channels": 3}  # the published demo's
+_METHODS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun", "sde")}  # of each objective, its default first
+_FLOW = {"path": "linear", "shift": 1.0}
+_PATHS = ("linear", "gvp")
+_LAST_STEP = 0.04  # of "sde", in t: without noise, as SiT's
 
 
 @torch.no_grad()
@@ -517,30 +687,38 @@ def sample(
       model: of `load`; `model.compile()` it for speed.
       labels: N classes in [0, num_classes).
       seed: of all noise.
-      num_steps: steps of the 1000 to take, 1 to 1000.
+      num_steps: 1 to 1000; of a DDPM model, how many of its 1000 steps to take.
       cfg_scale: eps_null + cfg_scale * (eps_label - eps_null); 1 is no guidance and halves the work.
-      cfg_channels: min(cfg_channels, C) channels of the noise are guided; 0: all.
-      method: "ddpm", ancestral sampling with the learned variance, or "ddim", which is deterministic.
+      cfg_channels: min(cfg_channels, C) channels of the noise, or velocity, are guided; 0: all.
+      method: of a DDPM model "ddpm", ancestral sampling with the learned variance, or "ddim", which is deterministic.
+        Of a flow "euler"; "heun", of second order at two calls of the network a step; "sde", which adds noise.
       first: the number of the first image, to draw a large set in several calls.
 
-    Settings left out are the description's, or else 250 steps of ddpm, guided by 4.0 on 3 channels.
+    Settings left out are the description's, or else 250 steps of ddpm or euler, guided by 4.0 on 3 channels. A flow's
+    path and shift are the description's, or else "linear" and 1.
 
     Returns:
       (N, C, H, W) float32 on the model's device: latents, or the pixels of a pixel-space model.
 
     Raises:
-      ValueError: labels or settings that cannot be, or a model of another objective than DDPM's.
+      ValueError: labels or settings that cannot be, or a method of another objective than the model's.
     """
     described: dict[str, Any] = model.description or {}
-    objective = described.get("diffusion", {}).get("objective", "ddpm")
-    if objective != "ddpm":
-        raise ValueError(f"the model's objective is {objective!r}: only ddpm models are sampled here")
-    settings: dict[str, Any] = _SAMPLE | described.get("sample", {})
+    diffusion: dict[str, Any] = {"objective": "ddpm"} | _FLOW | described.get("diffusion", {})
+    objective, path, shift = (diffusion[name] for name in ("objective", *_FLOW))
+    if objective not in (*_METHODS,) or path not in _PATHS:
+        raise ValueError(f"the model's objective is {objective!r} on the path {path!r}: a newer version may be needed")
+    if type(shift) not in (int, float) or not 0 < shift < math.inf:
+        raise ValueError(f"the model's shift is {shift!r}: it must be positive")
+    if objective == "ddpm" and not model.fields["learn_sigma"]:
+        raise ValueError("the model has no learned variance, which sampling by ddpm and ddim needs here")
+    methods = _METHODS[objective]
+    settings: dict[str, Any] = {"method": methods[0]} | _SAMPLE | described.get("sample", {})
     given = {"method": method, "num_steps": num_steps, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
     settings |= {name: value for name, value in given.items() if value is not None}
-    method, num_steps, scale, mixed = (settings[name] for name in _SAMPLE)
-    if method not in ("ddpm", "ddim"):
-        raise ValueError(f"method is {method!r}: give 'ddpm' or 'ddim'")
+    method, num_steps, scale, mixed = (settings[name] for name in ("method", *_SAMPLE))
+    if method not in methods:
+        raise ValueError(f"method is {method!r}: a {objective} model takes one of {', '.join(methods)}")
     if type(num_steps) is not int or not 1 <= num_steps <= 1000:
         raise ValueError(f"num_steps is {num_steps!r}: give an integer from 1 to 1000")
     if type(scale) not in (int, float) or not 0 <= scale <= _MAX_CFG_SCALE:
@@ -560,6 +738,8 @@ def sample(
         return torch.stack([torch.randn(channels, size, size, generator=g) for g in generators]).to(device)
 
     denoise = _guided(model, y, null, scale, mixed or channels)
+    if objective == "flow":
+        return _follow(denoise, draw(), draw, path, _flow_times(method, num_steps, shift), method)
     return _reverse(denoise, draw(), draw, _spaced(num_steps), method)
 
 
@@ -582,15 +762,15 @@ def _seed(seed: int, i: int) -> int:
     return (start + i) % 2**32
 
 
-def _guided(model: TerDiT, y: Tensor, null: int, scale: float, mixed: int) -> Callable[[Tensor, int], Tensor]:
-    """The network at labels y as a function of x and a timestep, its first `mixed` noise channels guided."""
+def _guided(model: TerDiT, y: Tensor, null: int, scale: float, mixed: int) -> Callable[[Tensor, float], Tensor]:
+    """The network at labels y as a function of x and t, the first `mixed` channels of noise or velocity guided."""
     if scale == 1:
-        return lambda x, t: model(x, torch.full_like(y, t), y)
+        return lambda x, t: model(x, x.new_full((len(y),), t), y)
     both = torch.cat([y, torch.full_like(y, null)])
 
-    def denoise(x: Tensor, t: int) -> Tensor:
+    def denoise(x: Tensor, t: float) -> Tensor:
         mix = min(mixed, x.shape[1])
-        conditional, unconditional = model(torch.cat([x, x]), torch.full_like(both, t), both).chunk(2)
+        conditional, unconditional = model(torch.cat([x, x]), x.new_full((len(both),), t), both).chunk(2)
         eps = unconditional[:, :mix] + scale * (conditional[:, :mix] - unconditional[:, :mix])
         return torch.cat([eps, conditional[:, mix:]], 1)
 
@@ -626,3 +806,48 @@ def _reverse(
             fraction = (interpolation + 1) / 2
             x = x + torch.exp(0.5 * (fraction * highest + (1 - fraction) * lowest)) * draw()
     return x
+
+
+def _flow_times(method: str, count: int, shift: float) -> list[float]:
+    """The t at which `count` steps begin, and 1, where the last ends, with noise levels u moved to
+    shift u / (1 + (shift - 1) u)."""
+    # Equal steps, but for the last of "sde".
+    even = [i * (1 - _LAST_STEP) / max(count - 1, 1) if method == "sde" else i / count for i in range(count)] + [1.0]
+    return [t / (t + shift * (1 - t)) for t in even]
+
+
+def _follow(
+    denoise: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    draw: Callable[[], Tensor],
+    path: str,
+    times: list[float],
+    method: str,
+) -> Tensor:
+    """Follows the velocity, the first C channels of `denoise`, from noise x (N, C, H, W) at the first time to data.
+
+    "sde" takes Euler-Maruyama steps of dx = (v + sigma score) dt + sqrt(2 sigma) dw.
+    """
+    channels = x.shape[1]
+    for t, after in pairwise(times):
+        dt, v = after - t, denoise(x, t)[:, :channels]
+        if method == "heun":
+            v = (v + denoise(x + dt * v, after)[:, :channels]) / 2
+        if method != "sde":
+            x = x + dt * v
+            continue
+        alpha, sigma, d_alpha, d_sigma = _path_at(path, t)
+        noise = (d_alpha * x - alpha * v) / (sigma * d_alpha - alpha * d_sigma)
+        x = x + dt * (v - noise)  # sigma times the score is the noise, negative
+        if after < 1:  # the last step adds no noise
+            x = x + math.sqrt(2 * sigma * dt) * draw()
+    return x
+
+
+def _path_at(path: str, t: float) -> tuple[float, float, float, float]:
+    """The weights of data and noise in x_t = alpha x_0 + sigma noise, and their derivatives by t."""
+    if path == "linear":
+        return t, 1 - t, 1.0, -1.0
+    angle = math.pi / 2 * t
+    sin, cos = math.sin(angle), math.cos(angle)
+    return sin, cos, math.pi / 2 * cos, -math.pi / 2 * sin
