@@ -33,7 +33,7 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.paths import define_path
 from terdit_jax.versions import versions
 
-_CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models: PATH[:input_size=N][@BATCH/BATCH...], in this order.")
+_CONFIGS = flags.DEFINE_list("configs", None, "Models: PATH[:input_size=N][@BATCH/BATCH...], in this order.")
 _MODES = flags.DEFINE_list("modes", "exact,fast,small,small_exact", "Ours; MODE:xla leaves the kernels out.")
 _BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
 _PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "PyTorch's, of benchmarks.torch_inference.")
@@ -136,6 +136,8 @@ def measure_ours(text: str) -> Iterator[dict]:
         packed = random_operands(model)
         reference = _outputs(model, None, packed) if _ERRORS.value else None
     for mode in _MODES.value:
+        if not model.ternary and mode.partition(":")[0] != "exact":
+            continue
         with locked(_LOCK.value):
             numerics = _numerics(mode, model, single_device_mesh())
             operands = _resident(model, numerics, packed)

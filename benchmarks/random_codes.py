@@ -1,4 +1,4 @@
-"""A ternary model of random codes, made on the device: speed does not depend on what is in them."""
+"""A model of random codes, or random weights, made on the device: speed does not depend on what is in them."""
 
 import functools
 import zlib
@@ -31,6 +31,6 @@ def random_operands(model: DiTConfig) -> dict:
             return jnp.full(leaf.shape, 0.02)
         if name.endswith("scale"):
             return jnp.full(leaf.shape, 0.3 if "adaLN" in name else 1.0)
-        return 0.02 * jax.random.normal(key, leaf.shape)
+        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
     return jax.block_until_ready(jax.tree_util.tree_map_with_path(draw, shapes))

@@ -16,6 +16,7 @@ from absl import flags
 import numpy as np
 import torch
 from torch import Tensor, nn
+import torch.nn.functional as F
 
 from benchmarks.machine import locked, parse_run
 from terdit_jax.errors import run_command
@@ -23,15 +24,15 @@ from terdit_jax.interop.pytorch import TerDiT
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.paths import define_path
 
-_CONFIGS = flags.DEFINE_list("configs", None, "Of ternary models, as benchmarks.machine.parse_run reads them.")
+_CONFIGS = flags.DEFINE_list("configs", None, "Of models, as benchmarks.machine.parse_run reads them.")
 _BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
 _PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "Which ways.")
 _UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
 _LOCK = define_path("lock", None, "File that is locked while the device is timed.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 
-FIELDS = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads",
-          "ffn_multiple_of", "num_classes", "qk_norm", "positions", "adaln_rms_norm")  # fmt: skip
+FIELDS = ("family", "learn_sigma", "input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads",
+          "num_kv_heads", "ffn_multiple_of", "num_classes", "qk_norm", "positions", "adaln_rms_norm")  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,23 +68,44 @@ def make_peer(peer: str, fields: dict) -> nn.Module:
     with torch.no_grad():
         for tensor in network.parameters():
             tensor.normal_(0, 0.02, generator=generator)
-    if peer == "compiled_fp8":
-        for block in network.layers:
-            for owner in (block.attention, block.feed_forward):
-                for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
-                    if isinstance(owner, nn.ModuleDict) and name in owner:
-                        owner[name] = Fp8Linear(owner[name].weight)
-                    elif not isinstance(owner, nn.ModuleDict) and hasattr(owner, name):
-                        setattr(owner, name, Fp8Linear(getattr(owner, name).weight))
+    if not public:
+        for path, owner, name, layer in block_linears(network):
+            if peer == "compiled_fp8" and "adaLN" not in path:
+                setattr(owner, name, Fp8Linear(layer))
+            elif "adaLN" not in path:
+                setattr(owner, name, FullLinear(layer))
     return network if public else torch.compile(network, dynamic=False)
+
+
+def block_linears(network: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """The linear maps of the blocks: path, the module that holds each, its name there, the map."""
+    found = []
+    for path, layer in network.named_modules():
+        if type(layer).__name__ == "_BlockLinear":
+            owner, _, name = path.rpartition(".")
+            found.append((path, network.get_submodule(owner), name, layer))
+    return found
+
+
+class FullLinear(nn.Module):
+    """A linear map in bfloat16, whose bias the matmul adds."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16), bias)
 
 
 class Fp8Linear(nn.Module):
     """A linear map with both operands in e4m3, activations scaled a token."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        weight = weight.detach()  # no graph is kept, and with it no weight in float32
+        weight = layer.weight.detach()  # no graph is kept, and with it no weight in float32
+        self.bias = None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
         self.scale = (weight.abs().amax(1, keepdim=True).float() / 448).T.contiguous()  # (1, out)
         self.weight = (weight.float() / self.scale.T).to(torch.float8_e4m3fn)
 
@@ -91,7 +113,8 @@ class Fp8Linear(nn.Module):
         rows = x.flatten(0, -2)
         scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / 448
         rows = (rows.float() / scale).to(torch.float8_e4m3fn)
-        y = torch._scaled_mm(rows, self.weight.T, scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+        kind = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        y = torch._scaled_mm(rows, self.weight.T, scale, self.scale, self.bias, **kind)
         return y.unflatten(0, x.shape[:-1])
 
 

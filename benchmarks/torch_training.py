@@ -2,10 +2,10 @@
 
 python -m benchmarks.torch_training --one=configs/terdit_600m.py:64:ternary
 
-ternary: quantisation-aware training of TerDiT, weights ternarised in every forward pass, the gradient straight through.
-full: Large-DiT. Both: float32 parameters, bfloat16 matmuls and attention, network and loss under torch.compile, fused
-AdamW, global-norm clip and EMA over lists of tensors. The loss is the squared error and the Gaussian part of the
-variational bound.
+ternary: quantisation-aware training of the configuration's network, weights ternarised in every forward pass, the
+gradient straight through. full: the same network in full precision. Both: float32 parameters, bfloat16 matmuls and
+attention, network and loss under torch.compile, fused AdamW, global-norm clip and EMA over lists of tensors. The loss
+is the squared error and the Gaussian part of the variational bound.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from benchmarks.torch_inference import FIELDS
+from benchmarks.torch_inference import FIELDS, FullLinear, block_linears
 from terdit_jax.config import freeze
 from terdit_jax.config_file import load_config
 from terdit_jax.diffusion.schedule import linear_schedule
@@ -57,12 +57,12 @@ class QuantisedLinear(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), 0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in bfloat16, or in float32 where there is a bias to add."""
+        """(..., in) -> (..., out) in bfloat16."""
         gamma = self.weight.abs().mean()
         codes = (self.weight / (gamma + 1e-6)).round().clamp(-1, 1)
         codes = self.weight + (codes - self.weight).detach()
-        y = F.linear(x.to(torch.bfloat16), (self.alpha * codes).to(torch.bfloat16))
-        return y if self.bias is None else y.float() + self.bias
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        return F.linear(x.to(torch.bfloat16), (self.alpha * codes).to(torch.bfloat16), bias)
 
 
 def make_network(model: DiTConfig, peer: str, device: str) -> nn.Module:
@@ -71,16 +71,13 @@ def make_network(model: DiTConfig, peer: str, device: str) -> nn.Module:
     with torch.device(device):
         # "Packed" Large-DiT keeps float32 weights and rounds them at each use.
         network = TerDiT(fields | {"ternary": False}, dtype=torch.bfloat16, packed=True)
-        if peer == "ternary":
-            for block in network.layers:
-                attention, maps, adaln = block.attention, block.feed_forward, block.adaLN_modulation
-                for name in ("wq", "wk", "wv", "wo"):
-                    setattr(attention, name, QuantisedLinear(getattr(attention, name)))
-                for name in ("w1", "w2", "w3"):
-                    maps[name] = QuantisedLinear(maps[name])
-                adaln[1] = QuantisedLinear(adaln[1])
-                if model.adaln_rms_norm:
-                    adaln.append(nn.RMSNorm(6 * model.hidden_size, eps=1e-5))
+        for path, owner, name, layer in block_linears(network):
+            if peer == "ternary":
+                setattr(owner, name, QuantisedLinear(layer))
+                if "adaLN" in path and model.adaln_rms_norm:
+                    owner.append(nn.RMSNorm(6 * model.hidden_size, eps=1e-5))
+            elif "adaLN" not in path:
+                setattr(owner, name, FullLinear(layer))
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for tensor in network.parameters():
