@@ -9,6 +9,7 @@ import pytest
 from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.traits import FAMILIES
 from terdit_jax.model.transformer import abstract_params, count_params, forward, make_operands
 from tests.golden_models import DIT, tiny_config
 from tests.traced import products
@@ -97,12 +98,12 @@ POSITIVE = (
         ({"class_dropout_prob": -0.1}, "model.class_dropout_prob=-0.1: must be in [0, 1), in float32 too"),
         ({"positions": "rope"}, "model.positions='rope': choose one of rope_1d, rope_1d_sincos_2d, sincos_2d"),
         ({"family": "unet"}, "model.family='unet': choose one of large_dit, dit"),
-        ({**DIT, "positions": "rope_1d"}, "model.positions='rope_1d': model.family='dit' has only 'sincos_2d'"),
-        ({**DIT, "qk_norm": True}, "model.qk_norm=True: model.family='dit' has only False"),
-        ({**DIT, "num_kv_heads": 8}, "model.num_kv_heads=8: model.family='dit' has only 32"),
+        ({**DIT, "positions": "rope_1d"}, "model.positions='rope_1d': model.family='dit' takes 'sincos_2d'"),
+        ({**DIT, "qk_norm": True}, "model.qk_norm=True: model.family='dit' takes False"),
+        ({**DIT, "num_kv_heads": 8}, "model.num_kv_heads=8: model.family='dit' takes 0"),
         (
             {"positions": "sincos_2d"},
-            "model.positions='sincos_2d': of model.family='dit'; give one of 'large_dit', such as 'rope_1d'",
+            "model.positions='sincos_2d': model.family='large_dit' takes 'rope_1d' or 'rope_1d_sincos_2d'",
         ),
         ({"alpha_init": "one"}, "model.alpha_init='one': choose one of normal, least_squares"),
         ({"dtype": "float16"}, "compute.dtype='float16': choose one of float32, bfloat16"),
@@ -126,6 +127,10 @@ def test_what_makes_no_model_is_refused(fields, message):
     with pytest.raises(UserError) as caught:
         from_fields(**fields)
     assert str(caught.value) == message
+
+
+def test_every_family_of_the_configuration_has_its_traits():
+    assert FIELDS["model.family"].rule.words == f"choose one of {', '.join(FAMILIES)}"
 
 
 def test_a_feed_forward_that_cannot_be_packed_is_refused():

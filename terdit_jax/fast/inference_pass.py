@@ -27,7 +27,6 @@ from terdit_jax.model.embedders import condition, embed, final_layer, rope_table
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
 from terdit_jax.ternary.linear import FullLinear, PackedLinear
 
-NORMS: dict[str, xla_passes.Norm] = {"large_dit": "rms", "dit": "layer"}  # of a family's blocks
 SCHEDULE_BYTES = 2**30  # of device memory for the modulations of a whole sampling run
 
 
@@ -70,11 +69,11 @@ def _site(blocks: dict, norm: str, branch: dict, last: str) -> dict:
 
 def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_forward: dict) -> dict:
     """One layer's matrices, each (out, in), with the vectors of `_blocks`' passes."""
-    first = "up" if config.family == "dit" else "w13"
+    first = "up" if config.traits.feed_forward == "gelu" else "w13"
     parts = {"out": attention["out"], first: feed_forward[first], "down": feed_forward["down"]}
     weights = {name: _codes(linear).reshape(-1, _codes(linear).shape[-1]) for name, linear in parts.items()}
     vectors: dict[str, Any] = {"alphas_hidden": _alphas(feed_forward[first])}
-    if config.family == "dit":
+    if not config.traits.rope:
         weights["qkv"] = _codes(attention["qkv"]).reshape(3 * config.hidden_size, -1)
         vectors |= {
             "alphas_qkv": _alphas(attention["qkv"]),
@@ -215,7 +214,7 @@ def inference_blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t:
 
 def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c: Array, m: Array) -> Array:
     matmul_dtype = numerics.matmul_dtype
-    passes, norm = _passes(numerics), NORMS[config.family]
+    passes, norm = _passes(numerics), config.traits.norm
     vectors = _make_vectors(operands, m)
     x = embed(config, operands["x_embedder"], x_t)
     h, scale = xla_passes.quantize(xla_passes.norm_modulate(x, vectors[-1, 1], vectors[-1, 2], norm), matmul_dtype)
@@ -235,7 +234,7 @@ def _queries_keys_values(
     config: DiTConfig, numerics: Numerics, y: Array, scale: Array | None, layer: dict
 ) -> tuple[Array, Array, Array]:
     """From products y (B, T, D + 2 kv_width) and their scale (B, T) or None, (B, T, heads, head_dim) each."""
-    if config.family == "dit":
+    if not config.traits.rope:
         return xla_passes.split_heads(y, scale, layer["alphas_qkv"], layer["bias_qkv"], config.num_heads)
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
     passes = _passes(numerics)
@@ -248,7 +247,7 @@ def _hidden(
     """The feed-forward up to its last matmul: h (B, T, D) and its scale (B, T) or None -> (B, T, F) and its scale."""
     (B, T, D), weight, alphas = h.shape, _unpacked(numerics, layer["hidden"]), layer["alphas_hidden"]
     passes, dtype = _passes(numerics), numerics.matmul_dtype
-    if config.family == "dit":
+    if config.traits.feed_forward == "gelu":
         return passes.gelu(_multiply(numerics, h, weight), scale, alphas, layer["bias_hidden"], dtype)
     if numerics.kernels and swiglu_matmul.pays(B * T, D, len(weight) // 2):
         scale = None if scale is None else scale.reshape(B * T)

@@ -21,7 +21,7 @@ class Attention(nnx.Module):
     """wq (D, D), wk and wv (kv_width, D), wo (D, D), and norms over the full projected widths."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        width, kv_width, bias = config.hidden_size, config.kv_width, config.has_biases
+        width, kv_width, bias = config.hidden_size, config.kv_width, config.traits.biases
         self.wq = BlockLinear(config, width, width, rngs=rngs, bias=bias)
         self.wk = BlockLinear(config, width, kv_width, rngs=rngs, bias=bias)
         self.wv = BlockLinear(config, width, kv_width, rngs=rngs, bias=bias)

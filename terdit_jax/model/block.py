@@ -40,9 +40,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
-        self.feed_forward = (MLP if config.family == "dit" else SwiGLU)(config, rngs=rngs)
+        self.feed_forward = (MLP if config.traits.feed_forward == "gelu" else SwiGLU)(config, rngs=rngs)
         self.adaLN_modulation = Modulation(config, rngs=rngs)
-        if config.family == "large_dit":
+        if config.traits.norm == "rms":
             self.attention_norm = RMSNorm(config.hidden_size)
             self.ffn_norm = RMSNorm(config.hidden_size)
 
@@ -50,13 +50,13 @@ class Block(nnx.Module):
         """The operands of `block`, from parameters with the depth in front."""
         parts = ("attention", "feed_forward", "adaLN_modulation")
         operands = {name: getattr(self, name).operands(config, make_linear) for name in parts}
-        norms = NORMS if config.family == "large_dit" else ()
+        norms = NORMS if config.traits.norm == "rms" else ()
         return operands | {name: {"scale": getattr(self, name).scale[...]} for name in norms}
 
 
 def norm(config: DiTConfig, operands: dict, name: str, x: Array) -> Array:
     """One of a block's two norms, by its name in `NORMS`: RMSNorm, or in DiT LayerNorm without parameters."""
-    return layer_norm(x, eps=1e-6) if config.family == "dit" else rms_norm(x, operands[name]["scale"])
+    return layer_norm(x, eps=1e-6) if config.traits.norm == "layer" else rms_norm(x, operands[name]["scale"])
 
 
 def modulation(operands: dict, c: Array) -> Array:

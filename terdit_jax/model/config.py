@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.config_sections import ComputeConfig, ModelConfig
 from terdit_jax.errors import UserError
+from terdit_jax.model.traits import FAMILIES, Traits
 
-MAX_CONDITION_WIDTH = 1024  # TerDiT and Large-DiT cap the conditioning vector's width at this
 MAX_PARAMS = 10**13  # more than any machine trains: beyond it, not even shapes are made
 
 
@@ -49,20 +49,16 @@ class DiTConfig(ModelConfig, ComputeConfig):
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}",
         )
-        if self.family == "dit":
-            only = {"positions": "sincos_2d", "qk_norm": False, "num_kv_heads": self.num_heads}
-            for short, value in only.items():
-                given = getattr(self, short)
-                _require(given == value, f"model.{short}={given!r}: model.family='dit' has only {value!r}")
-        else:
-            _require(
-                self.positions != "sincos_2d",
-                f"model.positions='sincos_2d': of model.family='dit'; give one of {self.family!r}, such as 'rope_1d'",
-            )
-            _require(
-                self.head_dim % 2 == 0,
-                f"model.hidden_size / model.num_heads = {self.head_dim}: RoPE needs an even width",
-            )
+        for short, values in self.traits.takes.items():
+            value = getattr(self, short)
+            if short == "num_kv_heads" and value == self.num_heads:  # as 0 means
+                value = 0
+            allowed = " or ".join(map(repr, values))
+            _require(value in values, f"model.{short}={value!r}: model.family={self.family!r} takes {allowed}")
+        _require(
+            not self.traits.rope or self.head_dim % 2 == 0,
+            f"model.hidden_size / model.num_heads = {self.head_dim}: RoPE needs an even width",
+        )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}",
@@ -91,6 +87,16 @@ class DiTConfig(ModelConfig, ComputeConfig):
         )
 
     @property
+    def traits(self) -> Traits:
+        """The traits of the family."""
+        return FAMILIES[self.family]
+
+    @property
+    def ffn_maps(self) -> int:
+        """Matrices of a feed-forward."""
+        return 2 if self.traits.feed_forward == "gelu" else 3
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
@@ -114,18 +120,13 @@ class DiTConfig(ModelConfig, ComputeConfig):
     @property
     def mlp_width(self) -> int:
         """Hidden width of the feed-forward: 8/3 of hidden_size, rounded up to ffn_multiple_of; in DiT 4 times it."""
-        if self.family == "dit":
+        if self.traits.feed_forward == "gelu":
             return 4 * self.hidden_size
         return math.ceil(int(8 * self.hidden_size / 3) / self.ffn_multiple_of) * self.ffn_multiple_of
 
     @property
     def condition_width(self) -> int:
-        return self.hidden_size if self.family == "dit" else min(self.hidden_size, MAX_CONDITION_WIDTH)
-
-    @property
-    def has_biases(self) -> bool:
-        """Whether the linear maps of attention and feed-forward have biases."""
-        return self.family == "dit"
+        return int(min(self.hidden_size, self.traits.max_condition_width))
 
     @property
     def out_channels(self) -> int:
@@ -144,14 +145,11 @@ class DiTConfig(ModelConfig, ComputeConfig):
     def num_params(self) -> int:
         """Parameters, counted without making the model, or its shapes."""
         width, condition, patch = self.hidden_size, self.condition_width, self.patch_size**2
-        ffn_maps = 2 if self.family == "dit" else 3
-        layer = 2 * width * (width + self.kv_width) + ffn_maps * width * self.mlp_width
+        layer = 2 * width * (width + self.kv_width) + self.ffn_maps * width * self.mlp_width
         layer += 6 * width * (condition + 1)  # adaLN
-        if self.family == "dit":
-            layer += 5 * width + self.mlp_width  # biases
-        else:
-            layer += 2 * width + 2 * (width + self.kv_width) * self.qk_norm  # norms
-        layer += (6 * width * self.adaln_rms_norm + 5 + ffn_maps) * self.ternary  # norm after adaLN, alphas
+        layer += (3 * width + 2 * self.kv_width + self.mlp_width) * self.traits.biases
+        layer += 2 * width * (self.traits.norm == "rms") + 2 * (width + self.kv_width) * self.qk_norm  # norms
+        layer += (6 * width * self.adaln_rms_norm + 5 + self.ffn_maps) * self.ternary  # norm after adaLN, alphas
         ends = patch * self.in_channels * width + width  # patch embedder
         ends += (256 + condition + 2) * condition + (self.num_classes + 1) * condition  # timestep and label
         ends += 2 * width * (condition + 1) + patch * self.out_channels * (width + 1)  # final layer
@@ -163,8 +161,7 @@ class DiTConfig(ModelConfig, ComputeConfig):
         A training step does three times that. Source of the counting: PaLM (arXiv 2204.02311), appendix B.
         """
         tokens, width = self.num_tokens, self.hidden_size
-        ffn_maps = 2 if self.family == "dit" else 3
-        per_token = width * (2 * width + 2 * self.kv_width + ffn_maps * self.mlp_width) + 2 * tokens * width
+        per_token = width * (2 * width + 2 * self.kv_width + self.ffn_maps * self.mlp_width) + 2 * tokens * width
         per_image = self.condition_width * 6 * width
         patches = tokens * width * self.patch_size**2 * (self.in_channels + self.out_channels)
         head = self.condition_width * (256 + self.condition_width + 2 * width)

@@ -39,7 +39,7 @@ class MLP(nnx.Module):
 
 def feed_forward(config: DiTConfig, operands: dict, x: Array) -> Array:
     """The family's feed-forward, (B, T, D) -> (B, T, D)."""
-    return mlp(operands, x) if config.family == "dit" else swiglu(operands, x)
+    return mlp(operands, x) if config.traits.feed_forward == "gelu" else swiglu(operands, x)
 
 
 def swiglu(operands: dict, x: Array) -> Array:

@@ -141,7 +141,7 @@ def _forward(
     dtype = config.activation_dtype
     x = constrain(embed(config, operands["x_embedder"], x_t), "batch", "tokens", None)
     c = condition(operands, t, y)
-    rope = None if config.family == "dit" else jnp.asarray(rope_table(config.num_tokens, config.head_dim))
+    rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim)) if config.traits.rope else None
 
     x, watched = run_blocks(config, operands["blocks"], x, c.astype(dtype), rope, watch)
     out = final_layer(operands["final_layer"], x, c)
