@@ -9,18 +9,20 @@ import pytest
 
 from terdit_jax.config_sections import MeshConfig
 from terdit_jax.fast import fused_block
-from terdit_jax.fast.hopper import backward, forward
+from terdit_jax.fast.hopper import backward, biased, forward
 from terdit_jax.fast.plan import FastPlan
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, activation_rms
 from terdit_jax.model.transformer import forward as run_model
 from terdit_jax.parallel.mesh import make_mesh
-from tests.golden_models import random_params, tiny_config
+from tests.golden_models import DIT, random_params, tiny_config
 from tests.interpreted import interpreted_kernels
 
 B, T, D, HEADS = 2, 4, 256, 4
 EIGHT_BIT = fused_block.EIGHT_BIT
-CONFIG = tiny_config(hidden_size=D, depth=2, num_heads=HEADS, input_size=4, dtype="bfloat16", grad_dtype="bfloat16")
+SMALL = {"depth": 2, "num_heads": HEADS, "input_size": 4, "dtype": "bfloat16", "grad_dtype": "bfloat16"}
+CONFIG = tiny_config(hidden_size=D, **SMALL)
+CONFIGS = {"TerDiT": CONFIG, "DiT": tiny_config(hidden_size=384, **DIT, **SMALL)}
 FUSED, UNFUSED = FastPlan(layers="unrolled", fused=True), FastPlan(layers="unrolled")
 
 
@@ -35,7 +37,7 @@ def draws(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-INPUTS = draws(B, 4, 4, 4, seed=5), jnp.array([20, 700]), jnp.array([1, 10])
+INPUTS = draws(B, 4, 4, 4, seed=51), jnp.array([20, 700]), jnp.array([1, 10])
 TARGET = draws(B, 4, 4, 8, seed=6)
 
 
@@ -44,10 +46,16 @@ def run(plan, config, params):
 
 
 def gradients(plan, config=CONFIG):
-    """Every leaf but small ones: the gradients of queries' and keys' alphas are zero but for rounding, as norms undo
-    what they do."""
+    """Every leaf but those that are zero but for rounding: of queries' and keys' alphas, for norms undo what they do,
+    and of keys' biases, which move all of a query's scores alike."""
     loss = lambda params: jnp.mean((run(plan, config, params) - TARGET) ** 2)  # noqa: E731
-    return [leaf for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(random_params(config))) if leaf.size > 8]
+    params = random_params(config)
+    if not config.ternary:  # DiT, without norms of queries and keys, would have each token attend to one other
+        params = jax.tree.map(lambda leaf: 0.3 * leaf, params)
+    leaves = jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params))
+    return [
+        leaf for path, leaf in leaves if leaf.size > 8 and not jax.tree_util.keystr(path).endswith("['wk']['bias']")
+    ]
 
 
 def errors(made, exact):
@@ -55,16 +63,21 @@ def errors(made, exact):
     return np.array([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in zip(made, exact, strict=True)])
 
 
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
 @pytest.fixture(scope="module")
-def exact():
+def exact(config):
     """Gradients of plain blocks in float32."""
-    return gradients(PLAIN, dataclasses.replace(CONFIG, dtype="float32", grad_dtype="float32"))
+    return gradients(PLAIN, dataclasses.replace(config, dtype="float32", grad_dtype="float32"))
 
 
 @pytest.fixture(scope="module")
-def rounded(exact):
+def rounded(exact, config):
     """Errors of plain blocks that round to 8 bits at their matmuls."""
-    return errors(gradients(dataclasses.replace(UNFUSED, matmul_dtype=EIGHT_BIT)), exact)
+    return errors(gradients(dataclasses.replace(UNFUSED, matmul_dtype=EIGHT_BIT), config), exact)
 
 
 def assert_rounded_alike(errors, plain):
@@ -75,8 +88,8 @@ def assert_rounded_alike(errors, plain):
 
 
 @pytest.mark.parametrize("ternary", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_gradients_in_bfloat16_are_no_further_from_float32_than_plain_ones(exact, ternary):
-    config = dataclasses.replace(CONFIG, ternary=ternary)
+def test_gradients_in_bfloat16_are_no_further_from_float32_than_plain_ones(exact, config, ternary):
+    config = dataclasses.replace(config, ternary=ternary)
     if not ternary:
         exact = gradients(PLAIN, dataclasses.replace(config, dtype="float32", grad_dtype="float32"))
     plain, ours = (errors(gradients(plan, config), exact) for plan in (UNFUSED, FUSED))
@@ -92,42 +105,45 @@ def test_gradients_in_bfloat16_are_no_further_from_float32_than_plain_ones(exact
         pytest.param("dots", "scanned", marks=pytest.mark.slow),
     ],
 )
-def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(exact, rounded, remat, layers):
+def test_gradients_in_8_bits_are_those_of_a_network_that_rounds_at_its_matmuls(exact, rounded, config, remat, layers):
     """On a GPU they are not equal: programs that differ in the last bit of a bfloat16 before a rounding to 8 bits
     differ by a step of 8 bits after it, and two draws of such errors are further apart than each is from float32."""
     plan = dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT, layers=layers)
-    made = gradients(plan, dataclasses.replace(CONFIG, remat=remat))
+    made = gradients(plan, dataclasses.replace(config, remat=remat))
     assert_rounded_alike(errors(made, exact), rounded)
 
 
 @pytest.mark.parametrize("axis", [pytest.param("data", marks=pytest.mark.slow), "fsdp"])
-def test_gradients_in_8_bits_are_the_same_on_a_mesh(exact, rounded, axis):
+def test_gradients_in_8_bits_are_the_same_on_a_mesh(exact, rounded, config, axis):
     plan = dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT, gather="codes" if axis == "fsdp" else None)
     shape = MeshConfig(**{"data": 1, axis: 2})
     with jax.set_mesh(make_mesh(shape, jax.devices()[:2])):
-        made = gradients(plan, dataclasses.replace(CONFIG, remat="dots"))
+        made = gradients(plan, dataclasses.replace(config, remat="dots"))
     assert_rounded_alike(errors(made, exact), rounded)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", ["swiglu", "add_gated", "add_norm_modulate"])
-def test_a_pass_that_is_a_fifth_too_large_does_not_pass_for_rounding(monkeypatch, exact, rounded, wrong):
-    original = getattr(backward, wrong)
+@pytest.mark.parametrize("wrong", ["activation", "add_gated", "add_norm_modulate"])
+def test_a_pass_that_is_a_fifth_too_large_does_not_pass_for_rounding(monkeypatch, exact, rounded, config, wrong):
+    module = backward
+    if wrong == "activation":
+        module, wrong = (biased, "gelu") if config.family == "dit" else (backward, "swiglu")
+    original = getattr(module, wrong)
 
     def amplified(*arguments, **options):
         enlarge = lambda a: a * 1.2 if a is not None and a.dtype == jnp.bfloat16 else a  # noqa: E731
         return tuple(enlarge(a) for a in original(*arguments, **options))
 
-    monkeypatch.setattr(backward, wrong, amplified)
-    made = gradients(dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT))
+    monkeypatch.setattr(module, wrong, amplified)
+    made = gradients(dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT), config)
     with pytest.raises(AssertionError):
         assert_rounded_alike(errors(made, exact), rounded)
 
 
-def test_watched_activations_are_those_of_plain_blocks():
-    params = random_params(CONFIG)
+def test_watched_activations_are_those_of_plain_blocks(config):
+    params = random_params(config)
     ours, plain = (
-        activation_rms(CONFIG, plan.make_operands(CONFIG, params), *INPUTS, plan.run_blocks) for plan in (FUSED, PLAIN)
+        activation_rms(config, plan.make_operands(config, params), *INPUTS, plan.run_blocks) for plan in (FUSED, PLAIN)
     )
     assert ours.keys() == plain.keys()
     for name, values in plain.items():

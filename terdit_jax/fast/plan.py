@@ -123,11 +123,11 @@ def _fits_fused(config: DiTConfig, mesh: Mesh) -> bool:
     """Whether blocks run as `fused_block`: on Hopper GPUs in bfloat16, each device with whole rows."""
     if config.passes == "xla" or config.dtype != "bfloat16" or not warpgroup.run_on(mesh.devices.flat[0]):
         return False
-    if config.family != "large_dit":
+    rope = config.family == "large_dit"
+    if mesh.shape["tensor"] > 1 or rope and not config.qk_norm or config.num_kv_heads != config.num_heads:
         return False
-    if mesh.shape["tensor"] > 1 or not config.qk_norm or config.num_kv_heads != config.num_heads:
-        return False
-    return config.matmul_dtype in (SAME, EIGHT_BIT) and warpgroup.supports(config.hidden_size, config.mlp_width)
+    widths = config.hidden_size, config.mlp_width
+    return config.matmul_dtype in (SAME, EIGHT_BIT) and warpgroup.supports(*widths, pairs=rope)
 
 
 def _keep(primitive, *arguments, **parameters) -> bool:

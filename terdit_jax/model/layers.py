@@ -91,7 +91,11 @@ def group(config: DiTConfig, groups: dict[str, list[BlockLinear]], make_linear: 
 
 def apply(operands: dict, name: str, x: Array) -> Array:
     """A group's maps with their biases, (..., in) -> (..., n, out) in x's dtype."""
-    y, bias = operands[name](x), operands.get(f"{name}_bias")
+    return add_bias(operands[name](x), operands.get(f"{name}_bias"))
+
+
+def add_bias(y: Array, bias: Array | None) -> Array:
+    """y (..., n, out) + bias (n, out) float32, in y's dtype; y without one."""
     return y if bias is None else (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
