@@ -145,8 +145,8 @@ class ComputeConfig:
     passes: str = setting(
         "auto",
         "What runs between a block's matmuls in training. `auto`: kernels on Hopper GPUs in bfloat16 (with `qk_norm`, "
-        "as many key heads as query heads, widths that are multiples of 256 and `mesh.tensor=1`), XLA's fusions "
-        "elsewhere. `xla`: always those.",
+        "as many key heads as query heads and widths that are multiples of 256, or in DiT of 128, and "
+        "`mesh.tensor=1`), XLA's fusions elsewhere. `xla`: always those.",
         one_of("auto", "xla"),
     )
     layers: str = setting(

@@ -9,8 +9,8 @@ import pytest
 
 from terdit_jax.config_sections import MeshConfig
 from terdit_jax.fast import fused_block
-from terdit_jax.fast.hopper import backward, biased, forward
-from terdit_jax.fast.plan import FastPlan
+from terdit_jax.fast.hopper import backward, biased, forward, warpgroup
+from terdit_jax.fast.plan import FastPlan, choose_plan
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, activation_rms
 from terdit_jax.model.transformer import forward as run_model
@@ -138,6 +138,14 @@ def test_a_pass_that_is_a_fifth_too_large_does_not_pass_for_rounding(monkeypatch
     made = gradients(dataclasses.replace(FUSED, matmul_dtype=EIGHT_BIT), config)
     with pytest.raises(AssertionError):
         assert_rounded_alike(errors(made, exact), rounded)
+
+
+def test_blocks_that_fit(monkeypatch):
+    monkeypatch.setattr(warpgroup, "run_on", lambda device: True)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    fits = lambda **fields: choose_plan(tiny_config(dtype="bfloat16", **fields), mesh).fused  # noqa: E731
+    assert fits(hidden_size=1536, num_heads=32) and not fits(hidden_size=1152, num_heads=16)
+    assert fits(hidden_size=1152, num_heads=16, **DIT) and not fits(hidden_size=1152 + 64, num_heads=16, **DIT)
 
 
 def test_watched_activations_are_those_of_plain_blocks(config):
