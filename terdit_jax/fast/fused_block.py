@@ -108,7 +108,7 @@ def _arguments(
     m: Array,
     rope: Array | None,
 ) -> tuple:
-    dit, dtype = config.family == "dit", None if matmul_dtype == SAME else EIGHT_BIT
+    dit, dtype = config.traits.feed_forward == "gelu", None if matmul_dtype == SAME else EIGHT_BIT
     static = Static(config.num_heads, attention, dtype, config.remat == "dots", dit)
     attention_maps, ffn_maps = operands["attention"], operands["feed_forward"]
     maps = {name: attention_maps[name] for name in ("qkv", "out")} | {"down": ffn_maps["down"]}
