@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 import pytest
 
+from terdit_jax.aot.topology import open_devices, parse_topology
 from terdit_jax.fast.hopper import backward, biased, forward, warpgroup
 
 B, T = 64, 256
@@ -24,27 +26,49 @@ def test_pairs_of_a_thread_lower(width, heads):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("width", [1152, 1024, 768, 384])
-@pytest.mark.parametrize("eight", [None, "float8_e4m3fn"])
-def test_passes_of_dit_lower(width, eight):
-    shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+def passes_of_dit(width, eight, sharding=None):
+    """Every kernel of DiT's blocks, traced for rows of this width and four times it."""
+
+    def shape(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
     x, y = (shape(B, T, n, dtype=jnp.bfloat16) for n in (width, 4 * width))
     scale, vector, stored = None if eight is None else shape(B, T), shape(B, width), forward.Stored(True, eight)
     site, d, bias = shape(dtype=jnp.int32), shape(B, T, 8, width // 8, dtype=jnp.bfloat16), shape(4 * width)
-    for traced in (
+    added = x, x, scale, vector, vector, x, x, scale
+    return [
         forward.norm_modulate.trace(x, vector, vector, stored, norm="layer"),
         forward.add_norm_modulate.trace(x, x, scale, shape(1, 4, B, width), site, stored, norm="layer"),
         forward.gelu.trace(y, scale, shape(1), bias, stored),
         forward.quantize.trace(x, eight or "bfloat16"),
-        backward.add_norm_modulate.trace(
-            x, x, scale, vector, vector, x, x, scale, eight=eight, norm="layer", offset=True
-        ),
+        backward.add_norm_modulate.trace(*added, eight=eight, norm="layer", offset=True),
         backward.add_norm_modulate.trace(x, None, None, None, vector, x, x, scale, norm="layer"),
         backward.add_gated.trace(x, scale, vector, x, eight=eight, offset=True),
         biased.gelu.trace(y, scale, shape(1), bias, y, scale, eight=eight),
         biased.split_heads.trace(d, d, d, shape(3), eight=eight),
-    ):
+    ]
+
+
+dit_widths = pytest.mark.parametrize("width", [1152, 1024, 768, 384])
+both_dtypes = pytest.mark.parametrize("eight", [None, "float8_e4m3fn"])
+
+
+@dit_widths
+@both_dtypes
+def test_passes_of_dit_lower(width, eight):
+    for traced in passes_of_dit(width, eight):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.slow
+@dit_widths
+@both_dtypes
+def test_passes_of_dit_compile_for_an_h200(width, eight):
+    """To machine code, without one: what lowering leaves to the compiler may fail too."""
+    pytest.importorskip("jax_cuda13_plugin", reason="no compiler for GPUs is installed: pip install 'terdit-jax[aot]'")
+    device = open_devices(parse_topology("h200:1"))[0]
+    for traced in passes_of_dit(width, eight, SingleDeviceSharding(device)):
+        assert traced.lower().compile() is not None
 
 
 def test_widths_that_a_warpgroup_cannot_share():
