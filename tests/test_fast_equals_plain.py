@@ -14,7 +14,7 @@ from terdit_jax.config_sections import MeshConfig
 import terdit_jax.fast
 from terdit_jax.fast import eight_bit, inference_pass, xla_passes
 from terdit_jax.fast.expand import expand
-from terdit_jax.fast.hopper import backward
+from terdit_jax.fast.hopper import backward, biased
 from terdit_jax.fast.hopper import forward as hopper_passes
 from terdit_jax.fast.hopper.swiglu_matmul import swiglu_matmul
 from terdit_jax.fast.linear import FastLinear, make_fast, ternarize_by_layer
@@ -82,6 +82,16 @@ def gradient_of_norm_modulate(x, gain, shift):
     return pullback(tuple(draws(*x.shape, seed=seed, dtype=jnp.bfloat16).astype(jnp.float32) for seed in (1, 2)))
 
 
+def gradient_of_gelu(y, bias):
+    """Of a sum of all that `mlp` makes of products with a bias."""
+    return jax.grad(lambda y: jnp.sum(jax.nn.gelu(y + bias, approximate=True)))(y)
+
+
+def backward_gelu(y, bias):
+    y = y.astype(jnp.bfloat16)
+    return biased.gelu(y, None, jnp.ones(1), bias, jnp.ones_like(y), None)[0]
+
+
 def swiglu(x, weight):
     return plain_swiglu({"w13": FullLinear(weight.reshape(2, -1, x.shape[-1])), "down": lambda h: h[..., None, :]}, x)
 
@@ -129,6 +139,7 @@ PAIRS = {
         )
     ],
     "hopper.backward": [(gradient_of_norm_modulate, backward_norm_modulate, ROWS, 0.01, False)],
+    "hopper.biased": [(gradient_of_gelu, backward_gelu, (draws(2, 8, 256), draws(256, seed=1)), 0.01, False)],
     "hopper.swiglu_matmul": [
         (
             swiglu,
@@ -137,7 +148,7 @@ PAIRS = {
         )
     ],
 }  # fmt: skip
-CHOOSERS = {"plan", "modes", "hopper", "hopper.warpgroup"}  # which compute nothing themselves
+CHOOSERS = {"plan", "modes", "fused_passes", "hopper", "hopper.warpgroup"}  # which compute nothing themselves
 
 
 def assert_near(actual, expected, bound):
