@@ -1,6 +1,8 @@
 """Every fast function has the values, and where it has any the gradients, of the plain function that it names."""
 
 import contextlib
+import dataclasses
+from functools import partial
 import importlib
 import pkgutil
 
@@ -29,7 +31,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.ternary.linear import FullLinear, TernaryLinear, code_product, input_gradient
 from terdit_jax.ternary.packing import pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes, ternarize
-from tests.golden_models import random_params, tiny_config
+from tests.golden_models import DIT, random_params, tiny_config
 from tests.interpreted import ON_HOPPER, interpreted_kernels
 
 CONFIG = tiny_config(depth=2)
@@ -61,10 +63,10 @@ def cut_linear(x, sink):
     return jax.tree.map(lambda leaf: leaf[0], made["blocks"]["attention"]["qkv"])(x)
 
 
-def inference(x_t, t, y):
+def inference(config, x_t, t, y):
     numerics = Numerics("float32", "float32", "float32")
-    operands = inference_pass.make_inference_operands(CONFIG, numerics, packed_operands(CONFIG, random_params(CONFIG)))
-    return inference_pass.inference_forward(CONFIG, numerics, operands, x_t, t, y)
+    operands = inference_pass.make_inference_operands(config, numerics, packed_operands(config, random_params(config)))
+    return inference_pass.inference_forward(config, numerics, operands, x_t, t, y)
 
 
 def plain_norm_modulate(x, gain, shift):
@@ -128,7 +130,12 @@ PAIRS = {
     ],
     "fused_block": [(network(PLAIN, WIDE), network(FastPlan(fused=True), WIDE), (random_params(WIDE),), 0.02, True)],
     "inference_pass": [
-        (lambda *given: network(PLAIN, CONFIG)(random_params(CONFIG)), inference, inputs(CONFIG), 1e-5, False)
+        (
+            lambda *given, config=config: network(PLAIN, config)(random_params(config)),
+            partial(inference, config),
+            inputs(config), 1e-5, False,
+        )
+        for config in (CONFIG, dataclasses.replace(CONFIG, **DIT))
     ],
     "xla_passes": [(plain_norm_modulate, xla_passes.norm_modulate, ROWS, 1e-6, True)],
     "hopper.forward": [
