@@ -48,7 +48,8 @@ class TerDiT(nn.Module):
     Its parameters and buffers have the names of the published checkpoints, whose state dicts load as they are. A fresh
     one's weights mean nothing. It is for inference: rounding has no gradient, and packed weights cannot move.
 
-    Attributes: `fields`, the architecture; `dtype`; `description`, what the file said of the model, or None.
+    Attributes: `fields`, the architecture; `dtype`; `description`, what the file said of the model (or, where it was a
+    bare DiT or SiT, what was found: "model" and "diffusion"), or None.
     """
 
     frequencies: Tensor
