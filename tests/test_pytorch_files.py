@@ -124,7 +124,9 @@ def test_published_dit_and_sit_are_known_by_their_shapes_and_names(tmp_path, nam
     assert {key: model.fields[key] for key in fields if key not in of_training} == {
         key: value for key, value in fields.items() if key not in of_training
     }
-    assert model.description == {"model": model.fields, "diffusion": {"objective": objective}}
+    latents = {"codec": "sd-vae-ft-ema", "latent_scale": 0.18215}
+    about = {"name": path.stem, "model": model.fields, "diffusion": {"objective": objective}}
+    assert model.description == about | latents
     io = as_tensors(golden_arrays(f"{name}_io"))
     assert_close(model(io["x"], io["t"], io["y"])[:, : io["out"].shape[1]], io["out"].numpy())
     state_dict = model.state_dict()
@@ -138,17 +140,35 @@ def test_what_a_bare_file_does_not_say_must_be_given(tmp_path, tiny, torch_expor
     path.parent.mkdir()
     tensors = as_tensors(golden_model("sit_tiny")[1])
     torch.save(tensors, path)
-    refused(path, "objective is None, and the name starts with neither DiT nor SiT", num_heads=4)
+    refused(path, "objective is None, and the name begins as neither DiT-XL-2 nor SiT-XL-2", num_heads=4)
     refused(path, "objective is 'edm'", num_heads=4, objective="edm")
-    refused(path, "width 64 with 2 layers is none of the published DiT and SiT: give num_heads", objective="flow")
+    refused(path, "width 64 with 2 layers is no size of the published DiT and SiT: give num_heads", objective="flow")
     refused(path, "num_heads=5", num_heads=5, objective="flow")
     assert load(path, num_heads=4, objective="flow").description["diffusion"] == {"objective": "flow"}
     torch.save(tensors | {"pos_embed": tensors["pos_embed"] + 1e-3}, path)
     refused(path, "'pos_embed' is not the fixed table of 2-D positions", num_heads=4, objective="flow")
     torch.save(tensors | {"pos_embed": tensors["pos_embed"][0, 0]}, path)
     refused(path, "malformed", num_heads=4, objective="flow")
-    refused(torch_export, "says itself what it is", num_heads=4)
-    refused(write_artifact(tmp_path / "m", described(tiny[0]), tiny[1]), "says itself what it is", objective="ddpm")
+    head = {name: tensors[name][:16].clone() for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    torch.save(tensors | head, path)
+    refused(path, "has output channels for the variance, and this has none", num_heads=4, objective="ddpm")
+    assert load(path, num_heads=4, objective="flow").fields["learn_sigma"] is False
+    torch.save(tensors, path.with_name("SiT-S-2.pt"), _use_new_zipfile_serialization=False)
+    assert load(path.with_name("SiT-S-2.pt"), num_heads=4, objective="flow").fields["num_heads"] == 4
+    refused(
+        path.with_name("SiT-S-2.pt"), "has objective=flow, but objective=ddpm was given", num_heads=4, objective="ddpm"
+    )
+    artifact = write_artifact(tmp_path / "m", described(tiny[0]), tiny[1])
+    for file in (torch_export, artifact):
+        load(file, num_heads=4, objective="ddpm")
+        refused(file, "has num_heads=4, but num_heads=8 was given: leave it out", num_heads=8)
+        refused(file, "has objective=ddpm, but objective=flow was given: leave it out", objective="flow")
+
+
+def test_tensors_that_share_their_numbers_take_no_memory(torch_export):
+    file = torch_export / "consolidated_ema_ternary.00-of-01.pth"
+    torch.save({NORM: torch.ones(1).expand(1 << 40)}, file)
+    refused(torch_export, "together are larger than the file")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +186,7 @@ def test_sizes_of_published_dit_and_sit(name, width, depth, heads, size, objecti
     large = {"hidden_size": width, "depth": depth, "num_heads": heads, "num_kv_heads": heads, "input_size": size}
     with torch.device("meta"):
         state_dict = TerDiT(fields | large | {"num_classes": 1000}).state_dict()
-    _, found, description = pytorch._describe_bare(name, state_dict, None, None)
+    _, found, description = pytorch._describe_dit(Path(name), state_dict, None, None)
     assert fields | large | {"num_classes": 1000, "adaln_rms_norm": False} == fields | found
     assert description["diffusion"] == {"objective": objective}
     if size == 32 and width == 1152:
@@ -315,4 +335,5 @@ def test_pickles_are_never_run(torch_export):
     weights.write_bytes(b"PK\x03\x04 cut short")
     refused(weights, "cannot be read")
     args.unlink()
+    torch.save({NORM: torch.ones(64)}, weights)
     refused(torch_export, "no model_args.pth")

@@ -155,7 +155,7 @@ def test_images_are_bytes_channels_last():
 @pytest.mark.parametrize(
     ("name", "diffusion", "settings", "match"),
     [
-        ("sit_tiny", {"objective": "flow"}, {"method": "ddim"}, "'ddim': a flow model takes one of euler, heun, sde"),
+        ("sit_tiny", {"objective": "flow"}, {"method": "ddim"}, "'ddim': a flow model takes one of sde, euler, heun"),
         ("dit_tiny", {"objective": "ddpm"}, {"method": "sde"}, "'sde': a ddpm model takes one of ddpm, ddim"),
         ("sit_tiny", {"objective": "edm"}, {}, "objective is 'edm'"),
         ("sit_tiny", {"objective": "flow", "path": "vp"}, {}, "path 'vp'"),

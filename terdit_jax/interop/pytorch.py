@@ -23,7 +23,9 @@ import mmap
 import operator
 import os
 from pathlib import Path
+import re
 from typing import Any
+import zipfile
 import zlib
 
 import torch
@@ -48,8 +50,8 @@ class TerDiT(nn.Module):
     Its parameters and buffers have the names of the published checkpoints, whose state dicts load as they are. A fresh
     one's weights mean nothing. It is for inference: rounding has no gradient, and packed weights cannot move.
 
-    Attributes: `fields`, the architecture; `dtype`; `description`, what the file said of the model (or, where it was a
-    bare DiT or SiT, what was found: "model" and "diffusion"), or None.
+    Attributes: `fields`, the architecture; `dtype`; `description`, what the file said of the model (of a DiT or SiT
+    without one, what was found), or None.
     """
 
     frequencies: Tensor
@@ -394,20 +396,21 @@ def load(
     Args:
       path: an artifact (.safetensors); a plain safetensors export with its description; a PyTorch export or published
         checkpoint, as a directory or as one .pth file beside its model_args.pth; a published checkpoint of DiT or SiT,
-        or one of their training, as one .pt file. Averaged weights come before the others, and in a directory ternary
+        or of their training, as one .pt file. Averaged weights come before the others, and in a directory ternary
         files before full precision. Nothing in a file is ever run.
       device: where the model goes.
       dtype: as for `TerDiT`.
       packed: as for `TerDiT`. Then `state_dict()` is, bit for bit, the float32 and uint8 tensors of the file. Float
         weights of a ternary map are master weights: they are ternarised by the absmean rule in either mode.
-      num_heads: attention heads of a DiT or SiT file that has none of the published widths and depths.
-      objective: "ddpm" or "flow", of a DiT or SiT file whose name starts with neither "DiT" nor "SiT".
+      num_heads: of attention, for a DiT or SiT of no published size, whose file does not tell.
+      objective: "ddpm" or "flow", for one whose file is not named as published: those of DiT and SiT are alike.
 
     Returns:
       The model in eval mode, without gradients.
 
     Raises:
-      ValueError: a file of another kind, damaged, or that does not fit its description; one line.
+      ValueError: a file of another kind, damaged, or that does not fit its description, or an argument that is missing
+        or that the file contradicts; one line.
       OSError: a path that cannot be read.
     """
     path = Path(os.path.expanduser(path))
@@ -473,36 +476,31 @@ _Contents = tuple[dict[str, Tensor], dict, dict | None]  # tensors, fields, desc
 
 
 def _read(path: Path, num_heads: int | None = None, objective: str | None = None) -> _Contents:
-    """Reads any kind of file; a published TerDiT has no description, a published DiT or SiT one of its objective."""
+    """Reads any kind of file; a published TerDiT or Large-DiT has no description."""
     try:
-        is_torch = path.is_dir()
-        if not is_torch:
-            with open(path, "rb") as file:
-                is_torch = file.read(4) == b"PK\x03\x04"
-                if not is_torch:
-                    contents: _Contents = _read_safetensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        if is_torch:
-            weights, tensors = _state_dict(path)
-            if path.is_file() and "x_embedder.proj.weight" in tensors and not (path.parent / _ARGS).exists():
-                return _describe_bare(path.name, tensors, num_heads, objective)
-            contents = _describe_args(weights, tensors)
-        if num_heads is not None or objective is not None:
-            raise ValueError("says itself what it is: num_heads and objective are for bare files of DiT and SiT")
+        contents = _read_torch(path, num_heads, objective) if _is_torch(path) else _read_safetensors(path)
+        _, fields, description = contents
+        diffusion = (description or {}).get("diffusion", {})
+        said = {"num_heads": fields.get("num_heads"), "objective": diffusion.get("objective", "ddpm")}
+        for name, given in (("num_heads", num_heads), ("objective", objective)):
+            if given not in (None, said[name]):
+                raise ValueError(f"has {name}={said[name]}, but {name}={given} was given: leave it out")
         return contents
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-    ) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"its header or description is malformed: {type(error).__name__} {error}") from error
 
 
-def _read_safetensors(view: mmap.mmap) -> tuple[dict[str, Tensor], dict, dict]:
+def _is_torch(path: Path) -> bool:
+    if path.is_dir():
+        return True
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04" or path.suffix in (".pt", ".pth")  # before version 1.6 they were no zips
+
+
+def _read_safetensors(path: Path) -> _Contents:
     """An artifact, which is verified, or a plain export, which has no checksums."""
+    with open(path, "rb") as file:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     length = int.from_bytes(view[:8], "little")
     if not 2 <= length <= min(len(view) - 8, 10**8) or view[8:9] != b"{":
         raise ValueError("is neither a safetensors file nor one of PyTorch's, or is cut short")
@@ -568,38 +566,29 @@ _PUBLISHED = {  # width, layers, heads
     "DiT_Llama_3B_patch2": (3072, 32, 32),
     "DiT_Llama_7B_patch2": (4096, 32, 32),
 }
+# Of DiT and SiT: heads by layers and width (S, B, L, XL), how files are named, and what each learned to predict.
+_DIT_HEADS = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}
+_DIT_NAME = re.compile(r"(DiT|SiT)-(S|B|L|XL)-[248](?!\d)")
+_OBJECTIVES = {"DiT": "ddpm", "SiT": "flow"}
 
 
-_DIT_HEADS = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # by layers and width: S, B, L, XL
-_OBJECTIVES = {"DiT": "ddpm", "SiT": "flow"}  # by the start of a file's name
-
-
-def _state_dict(path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file of weights that a path means, and its tensors, of a training checkpoint the averaged ones."""
+def _read_torch(path: Path, num_heads: int | None, objective: str | None) -> _Contents:
+    """An export or a published checkpoint: a state dict, but for DiT's and SiT's with a model_args.pth beside it."""
     files = [path / f"{stem}.00-of-01.pth" for stem in _PREFERENCE] if path.is_dir() else [path]
     weights = next((file for file in files if file.exists()), None)
     if weights is None:
         raise ValueError(f"holds none of {', '.join(file.name for file in files)}")
-    if path.is_dir() and not (path / _ARGS).exists():
-        raise ValueError(f"there is no {_ARGS} beside the weights")
-    tensors = _torch_load(weights)
-    if isinstance(tensors, dict):
-        tensors = next((tensors[key] for key in ("ema", "model") if isinstance(tensors.get(key), dict)), tensors)
-    if not isinstance(tensors, dict) or not all(_is_plain(*item) for item in tensors.items()):
-        raise ValueError(f"{weights.name} is no state dict")
-    return weights, tensors
-
-
-def _describe_args(weights: Path, tensors: dict[str, Tensor]) -> _Contents:
-    """An export or a published TerDiT or Large-DiT: a state dict beside its model_args.pth."""
-    if not (weights.parent / _ARGS).exists():
-        raise ValueError(f"there is no {_ARGS} beside the weights")
-    args = _torch_load(weights.parent / _ARGS)
-    if not isinstance(args, argparse.Namespace):
+    beside, tensors = weights.with_name("model_args.pth"), _state_dict(weights)
+    args = _torch_load(beside) if weights.suffix != ".pt" and beside.exists() else None
+    if args is not None and not isinstance(args, argparse.Namespace):
         raise ValueError(f"model_args.pth holds a {type(args).__name__}, not an argparse.Namespace")
     description = getattr(args, "terdit_jax", None)
     if description is not None:
         return tensors, dict(description["model"]), description
+    if "x_embedder.proj.weight" in tensors:
+        return _describe_dit(weights, tensors, num_heads, objective)
+    if args is None:
+        raise ValueError("there is no model_args.pth beside the weights")
     if args.model not in _PUBLISHED:
         raise ValueError(f"model_args.pth names model {args.model!r}, not one of {', '.join(_PUBLISHED)}")
     width, depth, heads = _PUBLISHED[args.model]
@@ -613,25 +602,42 @@ def _describe_args(weights: Path, tensors: dict[str, Tensor]) -> _Contents:
     return tensors, fields, None
 
 
-def _describe_bare(name: str, tensors: dict[str, Tensor], num_heads: int | None, objective: str | None) -> _Contents:
-    """A checkpoint of DiT or SiT: its tensors' shapes, the file's name and the caller say what it is."""
-    objective = _OBJECTIVES.get(name[:3]) if objective is None else objective
-    if objective not in _OBJECTIVES.values():
-        raise ValueError(f"objective is {objective!r}, and the name starts with neither DiT nor SiT: give ddpm or flow")
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a bare state dict, or those that a checkpoint of training holds, averaged if it has them."""
+    tensors = _torch_load(path)
+    if isinstance(tensors, dict):
+        tensors = next((tensors[name] for name in ("ema", "model") if name in tensors), tensors)
+    if not isinstance(tensors, dict) or not all(_is_plain(*item) for item in tensors.items()):
+        raise ValueError(f"{path.name} is no state dict")
+    if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+        raise ValueError(f"{path.name} holds tensors that share numbers, and together are larger than the file")
+    return tensors
+
+
+def _describe_dit(path: Path, tensors: dict[str, Tensor], num_heads: int | None, objective: str | None) -> _Contents:
+    """A checkpoint of DiT or SiT: the shapes of its tensors and its name say what it is, or else the caller."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    depth = _depth(tensors)
-    heads = _DIT_HEADS.get((depth, width)) if num_heads is None else num_heads
+    depth, learn_sigma = _depth(tensors), len(tensors["final_layer.linear.weight"]) > patch**2 * channels
+    if named := _DIT_NAME.match(path.name):
+        objective = _OBJECTIVES[named[1]]
+    if objective not in _OBJECTIVES.values():
+        raise ValueError(f"objective is {objective!r}, and the name begins as neither DiT-XL-2 nor SiT-XL-2: give ddpm "
+                         "for DiT, or flow for SiT")  # fmt: skip
+    if objective == "ddpm" and not learn_sigma:
+        raise ValueError("a DiT has output channels for the variance, and this has none: is it a SiT?")
+    heads = _DIT_HEADS.get((depth, width), num_heads)
     if heads is None:
-        raise ValueError(f"width {width} with {depth} layers is none of the published DiT and SiT: give num_heads")
+        raise ValueError(f"width {width} with {depth} layers is no size of the published DiT and SiT: give num_heads")
     fields = {
         "family": "dit", "ternary": "blocks.0.attn.qkv.alphas" in tensors, "in_channels": channels, "patch_size": patch,
         "input_size": math.isqrt(tensors["pos_embed"].shape[1]) * patch, "hidden_size": width, "depth": depth,
         "num_heads": heads, "num_kv_heads": heads, "ffn_multiple_of": 256, "qk_norm": False, "positions": "sincos_2d",
         "num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
-        "learn_sigma": len(tensors["final_layer.linear.weight"]) > patch**2 * channels,
-        "adaln_rms_norm": "blocks.0.adaLN_modulation.2.weight" in tensors,
+        "learn_sigma": learn_sigma, "adaln_rms_norm": "blocks.0.adaLN_modulation.2.weight" in tensors,
     }  # fmt: skip
-    return tensors, fields, {"model": fields, "diffusion": {"objective": objective}}
+    codec, scale = ("sd-vae-ft-ema", 0.18215) if channels == 4 else ("none", 1.0)
+    about = {"name": path.stem, "model": fields, "codec": codec, "latent_scale": scale}
+    return tensors, fields, about | {"diffusion": {"objective": objective}}
 
 
 def _is_plain(name: object, tensor: object) -> bool:
@@ -643,7 +649,7 @@ def _is_plain(name: object, tensor: object) -> bool:
 def _torch_load(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
     except Exception as error:  # of many kinds, some with pages of advice on loading what must not be loaded
@@ -660,7 +666,7 @@ def _class_of(label: Any) -> int:
 
 _MAX_CFG_SCALE = 1000
 _SAMPLE: dict[str, Any] = {"num_steps": 250, "cfg_scale": 4.0, "cfg_channels": 3}  # the published demo's
-_METHODS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun", "sde")}  # of each objective, its default first
+_METHODS = {"ddpm": ("ddpm", "ddim"), "flow": ("sde", "euler", "heun")}  # of each objective, its default first
 _FLOW = {"path": "linear", "shift": 1.0}
 _PATHS = ("linear", "gvp")
 _LAST_STEP = 0.04  # of "sde", in t: without noise, as SiT's
@@ -692,10 +698,10 @@ def sample(
       cfg_scale: eps_null + cfg_scale * (eps_label - eps_null); 1 is no guidance and halves the work.
       cfg_channels: min(cfg_channels, C) channels of the noise, or velocity, are guided; 0: all.
       method: of a DDPM model "ddpm", ancestral sampling with the learned variance, or "ddim", which is deterministic.
-        Of a flow "euler"; "heun", of second order at two calls of the network a step; "sde", which adds noise.
+        Of a flow "sde", which adds noise; "euler"; "heun", of second order at two calls of the network a step.
       first: the number of the first image, to draw a large set in several calls.
 
-    Settings left out are the description's, or else 250 steps of ddpm or euler, guided by 4.0 on 3 channels. A flow's
+    Settings left out are the description's, or else 250 steps of ddpm or sde, guided by 4.0 on 3 channels. A flow's
     path and shift are the description's, or else "linear" and 1.
 
     Returns:
