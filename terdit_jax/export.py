@@ -18,7 +18,7 @@ from terdit_jax.files import check_output
 from terdit_jax.interop.exports import FORMATS, check_options, export
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights, open_weights
-from terdit_jax.options import refuse_unused
+from terdit_jax.options import define_num_heads, define_objective, refuse_unused
 from terdit_jax.paths import define_path
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -27,6 +27,8 @@ _WORKDIR = define_path("workdir", None, "A training run.")
 _MODEL = define_path("model", None, "In its place: an artifact, a published checkpoint, or safetensors.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newest sound one if left out.", 0)
 _EMA = flags.DEFINE_bool("ema", True, "The averaged weights; --noema for those of the last step.")
+_NUM_HEADS = define_num_heads()
+_OBJECTIVE = define_objective()
 _FORMAT = flags.DEFINE_enum("format", "packed", FORMATS, "packed: the artifact of docs/format.md; torch: a folder.")
 _MASTERS = flags.DEFINE_bool("masters", False, "float32 master weights instead of ternary ones (torch, safetensors).")
 _COMPRESS = flags.DEFINE_bool("compress", False, "Deflate the 2-bit planes (packed).")
@@ -54,7 +56,14 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # conversion is host work, also where there are accelerators
     _return_freed_memory()
     source = _WORKDIR.value or _MODEL.value
-    weights = open_weights(source, ema=_EMA.value, step=_STEP.value, masters=_MASTERS.value)
+    weights = open_weights(
+        source,
+        ema=_EMA.value,
+        step=_STEP.value,
+        masters=_MASTERS.value,
+        num_heads=_NUM_HEADS.value,
+        objective=_OBJECTIVE.value,
+    )
     if not output:
         print(size_report(weights.model, file.stat().length if (file := epath.Path(source)).is_file() else None))
         return

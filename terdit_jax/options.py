@@ -13,6 +13,7 @@ from terdit_jax.errors import UserError
 
 MAX_IMAGES = 10_000_000  # of one set: two hundred times what scores are published of
 MAX_BATCH = 65_536
+MAX_HEADS = 4096  # as config.model.num_heads has it
 _LARGEST = 3e38  # of float32, rounded down
 
 
@@ -29,6 +30,20 @@ def define_float(
 ) -> flags.FlagHolder[float] | flags.FlagHolder[float | None]:
     """A flag that holds a number from `low` to `high`. absl's own lets nan pass, and with no bound infinity."""
     return flags.DEFINE(_FloatParser(low, high), name, default, help, serializer=flags.ArgumentSerializer())
+
+
+def define_num_heads() -> flags.FlagHolder[int | None]:
+    """The flag for the heads of a DiT's or SiT's checkpoint, whose file does not tell."""
+    return flags.DEFINE_integer(
+        "num_heads", None, "Attention heads, for a checkpoint of DiT or SiT of no published size.", 1, MAX_HEADS
+    )
+
+
+def define_objective() -> flags.FlagHolder[str | None]:
+    """The flag for what a DiT's or SiT's checkpoint learned to predict, where its name does not tell."""
+    return flags.DEFINE_enum(
+        "objective", None, ("ddpm", "flow"), "For a checkpoint not named as published: ddpm is DiT, flow is SiT."
+    )
 
 
 def refuse_unused(holders: Iterable[flags.FlagHolder[Any]], why: str) -> None:

@@ -33,13 +33,15 @@ from terdit_jax.inference.shards import Shards, check_set
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.labels import check_labels
 from terdit_jax.memory import check_host
-from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float
+from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, define_num_heads, define_objective
 from terdit_jax.parallel.mesh import local_mesh
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 
 _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.", 0)
+_NUM_HEADS = define_num_heads()
+_OBJECTIVE = define_objective()
 _LABELS = flags.DEFINE_list("labels", None, "Classes to draw; all of them if left out.")
 _LABEL_ORDER = flags.DEFINE_enum("label_order", "balanced", LABEL_ORDERS, "The classes in turn, or drawn by seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Images; one for each label if left out.", 1, MAX_IMAGES)
@@ -91,6 +93,8 @@ def main(argv: Sequence[str]) -> None:
         step=_STEP.value,
         dtype=_DTYPE.value,
         mode=_MODE.value,
+        num_heads=_NUM_HEADS.value,
+        objective=_OBJECTIVE.value,
     )
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if output.suffix != ".png" and not (pixels or vae):

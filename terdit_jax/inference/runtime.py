@@ -191,6 +191,8 @@ def load_model(
     step: int | None = None,
     dtype: DTypeLike | None = None,
     mode: str = "auto",
+    num_heads: int | None = None,
+    objective: str | None = None,
 ) -> Denoiser:
     """Loads a model to run it; its weights pass through host memory leaf by leaf and reach the devices packed.
 
@@ -201,12 +203,13 @@ def load_model(
       step: which checkpoint of a workdir; the newest sound one if left out.
       dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
       mode: of `modes.MODES`: how weights lie in memory and what matmuls compute in.
+      num_heads, objective: of a DiT's or SiT's checkpoint that does not tell (`interop.weights.open_weights`).
 
     Raises:
-      UserError: nothing at `path` that can be read, a damaged file, a model that the mesh does not divide, or a mode
-        that it cannot have.
+      UserError: nothing at `path` that can be read, a damaged file, a model that the mesh does not divide, a mode that
+        it cannot have, or an argument that is missing or that the file contradicts.
     """
-    weights = open_weights(path, ema=ema, step=step)
+    weights = open_weights(path, ema=ema, step=step, num_heads=num_heads, objective=objective)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")).name
     if dtype not in DTYPES:

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop.description import Description, check_architecture
+from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Layout, StateDict
 from terdit_jax.interop.safetensors import (
     DTYPES,
@@ -25,6 +25,7 @@ from terdit_jax.interop.safetensors import (
     render_header,
     write_container,
 )
+from terdit_jax.interop.shapes import check_architecture
 from terdit_jax.untrusted import parse_json, reading
 
 FORMAT, VERSION = "terdit_jax", "1"

@@ -13,7 +13,7 @@ import numpy as np
 from terdit_jax.errors import UserError
 from terdit_jax.files import new_folder, refuse_existing, refusing
 from terdit_jax.interop.artifact import write_artifact, write_plain
-from terdit_jax.interop.description import public_model_args
+from terdit_jax.interop.known import public_model_args, public_remark
 from terdit_jax.interop.published import published_layout, published_tensors
 from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
 from terdit_jax.paths import as_path
@@ -79,18 +79,14 @@ def _write_torch(path: Path, weights: Weights, ternary: bool) -> list[str]:
     except ImportError as error:
         raise UserError("--format=torch needs PyTorch to write .pth files: pip install torch") from error
     description = weights.description
-    arguments, as_published = public_model_args(description)
-    arguments["terdit_jax"] = description.to_dict()
+    file = consolidated_name(description.ema, ternary)
+    arguments = {**public_model_args(description), "terdit_jax": description.to_dict()}
     try:
         with refusing(path), new_folder(path) as folder:
             state_dict = {name: torch.from_numpy(np.array(array)) for name, array in _tensors(weights, ternary)}
-            torch.save(state_dict, folder / consolidated_name(description.ema, ternary))
+            torch.save(state_dict, folder / file)
             torch.save(argparse.Namespace(**arguments), folder / MODEL_ARGS)
     except RuntimeError as error:  # torch's way to report a full disk
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0][:150]}") from error
-    if as_published:
-        return []
-    return [
-        "note: the public sampler knows three shapes only, all of DDPM models, and this is none of them; "
-        "terdit_jax reads it, in JAX and in PyTorch (docs/pytorch.md)"
-    ]
+    remark = public_remark(description, path / file)
+    return [remark] if remark else []

@@ -5,8 +5,8 @@ starts a training from them.
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 from etils import epath
@@ -16,10 +16,12 @@ import numpy as np
 from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.errors import UserError
 from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
-from terdit_jax.interop.description import Description, check_architecture, describe_published, describe_run
+from terdit_jax.interop.description import Description, describe_run
+from terdit_jax.interop.known import Told, describe_published
 from terdit_jax.interop.published import (
     Leaves,
     StateDict,
+    check_layout,
     check_values,
     model_leaves,
     params_leaves,
@@ -27,7 +29,8 @@ from terdit_jax.interop.published import (
     read_leaves,
 )
 from terdit_jax.interop.safetensors import open_container
-from terdit_jax.interop.torch_file import load_namespace, load_state_dict
+from terdit_jax.interop.shapes import check_architecture
+from terdit_jax.interop.torch_file import load_checkpoint, load_namespace
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.paths import as_path, local_path
@@ -37,8 +40,8 @@ from terdit_jax.ternary.quantize import absmean_codes
 # What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
 # not the size of the images (512 px may start from 256 px) nor what training alone reads.
 _MUST_AGREE = (
-    "ternary", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_kv_heads", "mlp_width",
-    "num_classes", "qk_norm", "positions", "adaln_rms_norm",
+    "family", "ternary", "in_channels", "learn_sigma", "patch_size", "hidden_size", "depth", "num_heads",
+    "num_kv_heads", "mlp_width", "num_classes", "qk_norm", "positions", "adaln_rms_norm",
 )  # fmt: skip
 _ITEMS = {True: "ema_params", False: "params"}
 MODEL_ARGS = "model_args.pth"
@@ -65,20 +68,40 @@ class Weights:
         return self.description.model
 
 
-def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = None, masters: bool = False) -> Weights:
+def open_weights(
+    path: epath.PathLike,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    masters: bool = False,
+    num_heads: int | None = None,
+    objective: str | None = None,
+) -> Weights:
     """Finds out what is at a path and opens it; little is read before `leaves` is.
 
     Args:
       path: a workdir; an artifact or another safetensors file of published names; a folder of published
-        `consolidated*.pth`, or one such file, with `model_args.pth` beside it.
+        `consolidated*.pth`, or one such file, with `model_args.pth` beside it; a `.pt` or `.pth` of DiT or SiT, a state
+        dict or their training's checkpoint.
       ema: which weights, where there are both.
       step: which checkpoint of a workdir; the newest sound one if left out.
       masters: prefer master weights where a folder holds both those and ternary ones.
+      num_heads: of attention, for a DiT or SiT of no published size, whose file does not tell.
+      objective: "ddpm" or "flow", for one whose file is not named as published: those of DiT and SiT are alike.
 
     Raises:
-      UserError: nothing there that can be read, a step of something that is no workdir, or raw weights of a file that
-        holds averaged ones.
+      UserError: nothing there that can be read, a step of something that is no workdir, raw weights of a file that
+        holds averaged ones, or an argument that is missing or that the file contradicts.
     """
+    told = Told(num_heads, objective)
+    told.check()
+    weights = _open(path, ema, step, masters, told)
+    told.check_agrees(weights.description, weights.source)
+    return weights
+
+
+def _open(path: epath.PathLike, ema: bool, step: int | None, masters: bool, told: Told) -> Weights:
+    """Opens weights; `told` is used where a file is silent."""
     place = as_path(path)
     if (place / "checkpoints").is_dir():
         return _open_workdir(place, ema, step)
@@ -88,8 +111,9 @@ def open_weights(path: epath.PathLike, *, ema: bool = True, step: int | None = N
         raise UserError(f"{place} does not exist: give a workdir, an artifact or a published checkpoint")
     local = local_path(place)
     if local.is_dir():
-        return _open_torch(_find_consolidated(local, ema, masters))
-    weights = _open_torch(local) if local.suffix == ".pth" else _open_container(local)
+        return _open_torch(_find_consolidated(local, ema, masters), ema, told)
+    is_torch = local.suffix in (".pth", ".pt")
+    weights = _open_torch(local, ema, told) if is_torch else _open_container(local, told)
     if weights.description.ema and not ema:
         raise UserError(f"{place} holds averaged weights alone, but raw ones were asked for")
     return weights
@@ -120,10 +144,11 @@ def check_start(path: epath.PathLike, model: DiTConfig) -> Weights:
     Raises:
       UserError: as `open_weights`; the weights of another architecture.
     """
-    weights = open_weights(path, masters=True)
+    # What such a file does not tell is as the run has it; which objective it was trained with is free.
+    weights = _open(path, True, None, True, Told(model.num_heads, "flow"))
     for field in _MUST_AGREE:
         given, wanted = getattr(weights.model, field), getattr(model, field)
-        if given != wanted:
+        if given != wanted and (model.ternary or field != "adaln_rms_norm"):
             raise UserError(f"config.train.init_from={path} has {field}={given}, config.model has {wanted}")
     return weights
 
@@ -174,7 +199,7 @@ def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:
     return Weights(str(place), description, lambda: map(checked, read(paths)), masters=True)
 
 
-def _open_container(path: Path) -> Weights:
+def _open_container(path: Path, told: Told) -> Weights:
     container = open_container(path)
     if is_artifact(container):
         description, state_dict = open_artifact(container, str(path))
@@ -183,27 +208,46 @@ def _open_container(path: Path) -> Weights:
         if text := container.metadata.get("description"):
             description = read_description(text, state_dict.layout, str(path))
         else:
-            description = describe_published(state_dict.layout, {}, "_raw" not in path.name, str(path))
+            description = describe_published(state_dict.layout, {}, "_raw" not in path.name, str(path), told)
     return _of_state_dict(str(path), description, state_dict)
 
 
-def _open_torch(path: Path) -> Weights:
-    state_dict = StateDict.of(load_state_dict(path))
+def _open_torch(path: Path, ema: bool, told: Told) -> Weights:
+    """Opens a `.pt`, or a `.pth` with the model_args.pth beside it, which may belong to several files."""
+    arrays, averaged = load_checkpoint(path, ema)
+    state_dict = StateDict.of(arrays)
+    if averaged is None:
+        averaged = "_ema" in path.name if path.name.startswith("consolidated") else "_raw" not in path.name
     beside = path.with_name(MODEL_ARGS)
-    arguments = load_namespace(beside) if beside.exists() else {}
+    arguments = load_namespace(beside) if path.suffix == ".pth" and beside.exists() else {}
     if "terdit_jax" in arguments:
         description = Description.from_dict(arguments["terdit_jax"], str(beside))
         check_architecture(description.model, state_dict.layout, str(path))
+        description = dataclasses.replace(description, ema=averaged)
     else:
-        description = describe_published(state_dict.layout, arguments, "_ema" in path.name, str(path))
-    # One model_args.pth may stand beside files of both kinds.
-    description = dataclasses.replace(description, ema="_ema" in path.name)
+        description = describe_published(state_dict.layout, arguments, averaged, str(path), told)
     return _of_state_dict(str(path), description, state_dict)
 
 
 def _of_state_dict(source: str, description: Description, state_dict: StateDict) -> Weights:
-    masters = all(dtype != np.uint8 for dtype, _ in state_dict.layout.values())
-    return Weights(source, description, partial(read_leaves, description.model, state_dict), masters)
+    model, layout = description.model, state_dict.layout
+    with _named(source):
+        check_layout(model, layout)
+
+    def leaves() -> Iterator[tuple[str, np.ndarray]]:
+        with _named(source):
+            yield from read_leaves(model, state_dict)
+
+    return Weights(source, description, leaves, masters=all(dtype != np.uint8 for dtype, _ in layout.values()))
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Has errors begin with where the weights come from."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from error
 
 
 def _find_consolidated(folder: Path, ema: bool, masters: bool) -> Path:
