@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.interop.torch_file import load_namespace, load_state_dict
+from terdit_jax.interop.torch_file import load_checkpoint, load_namespace, load_state_dict
 
 FORMATS = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older"])
 
@@ -101,6 +101,52 @@ def test_every_flipped_byte_is_noticed_or_changes_nothing(torch, save):
     position = sound.index(np.arange(6, dtype=np.float32).tobytes())
     path.write_bytes(sound[:position] + b"\xff" + sound[position + 1 :])
     assert f"{numbers.filename!r} does not match its CRC-32" in refusal(path)
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("held", "ema", "number", "averaged"),
+    [
+        (("model", "ema"), True, 2, True),
+        (("model", "ema"), False, 1, False),
+        (("model",), True, 1, False),
+        (("ema",), False, 2, True),
+    ],
+)
+def test_a_training_checkpoint_gives_the_state_dict_asked_for(torch, save, is_zip, held, ema, number, averaged):
+    numbers = {"model": torch.full((3,), 1.0), "ema": torch.full((3,), 2.0)}
+    moments = {"state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}
+    checkpoint = {name: {"x": numbers[name]} for name in held}
+    checkpoint |= {"opt": moments, "args": argparse.Namespace(model="DiT-XL/2", epochs=1400)}
+    arrays, found = load_checkpoint(save(checkpoint, is_zip), ema)
+    assert found is averaged and list(arrays) == ["x"]
+    np.testing.assert_array_equal(arrays["x"], np.full(3, number))
+
+
+@FORMATS
+def test_a_bare_state_dict_does_not_say_whether_it_is_averaged(torch, save, is_zip):
+    arrays, averaged = load_checkpoint(save({"model.x": torch.ones(3), "ema_x": torch.ones(2)}, is_zip), True)
+    assert averaged is None and list(arrays) == ["model.x", "ema_x"]
+
+
+@FORMATS
+def test_code_beside_a_state_dict_is_never_run(torch, save, tmp_path, is_zip):
+    path = save({"model": {"x": torch.ones(3)}, "args": _Runs(tmp_path / "ran")}, is_zip)
+    assert "cannot be read as a file of torch.save" in refusal(path, lambda path: load_checkpoint(path, True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_training_checkpoint_of_something_else_is_refused(torch, save):
+    tensor = torch.zeros(1000)
+    for value, message in (
+        ({"model": tensor}, "its 'model': not a state dict"),
+        ({"model": None, "opt": {}}, "its 'model': not a state dict"),
+        ({"model": {"x": {"y": tensor}}}, "its 'model': 'x' is no dense tensor"),
+        ({"ema": {str(i): tensor for i in range(10)}}, "its 'ema': its tensors share storages"),
+        ([tensor], "not a state dict"),
+        (tensor, "not a state dict"),
+    ):
+        assert message in refusal(save(value), lambda path: load_checkpoint(path, True))
 
 
 @FORMATS

@@ -1,15 +1,25 @@
 """Whatever a path holds is opened as what it is, the right file of several, and says in one line why it cannot be."""
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import model_leaves, params_leaves, params_tree, published_tensors
-from terdit_jax.interop.weights import MODEL_ARGS, consolidated_name, master_params, open_weights, packed_leaves
+from terdit_jax.interop.weights import (
+    MODEL_ARGS,
+    check_start,
+    consolidated_name,
+    master_params,
+    open_weights,
+    packed_leaves,
+    start_params,
+)
 from terdit_jax.ternary.packing import pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes
 from tests.deployed import (
@@ -21,6 +31,10 @@ from tests.deployed import (
     small_config,
     weights_of,
 )
+from tests.golden_models import DIT, GOLDEN, golden_config
+from tests.torch_files import as_tensor, save_state_dict
+
+TOLD = {"num_heads": 4, "objective": "flow"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,7 @@ def test_a_folder_of_something_else_says_what_it_holds(tmp_path, names, options,
         open_weights(tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "DiT-XL-2-256x256.pt"])
 def test_a_file_of_something_else_is_one_line(tmp_path, name):
     (tmp_path / name).write_text("not a model")
     with pytest.raises(UserError, match=name) as caught:
@@ -180,3 +194,146 @@ def test_a_matrix_of_nothing_but_zeros_stays_finite():
     leaves[path][0] = 0b01010101
     masters = dict(params_leaves(master_params(model, leaves.items())))[path]
     assert not masters[0].any() and np.isfinite(masters).all() and masters[1].any()
+
+
+@pytest.fixture
+def dit():
+    """The tensors of a DiT of no published size, with four heads."""
+    return load_file(GOLDEN / "dit_tiny.safetensors")
+
+
+def save_dit(tensors, path):
+    """A file as other software writes it."""
+    save_file(tensors, path) if path.suffix == ".safetensors" else save_state_dict(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["SiT-XL-2-256.pt", "SiT-XL-2-256x256.pth", "SiT-XL-2-256x256.safetensors", "0400000.pt"]
+)
+def test_a_published_dit_or_sit_is_a_bare_state_dict(tmp_path, dit, name):
+    path = save_dit(dit, tmp_path / name)
+    weights = open_weights(path, **(TOLD if name.startswith("0") else {"num_heads": 4}))
+    description = weights.description
+    assert (description.name, description.diffusion.objective) == (path.stem, "flow")
+    assert (description.ema, description.model.num_heads, weights.masters) == (True, 4, True)
+    assert_same_leaves(weights, golden_weights("dit_tiny"))
+    with pytest.raises(UserError, match="holds averaged weights alone, but raw ones were asked for"):
+        open_weights(path, ema=False, **TOLD)
+
+
+def test_model_args_of_other_weights_do_not_speak_for_a_published_file(tmp_path, dit):
+    pytest.importorskip("torch")
+    export(random_weights(small_config()), tmp_path / "folder", "torch")
+    description = open_weights(save_dit(dit, tmp_path / "folder" / "DiT-S-2.pt"), num_heads=4).description
+    assert (description.name, description.model.family) == ("DiT-S-2", "dit")
+
+
+def test_a_training_checkpoint_gives_averaged_and_raw_weights(tmp_path, dit):
+    torch = pytest.importorskip("torch")
+    raw = {name: as_tensor(2 * array if "embedding" in name else array) for name, array in dit.items()}
+    averaged = {name: as_tensor(array) for name, array in dit.items()}
+    path, args = tmp_path / "0400000.pt", argparse.Namespace(model="DiT-XL/2", ckpt_every=50_000)
+    torch.save({"model": raw, "ema": averaged, "opt": {"state": {}, "param_groups": []}, "args": args}, path)
+    tables = []
+    for ema in (True, False):
+        weights = open_weights(path, ema=ema, **TOLD)
+        assert weights.description.ema == ema
+        tables.append(tree_of(weights)["y_embedder"]["embedding_table"])
+    np.testing.assert_array_equal(tables[1], 2 * tables[0])
+
+
+def test_what_is_given_must_not_contradict_the_file(tmp_path, workdir, dit):
+    export(random_weights(small_config()), tmp_path / "model.safetensors", "packed")
+    named = save_dit(dit, tmp_path / "DiT-S-2-mine.safetensors")
+    for path, given, message in (
+        (tmp_path / "model.safetensors", {"num_heads": 4}, "has num_heads=2, but num_heads=4 was given: leave it out"),
+        (tmp_path / "model.safetensors", {"objective": "flow"}, "has objective=ddpm, but objective=flow was given"),
+        (workdir[0], {"num_heads": 4}, "has num_heads=2, but num_heads=4 was given"),
+        (named, TOLD, "has objective=ddpm, but objective=flow was given"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            open_weights(path, **given)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    open_weights(tmp_path / "model.safetensors", num_heads=2, objective="ddpm")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.1.mlp.fc2.bias": None}, "checkpoint lacks tensor 'blocks.1.mlp.fc2.bias' that this model needs"),
+        ({"projector.weight": (4, 4)}, "checkpoint tensor 'projector.weight' does not belong to this model"),
+        (
+            {"blocks.0.attn.proj.weight": (64, 32)},
+            r"'blocks.0.attn.proj.weight' has shape \(64, 32\), this model needs",
+        ),
+        ({"x_embedder.proj.weight": None}, "not a DiT or SiT checkpoint, it lacks tensor 'x_embedder.proj.weight'"),
+        ({"x_embedder.proj.weight": None, "pos_embed": None}, "not a checkpoint of TerDiT, Large-DiT, DiT or SiT"),
+        ({"y_embedder.embedding_table.weight": (1, 64)}, "makes no model: model.num_classes=0"),
+    ],
+)
+def test_tensors_that_make_no_dit_are_named_before_one_is_read(tmp_path, dit, name, change, message):
+    tensors = dit | {key: np.zeros(shape or (), np.float32) for key, shape in change.items()}
+    tensors = {key: array for key, array in tensors.items() if change.get(key, 0) is not None}
+    path = save_dit(tensors, tmp_path / name)
+    with pytest.raises(UserError, match=message) as caught:
+        open_weights(path, **TOLD)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"), [("pos_embed", "is not the fixed table"), ("t_embedder.mlp.0.bias", "finite")]
+)
+def test_values_that_no_dit_has_are_named_with_their_file(tmp_path, dit, tensor, message):
+    dit[tensor] = np.full_like(dit[tensor], np.inf if message == "finite" else 0)
+    path = save_dit(dit, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"a.safetensors: checkpoint tensor '{tensor}' .*{message}"):
+        list(open_weights(path, **TOLD).leaves())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_dit_that_is_cut_off_is_one_line(tmp_path, dit, share):
+    path = save_dit(dit, tmp_path / "DiT-S-2.pt")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match="DiT-S-2.pt cannot be read as a file of torch.save") as caught:
+        open_weights(path, **TOLD)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["DiT-XL-2.safetensors", "SiT-XL-2.safetensors", "other.safetensors"])
+def test_a_training_starts_from_a_dit_whatever_it_predicted(tmp_path, dit, name):
+    """Heads are the run's own where the file does not tell, and so is adaLN's norm, which only ternary models have."""
+    path, model = save_dit(dit, tmp_path / name), golden_config("dit_tiny")
+    params = start_params(path, model)
+    jax.tree.map(np.testing.assert_array_equal, params, tree_of(golden_weights("dit_tiny")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learn_sigma": False}, "learn_sigma=True, config.model has False"),
+        ({"depth": 3}, "depth=2, config.model has 3"),
+        ({"ternary": True}, "ternary=False, config.model has True"),
+        ({"patch_size": 4}, "patch_size=2, config.model has 4"),
+        ({"num_classes": 11}, "num_classes=10, config.model has 11"),
+    ],
+)
+def test_a_training_starts_from_no_other_dit(tmp_path, dit, fields, message):
+    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
+    model = small_config(**{"ternary": False, "hidden_size": 64, "num_heads": 4, **DIT, **fields})
+    with pytest.raises(UserError, match=f"config.train.init_from={path} has {message}"):
+        check_start(path, model)
+
+
+def test_a_training_of_one_family_starts_from_no_other(tmp_path, dit):
+    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
+    model = small_config(ternary=False, hidden_size=64)
+    with pytest.raises(UserError, match="has family='?dit'?, config.model has '?large_dit'?"):
+        check_start(path, model)
+
+
+def test_a_training_at_another_image_size_starts_from_a_dit(tmp_path, dit):
+    """The table of positions is no parameter."""
+    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
+    assert check_start(path, small_config(ternary=False, hidden_size=64, num_heads=4, input_size=16, **DIT)).masters
