@@ -1,5 +1,7 @@
 """The export command from its flags: what it says, what it writes, and that bad input is one line and nothing else."""
 
+import shutil
+
 from absl import flags
 from absl.testing import flagsaver
 import pytest
@@ -9,6 +11,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import open_weights
 from tests.deployed import golden_weights, make_workdir, random_weights, small_config
+from tests.golden_models import GOLDEN
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +27,10 @@ def sources(workdir, tmp_path_factory):
     place = tmp_path_factory.mktemp("sources")
     export(golden_weights("terdit_tiny"), place / "packed.safetensors", "packed")
     export(random_weights(small_config(ternary=False)), place / "full.safetensors", "safetensors")
+    shutil.copy(GOLDEN / "sit_tiny.safetensors", place / "bare.safetensors")
     (place / "empty").mkdir()
     (place / "noise.safetensors").write_bytes(bytes(range(256)) * 4)
+    shutil.copy(GOLDEN / "sit_tiny.safetensors", place / "DiT-XL-2.safetensors")
     return {"run": workdir, **{path.stem: path for path in place.iterdir()}}
 
 
@@ -71,6 +76,18 @@ def test_the_report_writes_nothing(sources, tmp_path, capsys, source):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_sit_is_exported_and_measured(sources, tmp_path, capsys):
+    source = (f"--model={sources['bare']}", "--num_heads=4", "--objective=flow")
+    output = tmp_path / "out.safetensors"
+    run(*source, "--format=safetensors", f"--output={output}")
+    assert capsys.readouterr().out.startswith("bare, averaged weights: 0.7 MB in ")
+    description = open_weights(output).description
+    assert (description.model.num_heads, description.diffusion.objective) == (4, "flow")
+    run(*source, "--report")
+    total, file = capsys.readouterr().out.splitlines()[-2:]
+    assert total.split()[:3] == ["total", "182,176", "0.0%"] and file == "this file: 0.7 MB"
+
+
 BAD = {
     "neither source": ([], "give either --workdir .* or --model"),
     "both sources": (["--workdir={run}", "--model={packed}"], "give either --workdir .* or --model"),
@@ -90,6 +107,20 @@ BAD = {
         f"compressing {kind}": (["--workdir={run}", "--compress", f"--format={kind}"], "--compress: only")
         for kind in ("torch", "safetensors")
     },
+    "packing a SiT": (
+        ["--model={bare}", "--num_heads=4", "--objective=flow"],
+        "bare.safetensors is full precision, nothing to pack",
+    ),
+    "heads and objective unknown": (["--model={bare}"], "bare.safetensors: give .*--num_heads .*, --objective=ddpm"),
+    "heads unknown": (["--model={bare}", "--objective=flow"], "bare.safetensors: give .*--num_heads "),
+    "objective unknown": (["--model={bare}", "--num_heads=4"], "bare.safetensors: give .*--objective=ddpm for DiT"),
+    "heads of no model": (["--model={bare}", "--num_heads=5", "--objective=flow"], "bare.safetensors: makes no model"),
+    "another objective": (
+        ["--model={DiT-XL-2}", "--num_heads=4", "--objective=flow"],
+        "has objective=ddpm, but objective=flow was given",
+    ),
+    "other heads of an artifact": (["--model={packed}", "--num_heads=8"], "has num_heads=4, but num_heads=8 was given"),
+    "other heads of a run": (["--workdir={run}", "--num_heads=8"], "has num_heads=2, but num_heads=8 was given"),
     "what is there": (["--model={packed}", "--output={full}"], "--output=.*full.safetensors: exists already"),
     "a file's inside": (["--model={packed}", "--output={full}/x"], "full.safetensors takes no files .Not a directory"),
 }

@@ -8,13 +8,16 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
+from terdit_jax.config_sections import DiffusionConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import FORMATS, export
+from terdit_jax.interop.published import published_layout
 from terdit_jax.interop.weights import Weights, consolidated_name, open_weights, packed_leaves
 from tests.deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
-from tests.golden_models import GOLDEN, tiny_config
+from tests.golden_models import DIT, GOLDEN, tiny_config
+from tests.torch_files import save_state_dict
 
-GOLDEN_MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "train_init")
+GOLDEN_MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "dit_tiny", "sit_tiny", "train_init")
 
 
 def golden(name):
@@ -86,6 +89,35 @@ def test_a_model_that_the_public_sampler_cannot_build_gets_a_remark(tmp_path):
     assert export(random_weights(small_config()), tmp_path / "other", "packed") == []
     with pytest.raises(UserError, match="--format=onnx: choose one of packed, torch, safetensors"):
         export(random_weights(small_config()), tmp_path / "third", "onnx")
+
+
+@pytest.mark.parametrize(("project", "objective"), [("DiT", "ddpm"), ("SiT", "flow")])
+def test_a_published_dit_or_sit_goes_out_as_it_came_and_keeps_what_shapes_do_not_tell(
+    tmp_path, project, objective, kind
+):
+    if kind == "packed":
+        pytest.skip("nothing to pack")
+    tensors = load_file(GOLDEN / f"{project.lower()}_tiny.safetensors")
+    save_state_dict(tensors, tmp_path / f"{project}-XL-2-256x256.pt")
+    weights = open_weights(tmp_path / f"{project}-XL-2-256x256.pt", num_heads=4)
+    output = tmp_path / "out"
+    export(weights, output, kind)
+    assert_holds(written(output, kind, ternary=False), kind, tensors)
+    again = open_weights(output)
+    assert again.description == weights.description
+    assert (again.model.num_heads, again.description.diffusion.objective) == (4, objective)
+    assert_same_leaves(again, weights)
+
+
+def test_the_public_code_of_dit_takes_the_file_that_the_remark_names(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = small_config(
+        **DIT, ternary=False, hidden_size=384, depth=12, num_heads=6, input_size=32, patch_size=8, num_classes=1000
+    )
+    (remark,) = export(random_weights(model, diffusion=DiffusionConfig()), tmp_path / "out", "torch")
+    command, _, file = remark.rpartition(" --ckpt=")
+    assert command == "note: the public sampler of DiT takes it by --model=DiT-S/8 --image-size=256"
+    assert torch.load(file, weights_only=True).keys() == published_layout(model, False).keys()
 
 
 def test_the_public_code_reads_model_args(tmp_path):

@@ -9,6 +9,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import terdit_jax
 from terdit_jax.config_sections import DiffusionConfig, MeshConfig, SampleConfig
@@ -34,7 +35,8 @@ from tests.deployed import (
     small_config,
     weights_of,
 )
-from tests.golden_models import assert_close, golden_arrays, nhwc, tiny_config
+from tests.golden_models import GOLDEN, assert_close, golden_arrays, nhwc, tiny_config
+from tests.torch_files import save_state_dict
 
 
 @pytest.fixture
@@ -74,6 +76,29 @@ def test_golden_outputs_of_the_public_code(exported, name, kind, dtype, toleranc
     out = model(nhwc(io["x"]), io["t"], io["y"])
     assert out.dtype == jnp.float32
     assert_close(out, nhwc(io["out"]), tolerance)
+
+
+@pytest.mark.parametrize(("project", "channels"), [("DiT", 8), ("SiT", 4)])
+@pytest.mark.parametrize("name", ["XL-2-256x256.pt", "XL-2-256.pth", "XL-2.safetensors"])
+def test_golden_outputs_of_published_files_of_dit_and_sit(tmp_path, project, channels, name):
+    """DiT returns noise and variance, SiT the velocity alone."""
+    tensors, path = load_file(GOLDEN / f"{project.lower()}_tiny.safetensors"), tmp_path / f"{project}-{name}"
+    save_file(tensors, path) if path.suffix == ".safetensors" else save_state_dict(tensors, path)
+    model, io = load_model(path, dtype="float32", num_heads=4), golden_arrays(f"{project.lower()}_tiny_io")
+    out = model(nhwc(io["x"]), io["t"], io["y"])
+    assert out.shape == (4, 8, 8, channels)
+    assert_close(out, nhwc(io["out"]))
+
+
+def test_what_a_file_does_not_tell_is_an_argument(tmp_path):
+    save_file(load_file(GOLDEN / "sit_tiny.safetensors"), tmp_path / "mine.safetensors")
+    for given in ({}, {"num_heads": 4}, {"objective": "flow"}):
+        with pytest.raises(UserError, match="mine.safetensors: give what it does not tell"):
+            load_model(tmp_path / "mine.safetensors", **given)
+    model = load_model(tmp_path / "mine.safetensors", num_heads=4, objective="flow")
+    assert np.isfinite(model.draw(np.arange(2), num_steps=2)).all()
+    with pytest.raises(UserError, match="'ddpm' is no method"):
+        model.draw(np.arange(2), method="ddpm")
 
 
 def test_golden_guided_sampling(exported):
