@@ -11,6 +11,8 @@ from absl import flags
 
 from terdit_jax.errors import UserError
 
+flags.disclaim_key_flags()  # a flag defined here belongs to the command that asks for it, and to its --helpshort
+
 MAX_IMAGES = 10_000_000  # of one set: two hundred times what scores are published of
 MAX_BATCH = 65_536
 MAX_HEADS = 4096  # as config.model.num_heads has it
