@@ -20,6 +20,7 @@ GPU_RUN = "measures an accelerator, for minutes to hours"
 CLOUD = "needs an account, its tools and a network"
 INSTALLS = "installs from a network"
 LATENTS = "--config.model.input_size=8 --config.model.num_classes=2"  # of the archive and the autoencoder in INPUTS
+HEADS = "--num_heads=2"  # of the stand-ins for published checkpoints of DiT and SiT, which are of no published size
 
 # Commands that are run, with what is added to each.
 RUN = {
@@ -32,11 +33,16 @@ RUN = {
     "python -m terdit_jax.main * --config.data.synthetic=True *": f"{TRAINING} {LATENTS} --workdir=runs/bring_up",
     "python -m terdit_jax.main --config=configs/digits.py *": TRAINING,
     "python -m terdit_jax.main --config=configs/cifar10.py *": f"{TRAINING} --config.model.num_classes=2",
+    "python -m terdit_jax.main --config=configs/dit_xl_2.py *": (
+        f"{TRAINING} --config.model.input_size=8 --config.data.synthetic=True"
+    ),
     "python -m terdit_jax.main --config=configs/terdit_600m.py *": f"{TRAINING} {LATENTS}",
     "python -m terdit_jax.sample * --num_samples=5000 --output=digits.npz": "--num_samples=20",
     "python -m terdit_jax.sample *--model=*runs/*": "--num_samples=20",
     "python -m terdit_jax.sample --model=digits.safetensors *": "",
+    "python -m terdit_jax.sample --model=*iT-XL-2-* --vae=*": f"{HEADS} --num_samples=2 --num_steps=2",
     "python -m terdit_jax.sample * --vae=*": "--num_samples=2 --num_steps=2",
+    "python -m terdit_jax.export --model=DiT-XL-2-256x256.pt *": HEADS,
     "python -m terdit_jax.export *": "",
     "python -m terdit_jax.compile * --topology=v5p:8x8x4 *": f"{MODEL} --topology=cpu:1",
     "launch/* --dry-run *": "",
@@ -78,6 +84,7 @@ INPUTS = {
     "docs/data.md": ("ILSVRC2012_img_train.tar", "sd-vae-ft-ema"),
     "docs/deployment.md": ("runs/digits", "checkpoints/3B_1180000", "sd-vae-ft-ema"),
     "docs/evaluation.md": ("cifar10", "3B_1180000", "stabilityai/sd-vae-ft-ema"),
+    "docs/families.md": ("DiT-XL-2-256x256.pt", "SiT-XL-2-256.pt", "0400000.pt", "sd-vae-ft-ema"),
     "docs/pods.md": ("ILSVRC2012_img_train.tar", "sd-vae-ft-ema"),
     "docs/pytorch.md": ("digits.safetensors",),
     "docs/sampling.md": ("runs/digits", "terdit_4b.safetensors", "sd-vae-ft-ema"),
@@ -85,4 +92,4 @@ INPUTS = {
 }
 
 # What snippets and commands need beyond the package: without it they are left out.
-NEEDS_TORCH = ("terdit_jax.interop.pytorch", "--format=torch", "3B_1180000")
+NEEDS_TORCH = ("terdit_jax.interop.pytorch", "--format=torch", "3B_1180000", "-XL-2-", "0400000.pt")

@@ -1,5 +1,6 @@
 """What the pages take for granted: folders of images, an archive, checkpoints, all of them tiny."""
 
+import argparse
 import importlib.util
 import io
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 from PIL import Image
 
 from terdit_jax.interop.exports import export
+from terdit_jax.interop.published import published_tensors
 from terdit_jax.interop.weights import Weights
 from tests.deployed import random_weights, small_config
+from tests.golden_models import DIT
 from tests.runs import ROOT, prepare_digits
+from tests.torch_files import as_tensor
 
 TINY_VAE = ROOT / "tests" / "golden" / "vae_tiny"
 
@@ -75,6 +79,28 @@ def _published(path: Path) -> None:
         export(_weights(), path, "torch")
 
 
+def _state_dict() -> dict:
+    """What files of DiT and SiT hold, of a tiny model, as tensors."""
+    model = small_config(**DIT, ternary=False, depth=1, num_classes=1000)
+    return {name: as_tensor(array) for name, array in published_tensors(model, random_weights(model).leaves())}
+
+
+def _dit(path: Path) -> None:
+    """A published checkpoint of DiT or SiT."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.save(_state_dict(), path)
+
+
+def _dit_training(path: Path) -> None:
+    """A checkpoint of DiT's or SiT's training."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.save({"model": _state_dict(), "ema": _state_dict(), "opt": {}, "args": argparse.Namespace()}, path)
+
+
 def _environment(path: Path) -> None:
     """What launch/setup.sh takes for an installed environment: its Python is the one on the PATH."""
     (path / "bin").mkdir(parents=True)
@@ -106,6 +132,9 @@ MAKERS = {
     "stabilityai/sd-vae-ft-ema": _vae,
     "3B_1180000": _published,
     "checkpoints/3B_1180000": _published,
+    "DiT-XL-2-256x256.pt": _dit,
+    "SiT-XL-2-256.pt": _dit,
+    "0400000.pt": _dit_training,
     "terdit_4b.safetensors": lambda path: export(_weights(), path, "packed") and None,
     "digits.safetensors": _digits_artifact,
     "data/digits": prepare_digits,
