@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 torch = pytest.importorskip("torch")
 
 from terdit_jax.interop import pytorch  # noqa: E402
-from terdit_jax.interop.description import public_model_args  # noqa: E402
 from terdit_jax.interop.exports import export  # noqa: E402
+from terdit_jax.interop.known import public_model_args  # noqa: E402
 from terdit_jax.interop.pytorch import TerDiT, load  # noqa: E402
 from terdit_jax.interop.weights import consolidated_name, open_weights  # noqa: E402
 from tests.deployed import VARIANTS, assert_same_leaves, random_weights, small_config  # noqa: E402
@@ -70,7 +70,7 @@ def test_from_jax_to_pytorch_to_jax_is_the_same_bit_for_bit(tmp_path, variant):
     folder = tmp_path / "theirs"
     folder.mkdir()
     torch.save(model.state_dict(), folder / consolidated_name(ema=True, ternary=config.ternary))
-    arguments, _ = public_model_args(ours.description)
+    arguments = public_model_args(ours.description)
     torch.save(argparse.Namespace(**arguments, terdit_jax=model.description), folder / "model_args.pth")
     back = open_weights(folder)
     assert back.description == ours.description
