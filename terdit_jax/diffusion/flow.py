@@ -25,16 +25,16 @@ class PathAt(NamedTuple):
 
 
 def path_at(path: str, t: jax.Array, ndim: int = 4) -> PathAt:
-    """A path at t (B,), to broadcast against `ndim` axes: "linear", or "gvp" of constant variance (SiT, table 1)."""
+    """A path at t (B,), to broadcast against `ndim` axes: "linear", or "gvp" of constant variance."""
     t = t.astype(jnp.float32).reshape(t.shape + (1,) * (ndim - 1))
     if path == "linear":
         return PathAt(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
-    sin, cos = jnp.sin(math.pi / 2 * t), jnp.cos(math.pi / 2 * t)
+    sin, cos = jnp.sin(math.pi / 2 * t), jnp.sin(math.pi / 2 * (1 - t))  # so that sigma falls to 0 and not below
     return PathAt(sin, cos, math.pi / 2 * cos, -math.pi / 2 * sin)
 
 
 def interpolate(path: str, x_0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_t, the point of a path at t between noise and data x_0 (SiT, equation 3)."""
+    """x_t, the point of a path at t between noise and data x_0."""
     chex.assert_equal_shape([x_0, noise])
     at = path_at(path, t, x_0.ndim)
     return at.alpha * x_0.astype(jnp.float32) + at.sigma * noise.astype(jnp.float32)
@@ -53,7 +53,7 @@ def noise_from_velocity(path: str, v: jax.Array, x_t: jax.Array, t: jax.Array) -
 
 
 def score_from_velocity(path: str, v: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """The gradient of log p(x_t) that a velocity implies, -noise / sigma (SiT, equation 9); infinite at t = 1."""
+    """The gradient of log p(x_t) that a velocity implies, -noise / sigma; infinite at t = 1."""
     return -noise_from_velocity(path, v, x_t, t) / path_at(path, t, x_t.ndim).sigma
 
 

@@ -34,7 +34,7 @@ def flow_sample(
       draw_noise: called by "sde" alone, whose last step adds none of it.
       path, times: of `flow.path_at` and of `flow_times`.
       method: "euler"; "heun", of second order at two calls of `denoise` a step; "sde", Euler-Maruyama steps of
-        dx = (v + sigma score) dt + sqrt(2 sigma) dw, which has the ODE's marginals (SiT, equation 4 with w = sigma).
+        dx = (v + sigma score) dt + sqrt(2 sigma) dw, which has the ODE's marginals (SiT with w = sigma).
 
     Returns:
       x_0, (B, H, W, C) float32.
