@@ -22,7 +22,12 @@ def table(text):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "ternary", "disk"),
-    [("terdit_600m", "609,984,160", "99.0%", "175.0 MB"), ("terdit_4b", "4,238,414,112", "99.8%", "1,099.2 MB")],
+    [
+        ("terdit_600m", "609,984,160", "99.0%", "175.0 MB"),
+        ("terdit_4b", "4,238,414,112", "99.8%", "1,099.2 MB"),
+        ("dit_xl_2", "674,834,720", "0.0%", "2,700.5 MB"),
+        ("terdit_dit_xl_2", "675,028,452", "99.1%", "193.1 MB"),
+    ],
 )
 def test_totals_of_the_published_models(name, parameters, ternary, disk):
     text = size_report(model_of(name))
