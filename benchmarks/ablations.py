@@ -175,17 +175,20 @@ def make_rows(job: str) -> Iterator[dict]:
         model = load(variant, seed)
         scores, pictures = judge(model)
         np.save(_pictures_file(variant, seed), pictures)
-        yield row | (trained if variant == name else {}) | scores | by_calls(model, judge)
+        place = pathlib.Path(_FOLDER.value) / f"{variant}-{seed}-calls.json"
+        yield row | (trained if variant == name else {}) | scores | by_calls(model, judge, place)
 
 
-def by_calls(model: Denoiser, judge: Callable[..., tuple[dict, np.ndarray]]) -> dict:
-    """Scores of pictures drawn with each number of --calls, by each sampler that is made for so many."""
-    scores = {}
+def by_calls(model: Denoiser, judge: Callable[..., tuple[dict, np.ndarray]], place: pathlib.Path) -> dict:
+    """Scores of pictures drawn with each number of --calls, by each sampler that is made for so many. They are written
+    to `place` as they come; those that are there already are not made again."""
+    scores = json.loads(place.read_text()) if place.exists() else {}
     for calls in map(int, _CALLS.value):
         for method, calls_a_step, fewest, most in SAMPLERS[model.description.diffusion.objective]:
-            if fewest <= calls <= most:
+            if fewest <= calls <= most and f"{method} {calls}" not in scores:
                 settings = {"method": method, "num_steps": calls // calls_a_step}
                 scores[f"{method} {calls}"] = judge(model, **settings)[0]
+                place.write_text(json.dumps(scores))
     return {"by_calls": scores} if scores else {}
 
 
