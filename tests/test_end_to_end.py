@@ -12,6 +12,7 @@ from PIL import Image
 import pytest
 
 from tests.faults.damages import flip
+from tests.golden_models import DIT
 from tests.runs import (
     assert_same_run,
     execute,
@@ -84,14 +85,15 @@ def test_without_fast_paths_a_run_learns_the_same_and_resumes_as_exactly(places,
     assert_same_run(killed, plain)
 
 
-FLOW = {"diffusion__objective": "flow", "sample__method": "heun"}
+TERNARY_SIT = {"diffusion__objective": "flow", "sample__method": "heun"} | {f"model__{name}": DIT[name] for name in DIT}
 
 
-def test_a_flow_run_killed_and_resumed_equals_uninterrupted_and_is_drawn_from(places, tmp_path):
+def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from(places, tmp_path):
+    """The other family and the other objective in one."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    resume(places, whole, **FLOW)
-    killed_run(places, killed, at_step=12, **FLOW)
-    resume(places, killed, **FLOW)
+    resume(places, whole, **TERNARY_SIT)
+    killed_run(places, killed, at_step=12, **TERNARY_SIT)
+    resume(places, killed, **TERNARY_SIT)
     assert_same_run(killed, whole)
     (last,) = [line for line in metrics_without_timing(whole) if line["step"] == 40 and "loss" in line]
     assert not {"mse", "vb"} & last.keys() and {"loss", "loss_t1of4", "grad_norm"} <= last.keys()
