@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         check_folder(config.train.compilation_cache, "config.train.compilation_cache")
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
-    check_settings(config.sample, make_objective(config.diffusion))
+    check_settings(config.sample, make_objective(config.diffusion, config.model.learn_sigma))
     setup = set_up(config, _WORKDIR.value)
     load_start, draw = _starter(setup), _drawer(setup)
     judge = None

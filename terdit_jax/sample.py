@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     }  # fmt: skip
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(model.description.sample, **changes)
-    check_settings(settings, make_objective(model.description.diffusion))
+    check_settings(settings, make_objective(model.description.diffusion, model.config.learn_sigma))
     settings = dataclasses.replace(settings, spacing=resolve_spacing(settings.spacing, settings.method))
     options = {"seed": _SEED.value, "vae": vae, **given}
     if output.suffix == ".png":

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import RunConfig
-from terdit_jax.config_sections import ModelConfig, SampleConfig
+from terdit_jax.config_sections import DiffusionConfig, ModelConfig, SampleConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.interop.description import Description, architecture
 from terdit_jax.interop.published import StateDict, model_leaves, params_leaves, read_leaves
@@ -42,6 +42,7 @@ def describe(model: DiTConfig, **fields) -> Description:
     described = ModelConfig(**{name: getattr(model, name) for name in vars(ModelConfig())})
     sample = SampleConfig(num_steps=5, cfg_scale=2.0)
     plain = dict(name="tiny", ema=True, step=7, codec="none", latent_scale=1.0, sample=sample, provenance={"seed": "0"})
+    plain["diffusion"] = DiffusionConfig("ddpm" if model.learn_sigma else "flow")
     return Description(model=architecture(described), **{**plain, **fields})
 
 

@@ -224,7 +224,7 @@ def test_sits_sampler_takes_the_variance_under_one_name_alone():
 @pytest.mark.parametrize(
     "fields",
     [{"depth": 8}, {"num_heads": 8, "num_kv_heads": 8}, {"ternary": True}, {"num_classes": 10}, {"in_channels": 16},
-     {"patch_size": 1}, {"input_size": 16}, {"learn_sigma": False}],
+     {"patch_size": 1}, {"input_size": 16}],
 )  # fmt: skip
 def test_a_model_that_dits_sampler_cannot_build_says_so(fields):
     model = dataclasses.replace(dit_model("S"), **fields)

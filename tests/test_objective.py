@@ -124,6 +124,12 @@ def test_what_flow_alone_reads_is_refused_for_ddpm(fields):
     assert f"diffusion.{name}={value!r}" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_ddpm_needs_a_network_with_a_variance():
+    assert make_objective(DiffusionConfig("flow"), learn_sigma=False).name == "flow"
+    with pytest.raises(UserError, match="^model.learn_sigma=False: diffusion.objective='ddpm' learns the variance"):
+        make_objective(DiffusionConfig(), learn_sigma=False)
+
+
 def test_an_objective_takes_its_own_samplers():
     for objective, own, others in ((Ddpm(), METHODS, FLOW_METHODS), (flow(), FLOW_METHODS, METHODS)):
         for method in own:

@@ -80,7 +80,7 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
     options = compiler_options(config, mesh)
     check_options(options, devices[0])
     optimizer = make_optimizer(config.optimizer)
-    objective = make_objective(config.diffusion)
+    objective = make_objective(config.diffusion, model.learn_sigma)
     state = abstract_state(model, optimizer, mesh)
     batch_size, sharding = config.train.batch_size, batch_sharding(mesh)
     batch = {
@@ -129,7 +129,7 @@ def lower_sample(
     images = batch_size * len(devices)
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
     bind, plan = partial(bind_schedule, model, numerics) if numerics else None, choose_plan(model, mesh)
-    objective = make_objective(config.diffusion)
+    objective = make_objective(config.diffusion, model.learn_sigma)
     draw: Any = make_draw(model, objective, config.sample, 0, bind, run_blocks=plan.run_blocks)
     with jax.set_mesh(mesh):
         lowered = draw.lower(operands, labels, labels)
@@ -168,7 +168,7 @@ def activation_bytes(
     They are counted in the program traced on the mesh (on one device if left out), of whole tokens: what the compiler
     recomputes, or `tensor` cuts, is less.
     """
-    objective = make_objective(diffusion)
+    objective = make_objective(diffusion, model.learn_sigma)
     if mesh is None:
         return _activation_bytes(model, objective, 1, plan)
     with jax.set_mesh(mesh):

@@ -105,14 +105,20 @@ class Flow:
 Objective = Ddpm | Flow
 
 
-def make_objective(config: DiffusionConfig) -> Objective:
+def make_objective(config: DiffusionConfig, learn_sigma: bool = True) -> Objective:
     """The objective that a configuration names.
 
+    Args:
+      config: names it.
+      learn_sigma: whether the network has output channels for the variance.
+
     Raises:
-      UserError: a field that only flow matching reads, changed for "ddpm".
+      UserError: a field that only flow matching reads, changed for "ddpm", or "ddpm" without a variance.
     """
     if config.objective == "flow":
         return Flow(config)
+    if not learn_sigma:
+        raise UserError("model.learn_sigma=False: diffusion.objective='ddpm' learns the variance; give True, or 'flow'")
     for field in dataclasses.fields(config):
         if field.name != "objective" and (value := getattr(config, field.name)) != field.default:
             raise UserError(f"diffusion.{field.name}={value!r}: read with diffusion.objective='flow' alone, give both")

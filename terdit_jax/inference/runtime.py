@@ -157,7 +157,7 @@ def _cached_draw(
 ) -> Draw:
     """Returns `make_draw`'s function; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
-    objective, options = make_objective(diffusion), compiler_options(numerics)
+    objective, options = make_objective(diffusion, config.learn_sigma), compiler_options(numerics)
     return make_draw(config, objective, settings, seed, bind, options, plan.run_blocks)
 
 

@@ -88,7 +88,7 @@ class Description:
             FIELDS[f"diffusion.{name}"].check(value, f"{source}: description.diffusion.{name}")
         try:
             model = architecture(described)
-            make_objective(diffusion)
+            make_objective(diffusion, described.learn_sigma)
         except UserError as error:
             raise UserError(f"{source}: its description makes no model: {str(error)[:200]}") from error
         if model.num_tokens > _MAX_TOKENS:

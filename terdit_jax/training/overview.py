@@ -29,7 +29,7 @@ def make_overview(config: RunConfig) -> str:
       UserError: fields that make no model, or a model, batch or mesh that the devices here do not divide.
     """
     model, mesh = DiTConfig.from_config(config), make_mesh(config.mesh)
-    make_objective(config.diffusion)
+    make_objective(config.diffusion, model.learn_sigma)
     check_division(config, model, mesh)
     plan = choose_plan(model, mesh)
     sizes = state_bytes(config, model, mesh, plan)

@@ -49,7 +49,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     Raises:
       UserError: with the first thing that does not fit.
     """
-    model, objective = DiTConfig.from_config(config), make_objective(config.diffusion)
+    model, objective = DiTConfig.from_config(config), make_objective(config.diffusion, config.model.learn_sigma)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
