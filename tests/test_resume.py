@@ -105,9 +105,12 @@ def test_a_field_that_one_side_lacks_is_refused_if_it_is_fixed():
         check_resumable(run, RunConfig(), FINGERPRINT, "runs/a")
 
 
-def test_a_run_from_before_a_section_had_its_defaults():
+def test_a_run_from_before_fields_had_their_defaults():
     run = saved_run()
-    del run["config"]["diffusion"]
+    del run["config"]["diffusion"], run["config"]["model"]["family"], run["config"]["model"]["learn_sigma"]
     assert check_resumable(run, RunConfig(), FINGERPRINT, "runs/a") == []
     with pytest.raises(UserError, match="diffusion.objective='ddpm', not 'flow'"):
         check_resumable(run, changed(**{"diffusion.objective": "flow"}), FINGERPRINT, "runs/a")
+    del run["config"]["model"]["depth"]
+    with pytest.raises(UserError, match="model.depth=None, not"):
+        check_resumable(run, RunConfig(), FINGERPRINT, "runs/a")

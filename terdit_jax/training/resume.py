@@ -55,9 +55,9 @@ def _compare(run: dict[str, Any], config: RunConfig, fingerprint: str, workdir: 
             f"{workdir} was trained on data set {printable(run['data_fingerprint'][:24])}, config.data.dir now holds "
             f"{fingerprint[:24]}: give that data set or another --workdir"
         )
-    # Fields that an older run knew nothing of had their defaults. The model's may not be missing: with another default
-    # it would be another model.
-    unsaid = {name: field.default for name, field in FIELDS.items() if not name.startswith("model.")}
+    # Fields that an older run knew nothing of had their defaults. The model's may be missing only if they came later
+    # (`added`): with another default it would be another model.
+    unsaid = {name: field.default for name, field in FIELDS.items() if field.added or not name.startswith("model.")}
     before, after = unsaid | dict(flatten(run["config"])), dict(flatten(config.to_dict()))
     changes = []
     for field in sorted(before.keys() | after.keys()):
