@@ -89,13 +89,14 @@ def normal(seed, *shape):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("method", FLOW_METHODS)
-def test_samples_have_the_mean_and_deviation_of_gaussian_data(path, method):
+def test_samples_have_the_mean_and_deviation_of_gaussian_data(path, method, shift):
     num_steps = 250
     x = normal(0, 4, 32, 32, 4)
     key = jax.random.key(1)
     noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape)  # noqa: E731
-    mean, std = moments(run(exact_velocity(path), x, noise, path, method, num_steps))
+    mean, std = moments(run(exact_velocity(path), x, noise, path, method, num_steps, shift))
     # 16,384 independent samples: a standard error is STD / 128 for the mean and STD / 181 for the deviation; 4 of them,
     # and the error of 250 first-order steps, of which the SDE's last one of 0.04 leaves a little noise.
     assert abs(mean - MEAN) < 4 * STD / 128 + 0.002

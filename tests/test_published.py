@@ -1,6 +1,7 @@
 """A published state dict becomes our leaves and back without losing a bit; one that does not fit is named."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -206,6 +207,14 @@ def test_ternary_dit_keeps_q_k_and_v_in_one_tensor_each_with_its_scale():
     read = dict(read_leaves(model, StateDict.of(tensors)))
     for path, leaf in leaves:
         np.testing.assert_array_equal(read[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_dit_in_half_precision_is_read(dtype):
+    tensors = {name: array.astype(dtype) for name, array in load_file(GOLDEN / "dit_tiny.safetensors").items()}
+    leaves = dict(read_leaves(golden_config("dit_tiny"), StateDict.of(tensors)))
+    qkv = tensors["blocks.1.attn.qkv.weight"].astype(np.float32)
+    np.testing.assert_array_equal(leaves["blocks/attention/wk/weight"][1], qkv[64:128])
 
 
 def test_another_table_of_positions_is_refused():

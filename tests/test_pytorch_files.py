@@ -148,7 +148,7 @@ def test_what_a_bare_file_does_not_say_must_be_given(tmp_path, tiny, torch_expor
     torch.save(tensors | {"pos_embed": tensors["pos_embed"] + 1e-3}, path)
     refused(path, "'pos_embed' is not the fixed table of 2-D positions", num_heads=4, objective="flow")
     torch.save(tensors | {"pos_embed": tensors["pos_embed"][0, 0]}, path)
-    refused(path, "malformed", num_heads=4, objective="flow")
+    refused(path, "it has no tensor 'pos_embed' of 3 axes", num_heads=4, objective="flow")
     head = {name: tensors[name][:16].clone() for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
     torch.save(tensors | head, path)
     refused(path, "has output channels for the variance, and this has none", num_heads=4, objective="ddpm")

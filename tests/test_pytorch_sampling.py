@@ -76,7 +76,9 @@ def test_flows_are_sampled_as_in_jax(method):
     fields, arrays = golden_model("sit_tiny")
     model = build(fields, arrays)
     diffusion = {"objective": "flow", "path": "gvp", "shift": 2.5}
-    model.description = {"diffusion": diffusion, "sample": {"method": method, "num_steps": 4, "cfg_scale": 2.0}}
+    interval = {"cfg_t_min": 0, "cfg_t_max": 800}
+    settings = {"method": method, "num_steps": 4, "cfg_scale": 2.0, **interval}
+    model.description = {"diffusion": diffusion, "sample": settings}
     labels = [3, 1]
     images = sample(model, labels)
     assert images.shape == (2, 4, 8, 8) and images.dtype == torch.float32
@@ -84,12 +86,16 @@ def test_flows_are_sampled_as_in_jax(method):
     drawn = torch.stack([torch.randn(4, 4, 8, 8, generator=generator) for generator in generators], 1)
     drawn = jnp.asarray(nhwc(drawn.numpy()))  # (4, 2, H, W, C): the start, then a step's noise each
     operands = make_operands(config, golden_params(config, "sit_tiny"))
-    denoise = guided(partial(forward, config, operands), jnp.array(labels), config.num_classes, 2.0, 3)
-    settings = SampleConfig(method=method, num_steps=4)
-    expected = jax.jit(
-        lambda drawn: Flow(DiffusionConfig(**diffusion)).sample(denoise, drawn[0], lambda i: drawn[i + 1], settings)
-    )(drawn)
-    assert_close(nhwc(images.numpy()), np.asarray(expected), 1e-4)
+    flow, settings = Flow(DiffusionConfig(**diffusion)), SampleConfig(method=method, num_steps=4)
+    network, y = partial(forward, config, operands), jnp.array(labels)
+
+    def in_jax(**interval):
+        denoise = guided(network, y, config.num_classes, 2.0, 3, timestep=flow.timestep, **interval)
+        return jax.jit(lambda drawn: flow.sample(denoise, drawn[0], lambda i: drawn[i + 1], settings))(drawn)
+
+    expected = np.asarray(in_jax(t_max=800))
+    assert_close(nhwc(images.numpy()), expected, 1e-4)
+    assert np.abs(expected - in_jax()).max() > 0.01, "the interval leaves steps without guidance"
 
 
 @pytest.mark.parametrize("method", FLOW_METHODS)

@@ -11,16 +11,17 @@ from terdit_jax.diffusion.flow import noise_from_velocity, path_at, shifted
 from terdit_jax.diffusion.guidance import Denoise, DrawNoise
 
 FLOW_METHODS = ("euler", "heun", "sde")
-LAST_STEP = 0.04  # of the SDE, in t: without noise, as SiT's
+LAST_STEP = 0.04  # of the SDE, in t, whatever the shift: without noise, as SiT's
 
 
 def flow_times(method: str, num_steps: int, shift: float = 1.0) -> np.ndarray:
     """The t at which steps begin, and 1, where the last ends: (num_steps + 1,) float64, ascending from 0.
 
-    Equal steps, but for the last of "sde", which is `LAST_STEP`; all moved by `flow.shifted`.
+    Equal steps moved by `flow.shifted`. Those of "sde" end at 1 - `LAST_STEP`, and one of that size follows.
     """
-    even = np.linspace(0, 1 - LAST_STEP, num_steps) if method == "sde" else np.arange(num_steps) / num_steps
-    return shifted(np.append(even, 1.0), shift)
+    if method == "sde":
+        return np.append((1 - LAST_STEP) * shifted(np.linspace(0, 1, num_steps), shift), 1.0)
+    return shifted(np.linspace(0, 1, num_steps + 1), shift)
 
 
 def flow_sample(

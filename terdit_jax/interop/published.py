@@ -1,4 +1,4 @@
-"""The names and layouts of TerDiT's and Large-DiT's published state dicts, to and from the leaves of our parameters.
+"""The names and layouts of published state dicts (TerDiT, Large-DiT, DiT, SiT), to and from our parameters' leaves.
 
 Both directions go leaf by leaf, so that a model passes through in the memory of its largest leaf; files are left to
 the modules beside this one. PyTorch is not needed.
@@ -187,7 +187,9 @@ def read_leaves(config: DiTConfig, state_dict: StateDict) -> Iterator[tuple[str,
     """
     check_layout(config, state_dict.layout)
     for name, array in constants(config).items():
-        if not np.allclose(np.asarray(state_dict.read(name), np.float32), array, rtol=0, atol=1e-6):
+        tensor = np.asarray(state_dict.read(name))
+        expected = array.astype(tensor.dtype).astype(np.float32)  # as files in half precision have it
+        if not np.allclose(tensor.astype(np.float32), expected, rtol=0, atol=1e-6):
             raise UserError(f"checkpoint tensor {name!r} is not the fixed table of 2-D positions that this model has")
     for leaf in model_leaves(config):
         tensors = [_read(state_dict, name, leaf) for name in leaf.names]

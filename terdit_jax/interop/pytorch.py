@@ -422,7 +422,7 @@ def load(
         with torch.device("meta"):
             model, published = TerDiT(fields, dtype=dtype, packed=packed), TerDiT(fields).state_dict()
         fitting = _fitting(tensors, published, device)
-        if "pos_embed" in published and not _is_near(tensors["pos_embed"], _sincos_2d(model.fields, "cpu")):
+        if "pos_embed" in published and not _is_table(tensors["pos_embed"], model.fields):
             raise ValueError("tensor 'pos_embed' is not the fixed table of 2-D positions that this model has")
         model.load_state_dict(fitting, assign=True)
     except ValueError as error:
@@ -436,8 +436,9 @@ def _depth(tensors: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in tensors if name.startswith(("layers.", "blocks."))})
 
 
-def _is_near(tensor: Tensor, table: Tensor) -> bool:
-    return torch.allclose(tensor.float(), table, rtol=0, atol=1e-6)
+def _is_table(tensor: Tensor, fields: Mapping) -> bool:
+    table = _sincos_2d(fields, "cpu").to(tensor.dtype)  # as files in half precision have it
+    return torch.allclose(tensor.float(), table.float(), rtol=0, atol=1e-6)
 
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -559,7 +560,6 @@ def _tensor(name: str, entry: dict, stored: memoryview | bytearray) -> Tensor:
     return torch.frombuffer(stored, dtype=_DTYPES[dtype]).reshape(shape)
 
 
-_ARGS = "model_args.pth"
 _PREFERENCE = ("consolidated_ema_ternary", "consolidated_ema", "consolidated_ternary", "consolidated")
 _PUBLISHED = {  # width, layers, heads
     "DiT_Llama_600M_patch2": (1536, 16, 32),
@@ -587,6 +587,8 @@ def _read_torch(path: Path, num_heads: int | None, objective: str | None) -> _Co
         return tensors, dict(description["model"]), description
     if "x_embedder.proj.weight" in tensors:
         return _describe_dit(weights, tensors, num_heads, objective)
+    if args is None and weights.suffix == ".pt":
+        raise ValueError("holds no state dict of DiT or SiT: it lacks tensor 'x_embedder.proj.weight'")
     if args is None:
         raise ValueError("there is no model_args.pth beside the weights")
     if args.model not in _PUBLISHED:
@@ -616,6 +618,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _describe_dit(path: Path, tensors: dict[str, Tensor], num_heads: int | None, objective: str | None) -> _Contents:
     """A checkpoint of DiT or SiT: the shapes of its tensors and its name say what it is, or else the caller."""
+    for name, axes in (("x_embedder.proj.weight", 4), ("pos_embed", 3), ("final_layer.linear.weight", 2),
+                       ("y_embedder.embedding_table.weight", 2)):  # fmt: skip
+        if name not in tensors or tensors[name].ndim != axes:
+            raise ValueError(f"not a checkpoint of DiT or SiT: it has no tensor {name!r} of {axes} axes")
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     depth, learn_sigma = _depth(tensors), len(tensors["final_layer.linear.weight"]) > patch**2 * channels
     if named := _DIT_NAME.match(path.name):
@@ -744,7 +750,9 @@ def sample(
     def draw() -> Tensor:
         return torch.stack([torch.randn(channels, size, size, generator=g) for g in generators]).to(device)
 
-    denoise = _guided(model, y, null, scale, mixed or channels)
+    last = settings.get("cfg_t_max", 1000)
+    interval = settings.get("cfg_t_min", 0), math.inf if last == 1000 else last
+    denoise = _guided(model, y, null, scale, mixed or channels, interval)
     if objective == "flow":
         return _follow(denoise, draw(), draw, path, _flow_times(method, num_steps, shift), method)
     return _reverse(denoise, draw(), draw, _spaced(num_steps), method)
@@ -769,13 +777,18 @@ def _seed(seed: int, i: int) -> int:
     return (start + i) % 2**32
 
 
-def _guided(model: TerDiT, y: Tensor, null: int, scale: float, mixed: int) -> Callable[[Tensor, float], Tensor]:
-    """The network at labels y as a function of x and t, the first `mixed` channels of noise or velocity guided."""
-    if scale == 1:
-        return lambda x, t: model(x, x.new_full((len(y),), t), y)
+def _guided(
+    model: TerDiT, y: Tensor, null: int, scale: float, mixed: int, interval: tuple[float, float] = (0, math.inf)
+) -> Callable[[Tensor, float], Tensor]:
+    """The network at labels y as a function of x and t, the first `mixed` channels of noise or velocity guided where
+    the timestep, of a flow 1000 (1 - t), lies in the interval."""
+    flow = (model.description or {}).get("diffusion", {}).get("objective") == "flow"
     both = torch.cat([y, torch.full_like(y, null)])
 
     def denoise(x: Tensor, t: float) -> Tensor:
+        timestep = round(1024000 * (1 - t)) / 1024 if flow else t
+        if scale == 1 or not interval[0] <= timestep < interval[1]:
+            return model(x, x.new_full((len(y),), t), y)
         mix = min(mixed, x.shape[1])
         conditional, unconditional = model(torch.cat([x, x]), x.new_full((len(both),), t), both).chunk(2)
         eps = unconditional[:, :mix] + scale * (conditional[:, :mix] - unconditional[:, :mix])
@@ -818,9 +831,10 @@ def _reverse(
 def _flow_times(method: str, count: int, shift: float) -> list[float]:
     """The t at which `count` steps begin, and 1, where the last ends, with noise levels u moved to
     shift u / (1 + (shift - 1) u)."""
-    # Equal steps, but for the last of "sde".
-    even = [i * (1 - _LAST_STEP) / max(count - 1, 1) if method == "sde" else i / count for i in range(count)] + [1.0]
-    return [t / (t + shift * (1 - t)) for t in even]
+    steps = max(count - 1, 1) if method == "sde" else count
+    moved = [t / (t + shift * (1 - t)) for t in (i / steps for i in range(count))]
+    # Those of "sde" end at 1 - _LAST_STEP, and one of that size follows.
+    return [(1 - _LAST_STEP) * t if method == "sde" else t for t in moved] + [1.0]
 
 
 def _follow(
