@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     config = read_config(_CONFIG)
+    if config:
+        check_settings(config.sample, make_objective(config.diffusion, config.model.learn_sigma))
     if config and _PRINT_CONFIG.value:
         print(make_overview(config))
         return
@@ -60,7 +62,6 @@ def main(argv: Sequence[str]) -> None:
         check_folder(config.train.compilation_cache, "config.train.compilation_cache")
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
-    check_settings(config.sample, make_objective(config.diffusion, config.model.learn_sigma))
     setup = set_up(config, _WORKDIR.value)
     load_start, draw = _starter(setup), _drawer(setup)
     judge = None

@@ -99,7 +99,7 @@ def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from
     assert not {"mse", "vb"} & last.keys() and {"loss", "loss_t1of4", "grad_norm"} <= last.keys()
     draw = ("sample", f"--model={whole}", "--labels=0,1", f"--output={tmp_path / 'flow.npz'}")
     _, err = execute(*draw, "--method=ddim", status=2)
-    assert err.strip() == "error: 'ddim' is no method that samples a flow model: give euler, heun, sde"
+    assert err.strip() == "error: sample.method='ddim' samples no flow model: give euler, heun, sde"
     execute(*draw, "--method=sde")
     with np.load(tmp_path / "flow.npz") as images:
         assert images["arr_0"].shape == (2, 8, 8, 3) and images["arr_0"].std() > 0
@@ -108,7 +108,7 @@ def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from
 def test_a_sampler_of_the_other_objective_is_refused_before_anything_is_written(places, tmp_path):
     for fields in ({"diffusion__objective": "flow"}, {"sample__method": "heun"}):
         _, err = execute("main", *train_arguments(places[0], tmp_path / "new", **fields), status=2)
-        assert re.fullmatch("error: '(ddpm|heun)' is no method that samples a (flow|ddpm) model: give [^\n]*\n", err)
+        assert re.fullmatch("error: sample.method='(ddpm|heun)' samples no (flow|ddpm) model: give [^\n]*\n", err)
     assert not (tmp_path / "new").exists()
 
 

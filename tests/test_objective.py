@@ -21,7 +21,7 @@ MANY = 20_000
 
 
 def flow(**fields):
-    return make_objective(DiffusionConfig("flow", **fields))
+    return make_objective(DiffusionConfig("flow", **fields), True)
 
 
 def drawn(objective, count=MANY):
@@ -120,7 +120,7 @@ def test_what_flow_alone_reads_is_refused_for_ddpm(fields):
     ((name, value),) = fields.items()
     flow(**fields)
     with pytest.raises(UserError) as caught:
-        make_objective(DiffusionConfig(**fields))
+        make_objective(DiffusionConfig(**fields), True)
     assert f"diffusion.{name}={value!r}" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -138,9 +138,9 @@ def test_an_objective_takes_its_own_samplers():
             with pytest.raises(UserError) as caught:
                 check_settings(SampleConfig(method=method), objective)
             message = str(caught.value)
-            assert f"{method!r} is no method that samples a {objective.name} model: give {own[0]}" in message
+            assert f"sample.method={method!r} samples no {objective.name} model: give {own[0]}" in message
     check_settings(SampleConfig(method="heun", spacing="uniform"), flow())
-    with pytest.raises(UserError, match="'power' is no spacing that samples a flow model: give auto, uniform"):
+    with pytest.raises(UserError, match="sample.spacing='power' samples no flow model: give auto, uniform"):
         check_settings(SampleConfig(method="heun", spacing="power"), flow())
 
 

@@ -97,7 +97,7 @@ def test_what_a_file_does_not_tell_is_an_argument(tmp_path):
             load_model(tmp_path / "mine.safetensors", **given)
     model = load_model(tmp_path / "mine.safetensors", num_heads=4, objective="flow")
     assert np.isfinite(model.draw(np.arange(2), num_steps=2)).all()
-    with pytest.raises(UserError, match="'ddpm' is no method"):
+    with pytest.raises(UserError, match="sample.method='ddpm' samples no flow model"):
         model.draw(np.arange(2), method="ddpm")
 
 
@@ -200,7 +200,7 @@ def test_settings_and_labels_that_cannot_be_drawn(exported):
     for options, message in (
         ({"num_steps": 0}, "0 timesteps"),
         ({"num_steps": 1001}, "1001 timesteps"),
-        ({"method": "euler"}, "'euler' is no method that samples a ddpm model"),
+        ({"method": "euler"}, "sample.method='euler' samples no ddpm model"),
     ):
         with pytest.raises(UserError, match=message):
             model.draw(np.arange(2), **options)
@@ -227,7 +227,7 @@ def test_a_flow_model_predicts_velocities_and_is_drawn_from_by_its_own_methods(e
     denoise, times = guided(network, jnp.array([1, 2]), 10, 2.0, 3), flow_times("heun", 3, 2.0)
     expected = jax.jit(lambda noise: flow_sample(denoise, noise, jnp.zeros_like, "gvp", times, "heun"))(noise)
     assert_close(model.draw([1, 2], seed=5), np.asarray(expected), 1e-4)
-    with pytest.raises(UserError, match="'ddim' is no method that samples a flow model: give euler, heun, sde"):
+    with pytest.raises(UserError, match="sample.method='ddim' samples no flow model: give euler, heun, sde"):
         model.draw([1, 2], method="ddim")
 
 

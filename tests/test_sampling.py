@@ -73,7 +73,7 @@ def test_part_of_a_set_is_that_part_of_it():
 @pytest.mark.parametrize("method", FLOW_METHODS)
 def test_batch_and_mesh_change_no_picture_of_a_flow_model(model, method):
     config, params, settings = model
-    objective = make_objective(DiffusionConfig("flow", shift=2.0))
+    objective = make_objective(DiffusionConfig("flow", shift=2.0), True)
     settings = dataclasses.replace(settings, method=method, cfg_t_max=700)
     labels, drawn = np.arange(13) % 10, []
     for mesh, batch_size in ((single_device_mesh(), 13), (mesh_of(2, 2, 2), 8)):
@@ -88,8 +88,8 @@ def test_batch_and_mesh_change_no_picture_of_a_flow_model(model, method):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "euler", "'euler' is no method that samples a ddpm model: give ddpm, ddim, dpmpp_2m"),
-        ("spacing", "karras", "'karras' is no spacing that samples a ddpm model: give auto, uniform"),
+        ("method", "euler", "sample.method='euler' samples no ddpm model: give ddpm, ddim, dpmpp_2m"),
+        ("spacing", "karras", "sample.spacing='karras' samples no ddpm model: give auto, uniform"),
         ("cfg_t_min", 1000, "guidance from timestep 1000 to 1000"),
         ("cfg_t_max", 1001, "guidance from timestep 0 to 1001"),
         ("num_steps", 1001, "1001 timesteps: give 1 to 1000"),

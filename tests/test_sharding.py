@@ -100,7 +100,10 @@ def test_accumulation_on_a_mesh_equals_one_device(one_device):
 
 
 def test_flow_matching_on_a_mesh_equals_one_device():
-    objective, mesh = make_objective(DiffusionConfig("flow", path="gvp", timesteps="logit_normal")), mesh_of(2, 2, 2)
+    objective, mesh = (
+        make_objective(DiffusionConfig("flow", path="gvp", timesteps="logit_normal"), True),
+        mesh_of(2, 2, 2),
+    )
     with jax.default_device(jax.devices()[0]):
         expected = three_steps(None, objective=objective)
     assert all(np.abs(leaf).max() > 0 for _, grads in expected for leaf in jax.tree.leaves(grads))

@@ -95,7 +95,7 @@ def test_accumulation_changes_nothing():
 
 
 def test_accumulation_changes_nothing_in_flow_matching():
-    model, objective = tiny_config(depth=2, hidden_size=32), make_objective(DiffusionConfig("flow"))
+    model, objective = tiny_config(depth=2, hidden_size=32), make_objective(DiffusionConfig("flow"), True)
     params, examples = random_params(model), random_examples(model, 8)
     t = np.random.default_rng(1).random(8, np.float32)
     examples |= {"t": t, "x_t": objective.noised(examples["x_0"], t, examples["noise"])}

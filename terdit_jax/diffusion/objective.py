@@ -105,7 +105,7 @@ class Flow:
 Objective = Ddpm | Flow
 
 
-def make_objective(config: DiffusionConfig, learn_sigma: bool = True) -> Objective:
+def make_objective(config: DiffusionConfig, learn_sigma: bool) -> Objective:
     """The objective that a configuration names.
 
     Args:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig
-from terdit_jax.diffusion.objective import make_objective
+from terdit_jax.diffusion.objective import NUM_TIMESTEPS, make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
@@ -81,11 +81,13 @@ class Denoiser:
           (B, H, W, 2C) float32: eps, then the variance interpolation v. Of a flow model (B, H, W, C), the velocity.
 
         Raises:
-          UserError: labels that are not whole numbers, not B, or of no class; inside a jit their values are not seen.
+          UserError: labels that are not whole numbers, not B, or of no class; t that are not B, or lie beyond their
+            range. Inside a jit values are not seen.
         """
-        y = self._check_call(x_t, y)
-        denoise, x_t = _compiled(self.numerics), jnp.asarray(x_t, jnp.float32)
         flow = self.description.diffusion.objective == "flow"
+        y = self._check_call(x_t, y)
+        _check_times(t, len(x_t), flow)
+        denoise, x_t = _compiled(self.numerics), jnp.asarray(x_t, jnp.float32)
         t, y = jnp.asarray(t, jnp.float32 if flow else jnp.int32), jnp.asarray(y, jnp.int32)
         out = denoise(self.config, self.plan, self.numerics, self.mesh, self.operands, x_t, t, y)
         return out[..., : x_t.shape[-1]] if flow else out
@@ -138,12 +140,27 @@ class Denoiser:
         return to_images(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
     def _check_call(self, x_t: Array, y: Array) -> Array:
-        unseen = isinstance(y, jax.core.Tracer) or (isinstance(y, Array) and not y.is_fully_addressable)
-        values = np.zeros(y.shape, y.dtype) if unseen else y  # of what is unseen, kind and number are checked alone
+        # Of what is unseen, kind and number are checked alone.
+        values = np.zeros(y.shape, y.dtype) if _is_unseen(y) else y
         labels = check_labels(values, self.config.num_classes + 1, owner="the model, with the null class,")
         if len(labels) != len(x_t):
             raise UserError(f"{len(x_t)} images with {len(labels)} labels: give one number an image")
         return y if isinstance(y, Array) else labels
+
+
+def _check_times(t: Array, count: int, flow: bool) -> None:
+    shape = np.shape(t)
+    if shape != (count,):
+        raise UserError(f"{count} images with t of shape {shape}: give one number an image")
+    values = np.zeros(shape) if _is_unseen(t) else np.asarray(t)
+    sound = (values >= 0) & (values <= 1) if flow else (values >= 0) & (values < NUM_TIMESTEPS) & (values % 1 == 0)
+    if not sound.all():
+        words = "0 (noise) to 1 (data), of a flow model" if flow else f"whole numbers from 0 to {NUM_TIMESTEPS - 1}"
+        raise UserError(f"t={values[~sound][0]}: give {words}")
+
+
+def _is_unseen(values: Array) -> bool:
+    return isinstance(values, jax.core.Tracer) or (isinstance(values, Array) and not values.is_fully_addressable)
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from terdit_jax.batches import in_flight
+from terdit_jax.config import FIELDS
 from terdit_jax.config_sections import SampleConfig
 from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
 from terdit_jax.diffusion.objective import NUM_TIMESTEPS, Objective
@@ -85,12 +86,14 @@ def make_draw(
 
 def check_settings(settings: SampleConfig, objective: Objective) -> None:
     """Raises UserError naming the first field, as of `config.sample`, that no sampler of the objective can follow."""
+    for name, value in vars(settings).items():
+        FIELDS[f"sample.{name}"].check_type(value, name)
     for field, value, known in (
         ("method", settings.method, objective.methods),
         ("spacing", settings.spacing, objective.spacings),
     ):
         if value not in known:
-            raise UserError(f"{value!r} is no {field} that samples a {objective.name} model: give {', '.join(known)}")
+            raise UserError(f"sample.{field}={value!r} samples no {objective.name} model: give {', '.join(known)}")
     low, high = settings.cfg_t_min, settings.cfg_t_max
     if not 0 <= low < high <= NUM_TIMESTEPS:
         raise UserError(f"guidance from timestep {low} to {high}: give 0 <= cfg_t_min < cfg_t_max <= {NUM_TIMESTEPS}")
