@@ -5,7 +5,19 @@
 
 import dataclasses
 
-from terdit_jax.config_rules import AXIS, FINITE, NOT_NEGATIVE, PATH, POSITIVE, SHARE, TEXT, one_of, setting, whole
+from terdit_jax.config_rules import (
+    AXIS,
+    FINITE,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    SHARE,
+    SHIFT,
+    TEXT,
+    one_of,
+    setting,
+    whole,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +26,8 @@ class ModelConfig:
 
     ternary: bool = setting(
         True,
-        "The blocks' matrices are ternary (TerDiT). `False`: Large-DiT, full precision, without the adaLN RMSNorm.",
+        "The blocks' matrices are ternary (TerDiT). `False`: full precision (Large-DiT, DiT, SiT), without the RMSNorm "
+        "after adaLN.",
     )
     family: str = setting(
         "large_dit",
@@ -39,7 +52,7 @@ class ModelConfig:
         1536, "Width D of the residual stream; a multiple of 4 and of `num_heads`.", whole(1, 2**17)
     )
     depth: int = setting(16, "Blocks.", whole(1, 2**10))
-    num_heads: int = setting(32, "Query heads; D / num_heads is even.", whole(1, 2**12))
+    num_heads: int = setting(32, "Query heads; with RoPE D / num_heads is even.", whole(1, 2**12))
     num_kv_heads: int = setting(
         0, "Key and value heads; divides `num_heads`. 0: as many as `num_heads`, always in `dit`.", whole(0, 2**12)
     )
@@ -103,7 +116,7 @@ class DiffusionConfig:
         1.0,
         "Moves the noise level u = 1 - t of `flow` to s u / (1 + (s - 1) u), in training and in the steps of a "
         "sampler (Stable Diffusion 3). Above 1: more noise, for larger images. 1: as it is.",
-        POSITIVE,
+        SHIFT,
     )
 
 

@@ -25,7 +25,7 @@ LIMITS = {
     "diffusion.path": (("", "vp"), ("linear", "gvp")),
     "diffusion.logit_mean": ((NAN, INF, -INF, 1e39), (-1e38, 0, 1.5)),
     "diffusion.logit_std": ((0.0, -1.0, NAN, INF), (1e-30, 1)),
-    "diffusion.shift": ((0.0, -1.0, 1e-50, NAN, INF), (1e-30, 3, 1e30)),
+    "diffusion.shift": ((0, -1.0, 9e-4, 1001, NAN, INF), (1e-3, 1, 3.0, 1e3)),
     "mesh.data": ((0, -2, 2**40), (-1, 1)),
     "mesh.slices": ((0, -1), (1,)),
     "data.read_threads": ((0, 10**6), (1, 1024)),

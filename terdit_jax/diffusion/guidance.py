@@ -1,6 +1,7 @@
 """Classifier-free guidance: a class-conditional network and a scale become an ordinary denoiser.
 
-Which images are sampled and by which method is left to `sampler`; the network itself comes in as a function.
+Which images are sampled and by which method is left to `sampler` and `flow_sampler`; the network itself comes in as a
+function.
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""TerDiT and Large-DiT in Flax: the parameters as NNX modules, the forward pass as functions of their operands."""
+"""TerDiT, Large-DiT and DiT in Flax: the parameters as NNX modules, the forward pass as functions of their operands."""

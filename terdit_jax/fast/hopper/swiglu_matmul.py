@@ -1,4 +1,4 @@
-"""A matmul on Hopper's tensor cores with SwiGLU on its sums, equal to w1, w3 and SwiGLU of `model.block.feed_forward`.
+"""A matmul on Hopper's tensor cores with SwiGLU on its sums, equal to w1, w3 and SwiGLU of `model.feed_forward.swiglu`.
 
 After `jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu`: one warpgroup fetches tiles, two multiply, and each holds
 the sums of the same columns of both matrices. It pays where rows are many; elsewhere XLA multiplies, and `forward` has
