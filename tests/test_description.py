@@ -107,7 +107,7 @@ def test_what_a_flow_model_learned_survives_json():
     ("diffusion", "message"),
     [
         ({"objective": "sit"}, "description.diffusion.objective='sit': choose one of ddpm, flow"),
-        ({"objective": "flow", "shift": -1.0}, "description.diffusion.shift=-1.0: must be positive"),
+        ({"objective": "flow", "shift": -1.0}, "description.diffusion.shift=-1.0: must lie in [0.001, 1000]"),
         ({"objective": "flow", "shift": float("nan")}, "description.diffusion.shift=nan is of the wrong type"),
         ({"path": "gvp"}, "makes no model: diffusion.path='gvp': read with diffusion.objective='flow' alone"),
         ({"speed": 1}, "unknown field 'speed'"),
