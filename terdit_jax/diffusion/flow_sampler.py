@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terdit_jax.diffusion.flow import noise_from_velocity, path_at, shifted
+from terdit_jax.diffusion.flow import path_at, score_from_velocity, shifted
 from terdit_jax.diffusion.guidance import Denoise, DrawNoise
 
 FLOW_METHODS = ("euler", "heun", "sde")
@@ -54,8 +54,9 @@ def flow_sample(
             v = (v + velocity(x + dt * v, i + 1)[0]) / 2
         if method != "sde":
             return x + dt * v, None
-        spread = jnp.where(i < len(step_sizes) - 1, jnp.sqrt(2 * path_at(path, t, x.ndim).sigma * dt), 0)
-        x += dt * (v - noise_from_velocity(path, v, x, t))  # sigma times the score is the noise, negative
+        sigma = path_at(path, t, x.ndim).sigma
+        spread = jnp.where(i < len(step_sizes) - 1, jnp.sqrt(2 * sigma * dt), 0)
+        x += dt * (v + sigma * score_from_velocity(path, v, x, t))
         return x + spread * draw_noise(i).astype(jnp.float32), None
 
     return jax.lax.scan(step, noise.astype(jnp.float32), jnp.arange(len(step_sizes), dtype=jnp.int32))[0]

@@ -94,9 +94,9 @@ def _describe_large_dit(facts: Mapping[str, Any], model_args: Mapping[str, Any],
     image_size, vae = model_args.get("image_size", 256), model_args.get("vae", "ema")
     if not is_count(image_size, 1, MAX_SIZE - 1) or vae not in VAES:
         raise UserError(f"{source}: model_args has image_size={short(image_size)}, vae={short(vae)}")
-    told = ("ternary", "hidden_size", "depth", "num_classes", "qk_norm", "adaln_rms_norm")
+    read = ("ternary", "hidden_size", "depth", "num_classes", "qk_norm", "adaln_rms_norm")
     model = ModelConfig(
-        **{field: facts[field] for field in told},
+        **{field: facts[field] for field in read},
         input_size=image_size // SD_DOWNSAMPLING,
         num_heads=PUBLISHED_HEADS,
         num_kv_heads=facts["kv_width"] * PUBLISHED_HEADS // facts["hidden_size"],
