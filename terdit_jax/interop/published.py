@@ -205,12 +205,11 @@ def _read(state_dict: StateDict, name: str, leaf: Leaf) -> np.ndarray:
     if tensor.dtype == np.uint8:
         if holds_unused_code(tensor):
             raise UserError(f"checkpoint tensor {name!r} holds the 2-bit code 11, which stands for no ternary value")
-        tensor = planes_to_packed(tensor)
-    else:
-        with np.errstate(over="ignore"):  # float64 beyond float32 is not finite here
-            tensor = tensor.astype(np.float32, copy=False).reshape(leaf.stored(packed=False)[1])
-        check_values(tensor, f"checkpoint tensor {name!r}")
-    return tensor[leaf.rows]
+        return planes_to_packed(tensor)[leaf.rows]
+    with np.errstate(over="ignore"):  # float64 beyond float32 is not finite here
+        tensor = tensor.reshape(leaf.stored(packed=False)[1])[leaf.rows].astype(np.float32, copy=False)
+    check_values(tensor, f"checkpoint tensor {name!r}")
+    return tensor
 
 
 def check_values(array: np.ndarray, what: str) -> None:
@@ -234,10 +233,9 @@ def published_tensors(config: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, 
         if len(parts[leaf.name]) < leaf.parts:
             continue
         for name, *layer in zip(leaf.names, *(part for _, part in sorted(parts.pop(leaf.name).items())), strict=True):
-            if array.dtype == np.uint8:
-                yield name, packed_to_planes(np.concatenate(layer))
-            else:
-                yield name, np.concatenate([part.reshape(leaf.tensor_shape) for part in layer])
+            layer = [part if part.dtype == np.uint8 else part.reshape(leaf.tensor_shape) for part in layer]
+            whole = layer[0] if leaf.parts == 1 else np.concatenate(layer)
+            yield name, packed_to_planes(whole) if whole.dtype == np.uint8 else whole
 
 
 def params_tree(leaves: Leaves) -> dict:
