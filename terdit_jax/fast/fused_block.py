@@ -18,7 +18,7 @@ from terdit_jax.fast import fused_passes as passes
 from terdit_jax.fast.eight_bit import SAME, apply_scale, multiply, multiply_transposed
 from terdit_jax.fast.fused_passes import Map, Product, Rows, Static
 from terdit_jax.fast.hopper.forward import Stored
-from terdit_jax.fast.linear import linear_gradient, whole_weight, without_sink
+from terdit_jax.fast.linear import alphas_of, linear_gradient, whole_weight, without_sink
 from terdit_jax.model.attention import Implementation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.layers import add_bias
@@ -94,7 +94,7 @@ def fused_activations(
     activations = {}
     for name, (product, which) in products.items():
         values = apply_scale(product.values, product.scale, product.values.dtype)
-        values = scale_product(values[:, :, None], passes.alphas_of(arguments[2][which]))
+        values = scale_product(values[:, :, None], alphas_of(arguments[2][which]))
         activations[name] = add_bias(values, operands[name].get(f"{which}_bias"))[:, :, 0]
     return x, activations | {"residual": x}
 
@@ -117,10 +117,10 @@ def _arguments(
     vectors = {
         "gain": 1 + scale,
         "shift": shift,
-        "gate": gate * passes.alphas_of(maps["out"]),
+        "gate": gate * alphas_of(maps["out"]),
         "ffn_gain": 1 + ffn_scale,
         "ffn_shift": ffn_shift,
-        "ffn_gate": ffn_gate * passes.alphas_of(maps["down"]),
+        "ffn_gate": ffn_gate * alphas_of(maps["down"]),
     }
     if dit:
         vectors |= {"offset": gate * attention_maps["out_bias"], "ffn_offset": ffn_gate * ffn_maps["down_bias"]}

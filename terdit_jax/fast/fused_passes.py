@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 from terdit_jax.fast import xla_passes
 from terdit_jax.fast.hopper import backward, biased, forward
 from terdit_jax.fast.hopper.forward import Stored
-from terdit_jax.fast.linear import FastLinear
+from terdit_jax.fast.linear import FastLinear, alphas_of
 from terdit_jax.model.attention import Implementation
+from terdit_jax.model.traits import Norm
 from terdit_jax.parallel.sharding import LOGICAL_TO_MESH
 from terdit_jax.ternary.linear import FullLinear, TernaryLinear
 
@@ -36,7 +37,7 @@ class Static(NamedTuple):
     dit: bool
 
     @property
-    def norm(self) -> xla_passes.Norm:
+    def norm(self) -> Norm:
         return "layer" if self.dit else "rms"
 
 
@@ -163,13 +164,6 @@ def activate_backward(
         return Rows(*dy), {"up_bias": jnp.sum(sums, axis=0)}
     run = partial(backward.swiglu, eight=static.matmul_dtype)
     return Rows(*over_batch(run, whole=(2,))(*up, alphas, dh, dh_scale)), {}
-
-
-def alphas_of(linear: Map) -> Array:
-    """(n,) float32, detached: `ternarize` computes alpha's gradient."""
-    if isinstance(linear, FullLinear):
-        return jnp.ones(linear.weight.shape[0], jnp.float32)
-    return jax.lax.stop_gradient(linear.alpha)
 
 
 def _named(sums: Array, *names: str) -> dict[str, Array]:

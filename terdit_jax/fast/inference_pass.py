@@ -20,6 +20,7 @@ from terdit_jax.fast import xla_passes
 from terdit_jax.fast.expand import expand
 from terdit_jax.fast.hopper import forward as hopper_passes
 from terdit_jax.fast.hopper import swiglu_matmul
+from terdit_jax.fast.linear import alphas_of
 from terdit_jax.fast.modes import Numerics
 from terdit_jax.model.block import modulation
 from terdit_jax.model.config import DiTConfig
@@ -59,11 +60,8 @@ def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dic
 
 def _site(blocks: dict, norm: str, branch: dict, last: str) -> dict:
     """Of all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, where it has one."""
-    ones = jnp.ones(len(blocks["adaLN_modulation"]["bias"]), jnp.float32)
-    site = {
-        "norm": blocks[norm]["scale"] if norm in blocks else ones,
-        "alpha": ones if isinstance(branch[last], FullLinear) else branch[last].alpha[:, 0],
-    }
+    alpha = alphas_of(branch[last])[:, 0]
+    site = {"norm": blocks[norm]["scale"] if norm in blocks else jnp.ones_like(alpha), "alpha": alpha}
     return site | ({"bias": branch[f"{last}_bias"][:, 0]} if f"{last}_bias" in branch else {})
 
 
@@ -72,11 +70,11 @@ def _make_layer(config: DiTConfig, numerics: Numerics, attention: dict, feed_for
     first = "up" if config.traits.feed_forward == "gelu" else "w13"
     parts = {"out": attention["out"], first: feed_forward[first], "down": feed_forward["down"]}
     weights = {name: _codes(linear).reshape(-1, _codes(linear).shape[-1]) for name, linear in parts.items()}
-    vectors: dict[str, Any] = {"alphas_hidden": _alphas(feed_forward[first])}
+    vectors: dict[str, Any] = {"alphas_hidden": alphas_of(feed_forward[first])}
     if not config.traits.rope:
         weights["qkv"] = _codes(attention["qkv"]).reshape(3 * config.hidden_size, -1)
         vectors |= {
-            "alphas_qkv": _alphas(attention["qkv"]),
+            "alphas_qkv": alphas_of(attention["qkv"]),
             "bias_qkv": attention["qkv_bias"].ravel(),
             "bias_hidden": feed_forward["up_bias"].ravel(),
         }
@@ -92,10 +90,6 @@ def _codes(linear: PackedLinear | FullLinear) -> Array:
     return linear.weight if isinstance(linear, FullLinear) else linear.packed
 
 
-def _alphas(linear: PackedLinear | FullLinear) -> Array:
-    return jnp.ones(len(linear.weight), jnp.float32) if isinstance(linear, FullLinear) else linear.alpha
-
-
 def _rotary_qkv(config: DiTConfig, numerics: Numerics, attention: dict) -> tuple[Array, dict]:
     """The matrix of q, k and v with features ordered for RoPE, and its alphas and norms."""
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -104,7 +98,7 @@ def _rotary_qkv(config: DiTConfig, numerics: Numerics, attention: dict) -> tuple
     orders = [
         slice(None) if numerics.kernels else xla_passes.rotary_order(count, head_dim) for count in (heads, kv_heads)
     ]
-    codes, alpha = _codes(attention["qkv"]), _alphas(attention["qkv"])  # (repeats + 2, kv_width, in or in / 4)
+    codes, alpha = _codes(attention["qkv"]), alphas_of(attention["qkv"])  # (repeats + 2, kv_width, in or in / 4)
     # Back to the published head order (kv head, repeat, head_dim).
     q = codes[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
     norms = None

@@ -91,6 +91,13 @@ def whole_weight(linear: FullLinear | TernaryLinear | FastLinear) -> Array:
     return gather_codes(linear.codes, linear.cut) if isinstance(linear, FastLinear) else linear.codes
 
 
+def alphas_of(linear: Linear | FastLinear) -> Array:
+    """The scales of maps, (..., n) float32, ones in full precision; detached: `ternarize` computes their gradient."""
+    if isinstance(linear, FullLinear):
+        return jnp.ones(linear.weight.shape[:-2], jnp.float32)
+    return lax.stop_gradient(linear.alpha)
+
+
 def without_sink(linear: FullLinear | TernaryLinear | FastLinear) -> FullLinear | TernaryLinear | FastLinear:
     """The map with an empty sink of the same dtype, as a backward pass keeps it."""
     if isinstance(linear, FullLinear):

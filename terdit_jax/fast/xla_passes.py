@@ -5,8 +5,6 @@ GELU. The compiler fuses them as it can. All arithmetic is float32, rounded once
 between them; on Hopper GPUs `hopper.forward` has the same passes as kernels.
 """
 
-from typing import Literal
-
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -15,15 +13,13 @@ import numpy as np
 
 from terdit_jax.fast.eight_bit import quantize
 from terdit_jax.model.layers import layer_norm, rms_norm
-
-Norm = Literal["rms", "layer"]
-EPS: dict[Norm, float] = {"rms": 1e-5, "layer": 1e-6}  # of the norms before modulation
+from terdit_jax.model.traits import NORM_EPS, Norm
 
 
 def norm_modulate(x: Array, gain: Array, shift: Array, norm: Norm = "rms") -> Array:
     """Norm and modulation: x (B, T, D), gain and shift (B, D) float32 -> (B, T, D) float32."""
     run = rms_norm if norm == "rms" else layer_norm
-    return run(x.astype(jnp.float32), gain[:, None], eps=EPS[norm]) + shift[:, None]
+    return run(x.astype(jnp.float32), gain[:, None], eps=NORM_EPS[norm]) + shift[:, None]
 
 
 def add_gated(x: Array, y: Array, y_scale: Array | None, gate: Array, offset: Array | None = None) -> Array:

@@ -13,6 +13,7 @@ from terdit_jax.model.attention import Attention, Implementation, attention
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.feed_forward import MLP, SwiGLU, feed_forward
 from terdit_jax.model.layers import BlockLinear, MakeLinear, RMSNorm, layer_norm, rms_norm, stack, zeros
+from terdit_jax.model.traits import NORM_EPS
 from terdit_jax.parallel.sharding import constrain
 
 
@@ -56,7 +57,8 @@ class Block(nnx.Module):
 
 def norm(config: DiTConfig, operands: dict, name: str, x: Array) -> Array:
     """One of a block's two norms, by its name in `NORMS`: RMSNorm, or in DiT LayerNorm without parameters."""
-    return layer_norm(x, eps=1e-6) if config.traits.norm == "layer" else rms_norm(x, operands[name]["scale"])
+    eps = NORM_EPS[config.traits.norm]
+    return layer_norm(x, eps=eps) if config.traits.norm == "layer" else rms_norm(x, operands[name]["scale"], eps)
 
 
 def modulation(operands: dict, c: Array) -> Array:

@@ -6,13 +6,15 @@
 import dataclasses
 from typing import Any, Literal
 
+Norm = Literal["rms", "layer"]  # of a block, before modulation: RMSNorm with a scale, LayerNorm without parameters
+NORM_EPS: dict[Norm, float] = {"rms": 1e-5, "layer": 1e-6}
+
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
     """The traits of one family. Attributes:
 
-    norm: before modulation: "rms", RMSNorm with a scale and eps 1e-5, or "layer", LayerNorm without parameters and eps
-      1e-6.
+    norm: of `Norm`.
     feed_forward: "swiglu" (w1, w2, w3) or "gelu" (fc1, fc2).
     biases: whether the linear maps of attention and feed-forward have them.
     rope: whether queries and keys are rotated by their token's place.
@@ -20,7 +22,7 @@ class Traits:
     takes: values of fields that a model of the family may have, where it may not have all.
     """
 
-    norm: Literal["rms", "layer"]
+    norm: Norm
     feed_forward: Literal["swiglu", "gelu"]
     biases: bool
     rope: bool

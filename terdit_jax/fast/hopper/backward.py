@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from terdit_jax.fast.hopper import forward, warpgroup
 from terdit_jax.fast.hopper.forward import QK_EPS, Stored, centred
-from terdit_jax.fast.xla_passes import EPS, Norm
+from terdit_jax.model.traits import NORM_EPS, Norm
 
 
 @partial(jax.jit, static_argnames=("eight", "norm", "offset"))
@@ -66,7 +66,7 @@ def add_norm_modulate(
             # The layer norm is the RMS norm of what is centred, as is then its gradient.
             x, dn = centred(x, norm), centred(dn, norm)
             squares, along = jnp.sum(x * x), jnp.sum(dn * x)
-            inverse = jax.lax.rsqrt(squares * (1 / width) + EPS[norm])
+            inverse = jax.lax.rsqrt(squares * (1 / width) + NORM_EPS[norm])
             n = x * inverse
             slope = along * inverse * (1 / width)
             total = warpgroup.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * (inverse * scale)

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from terdit_jax.fast.eight_bit import TINY
 from terdit_jax.fast.hopper import warpgroup
-from terdit_jax.fast.xla_passes import EPS, Norm
+from terdit_jax.model.traits import NORM_EPS, Norm
 
 QK_EPS = 1e-5  # of the layer norm of queries and keys
 GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # u = slope (a + cube a^3)
@@ -69,7 +69,7 @@ def add_norm_modulate(
             x = sum(offset, x + gate * y).astype(jnp.bfloat16)
             x_out[image, token] = x
             x = centred(x.astype(jnp.float32), norm)
-            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS[norm])
+            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + NORM_EPS[norm])
             store_row([x * inverse * gain + shift], outs, image, token)
 
         pipelined(count, load, process)
@@ -91,7 +91,7 @@ def norm_modulate(x: Array, gain: Array, shift: Array, stored: Stored, norm: Nor
 
         def process(index, x):
             x = centred(x.astype(jnp.float32), norm)
-            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + EPS[norm])
+            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + NORM_EPS[norm])
             store_row([x * inverse * gain + shift], outs, image, tokens + index)
 
         pipelined(count, lambda index: warpgroup.load(x_ref.at[image, tokens + index]), process)
