@@ -51,10 +51,12 @@ class DiTConfig(ModelConfig, ComputeConfig):
         )
         for short, values in self.traits.takes.items():
             value = getattr(self, short)
-            if short == "num_kv_heads" and value == self.num_heads:  # as 0 means
-                value = 0
             allowed = " or ".join(map(repr, values))
             _require(value in values, f"model.{short}={value!r}: model.family={self.family!r} takes {allowed}")
+        _require(
+            self.traits.grouped_heads or self.num_kv_heads == self.num_heads,
+            f"model.num_kv_heads={self.num_kv_heads}: model.family={self.family!r} takes 0",
+        )
         _require(
             not self.traits.rope or self.head_dim % 2 == 0,
             f"model.hidden_size / model.num_heads = {self.head_dim}: RoPE needs an even width",

@@ -18,6 +18,7 @@ class Traits:
     feed_forward: "swiglu" (w1, w2, w3) or "gelu" (fc1, fc2).
     biases: whether the linear maps of attention and feed-forward have them.
     rope: whether queries and keys are rotated by their token's place.
+    grouped_heads: whether keys and values may have fewer heads than queries.
     max_condition_width: the condition is hidden_size wide, but no wider than this.
     takes: values of fields that a model of the family may have, where it may not have all.
     """
@@ -26,6 +27,7 @@ class Traits:
     feed_forward: Literal["swiglu", "gelu"]
     biases: bool
     rope: bool
+    grouped_heads: bool
     max_condition_width: float
     takes: dict[str, tuple[Any, ...]]
 
@@ -36,6 +38,7 @@ FAMILIES = {
         feed_forward="swiglu",
         biases=False,
         rope=True,
+        grouped_heads=True,
         max_condition_width=1024,
         takes={"positions": ("rope_1d", "rope_1d_sincos_2d")},
     ),
@@ -44,7 +47,8 @@ FAMILIES = {
         feed_forward="gelu",
         biases=True,
         rope=False,
+        grouped_heads=False,
         max_condition_width=float("inf"),
-        takes={"positions": ("sincos_2d",), "qk_norm": (False,), "num_kv_heads": (0,)},
+        takes={"positions": ("sincos_2d",), "qk_norm": (False,)},
     ),
 }
