@@ -34,6 +34,8 @@ from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import Classifier, make_classifier, train_classifier
 from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
+from terdit_jax.fast.inference_pass import make_inference_operands
+from terdit_jax.fast.modes import choose_numerics
 from terdit_jax.inference.contact_sheet import make_contact_sheet
 from terdit_jax.inference.images import save_png, to_uint8
 from terdit_jax.inference.runtime import Denoiser, place_operands
@@ -232,15 +234,19 @@ def train(name: str, seed: str) -> dict:
 
 
 def load(name: str, seed: str) -> Denoiser:
-    """The averaged weights of a run, or those of the full-precision one ternarised as they are; computed in bfloat16 by
-    the forward pass of training, whatever the variant, float32 on CPUs."""
+    """The averaged weights of a run, or those of the full-precision one ternarised as they are, as `load_model` has
+    them by itself: the trained model's function in bfloat16, whatever the variant; float32 on CPUs."""
     weights = open_weights(workdir(FULL if name == TERNARISED else name, seed))
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config, leaves = dataclasses.replace(weights.model, dtype=dtype), weights.leaves()
     if name == TERNARISED:
         config, leaves = dataclasses.replace(config, ternary=True, adaln_rms_norm=False), ternarised(leaves)
     mesh = single_device_mesh()
-    return Denoiser(config, weights.description, mesh, PLAIN, None, place_operands(config, leaves, mesh))
+    numerics = choose_numerics("auto", config, mesh)
+    operands = place_operands(config, leaves, mesh)
+    if numerics:
+        operands = make_inference_operands(config, numerics, operands)
+    return Denoiser(config, weights.description, mesh, PLAIN, numerics, operands)
 
 
 def ternarised(leaves: Leaves) -> Leaves:
