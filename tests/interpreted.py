@@ -21,6 +21,8 @@ def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         context = params.force_gpu_interpret_mode()
         for name in ("strided", "strided_half"):
             monkeypatch.setattr(warpgroup, name, lambda row: row)
+        # Rows lie in memory's order here, so that they are one stretch.
+        monkeypatch.setattr(warpgroup, "stretches", lambda width: [(0, width)])
         monkeypatch.setattr(warpgroup, "split", lambda row: tuple(row.reshape(-1, 2).astype(jnp.float32).T))
         join = lambda even, odd: jnp.stack([even, odd], axis=-1).ravel().astype(jnp.bfloat16)  # noqa: E731
         monkeypatch.setattr(warpgroup, "join", join)

@@ -70,7 +70,7 @@ def add_norm_modulate(
             n = x * inverse
             slope = along * inverse * (1 / width)
             total = warpgroup.load(dx_ref.at[image, token]).astype(jnp.float32) + (dn - n * slope) * (inverse * scale)
-            dx_out[image, token] = total.astype(jnp.bfloat16)
+            warpgroup.store(dx_out.at[image, token], total)
             new = [sums[0] + dh * scale, sums[1] + dh * n * scale]
             if gated:
                 forward.store_row([total * warpgroup.load(gate_ref.at[image])], dy_outs, image, token)
@@ -83,7 +83,7 @@ def add_norm_modulate(
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
         sums = jax.lax.fori_loop(0, count, step, (zeros,) * sums_count)
         for k, total in enumerate(sums):
-            sums_out[image, block, k] = total
+            warpgroup.store(sums_out.at[image, block, k], total)
 
     B, blocks = x.shape[0], x.shape[1] // count
     outputs = [
@@ -122,7 +122,7 @@ def add_gated(
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
         sums = jax.lax.fori_loop(0, count, step, (zeros,) * (1 + offset))
         for k, total in enumerate(sums):
-            sums_out[image, block, k] = total
+            warpgroup.store(sums_out.at[image, block, k], total)
 
     B, blocks = y.shape[0], y.shape[1] // count
     sums = jax.ShapeDtypeStruct((B, blocks, 1 + offset, width), jnp.float32)

@@ -69,7 +69,7 @@ def gelu(
         zeros = warpgroup.strided(jnp.zeros((part,), jnp.float32))
         sums = jax.lax.fori_loop(0, count, step, (zeros,) * together)
         for at, total in zip(places, sums, strict=True):
-            sums_out[image, block, at] = total
+            warpgroup.store(sums_out.at[image, block, at], total)
 
     B, blocks = y.shape[0], y.shape[1] // count
     outputs = [*forward.row_types(y, Stored(True, eight)), jax.ShapeDtypeStruct((B, blocks, width), jnp.float32)]
@@ -110,7 +110,7 @@ def split_heads(
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))
         sums = jax.lax.fori_loop(0, count, step, (zeros,) * 3)
         for k, total in enumerate(sums):
-            sums_out[image, block, k] = total
+            warpgroup.store(sums_out.at[image, block, k], total)
 
     like = jax.ShapeDtypeStruct((B, T, 3 * width), jnp.bfloat16)
     sums = jax.ShapeDtypeStruct((B, T // count, 3, width), jnp.float32)

@@ -67,7 +67,7 @@ def add_norm_modulate(
             if y_scale_ref is not None:
                 y = y * y_scale_ref[image, token]
             x = sum(offset, x + gate * y).astype(jnp.bfloat16)
-            x_out[image, token] = x
+            warpgroup.store(x_out.at[image, token], x)
             x = centred(x.astype(jnp.float32), norm)
             inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / width) + NORM_EPS[norm])
             store_row([x * inverse * gain + shift], outs, image, token)
@@ -304,7 +304,7 @@ def store_row(pieces: list[Array], outs: Sequence, image: Array, token: Array, s
     def put(out, pieces: list[Array]) -> None:
         (size,) = pieces[0].shape
         for k, piece in enumerate(pieces):
-            out[image, token, pl.ds(start + k * size, size)] = piece.astype(out.dtype)
+            warpgroup.store(out.at[image, token, pl.ds(start + k * size, size)], piece)
 
     *wide, h_out, scale_out = outs
     if wide:

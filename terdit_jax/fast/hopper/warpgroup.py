@@ -1,12 +1,14 @@
 """Rows cut over the threads of a warpgroup, and the pairs of neighbouring features that a row is made of.
 
 A thread holds pieces as wide as the hardware loads and the row's width allows. Where they have two features at least,
-what needs both features of a pair, RoPE, asks no other thread. What is computed with rows is `forward`'s and
-`backward`'s.
+what needs both features of a pair, RoPE, asks no other thread. Rows of an odd number of features a thread (1,152 is 9)
+lie in memory's order in stretches alone: all such rows of a kernel are cut alike, and what is done with them, feature
+by feature or as a sum, does not ask for the order. What is computed with rows is `forward`'s and `backward`'s.
 """
 
 import jax
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
@@ -30,8 +32,19 @@ def run_on(device: jax.Device) -> bool:
 
 
 def load(ref) -> Array:
-    """A row (W,) of memory."""
-    return strided(ref[...])
+    """Loads a row (W,) of memory."""
+    parts = [
+        strided(ref[...] if size == ref.shape[0] else ref[pl.ds(start, size)])
+        for start, size in stretches(ref.shape[0])
+    ]
+    return parts[0] if len(parts) == 1 else merge(parts)
+
+
+def store(ref, row: Array) -> None:
+    """Stores a row that `load` has cut, in the dtype of the memory."""
+    cuts = stretches(row.size)
+    for (start, size), part in zip(cuts, [row] if len(cuts) == 1 else divide(row), strict=True):
+        ref[pl.ds(start, size)] = part.astype(ref.dtype)
 
 
 def load_half(ref) -> Array:
@@ -86,6 +99,54 @@ def join(even: Array, odd: Array) -> Array:
     return run(even, odd)
 
 
+def merge(parts: list[Array]) -> Array:
+    """Stretches of a row, each in pieces of its own, as one row of single features."""
+    width = sum(part.size for part in parts)
+    out = plgpu.ShapeDtypeStruct((width,), parts[0].dtype, layout=_layout(width))
+
+    @plgpu.inline_mgpu(arg_types=tuple(_layout(part.size) for part in parts), return_type=out)
+    def run(_, *parts):
+        singles = []
+        for part in parts:
+            for register in part.registers.flat:
+                (count,) = ir.VectorType(register.type).shape
+                singles += [vector.shuffle(register, register, [k]) for k in range(count)]
+        return _row(singles, width, 1)
+
+    return run(*parts)
+
+
+def divide(row: Array) -> list[Array]:
+    """The inverse of `merge`."""
+    sizes = [size for _, size in stretches(row.size)]
+    outs = tuple(plgpu.ShapeDtypeStruct((size,), row.dtype, layout=_layout(size)) for size in sizes)
+
+    @plgpu.inline_mgpu(arg_types=(_layout(row.size),), return_type=outs)
+    def run(_, row):
+        singles, parts = iter(row.registers.flat), []
+        for size in sizes:
+            vec_size = piece(size)
+            wide = [_concatenate([next(singles) for _ in range(vec_size)]) for _ in range(size // LANES // vec_size)]
+            parts.append(_row(wide, size, vec_size))
+        return tuple(parts)
+
+    return list(run(row))
+
+
+def _concatenate(vectors: list):
+    """Vectors of one length, a power of two of them, as one."""
+    if len(vectors) == 1:
+        return vectors[0]
+    half = len(vectors) // 2
+    first, second = _concatenate(vectors[:half]), _concatenate(vectors[half:])
+    (count,) = ir.VectorType(first.type).shape
+    return vector.shuffle(first, second, list(range(2 * count)))
+
+
+def _row(registers: list, size: int, vec_size: int):
+    return _array(np.array(registers, object), lambda register: register, size, vec_size)
+
+
 def _array(registers: np.ndarray, make, size: int, vec_size: int):
     made = np.empty(registers.shape, object)
     for index, register in np.ndenumerate(registers):
@@ -97,6 +158,19 @@ def _array(registers: np.ndarray, make, size: int, vec_size: int):
 def piece(width: int) -> int:
     """Neighbouring numbers of a row that a thread holds."""
     return next(n for n in (8, 4, 2, 1) if width % (LANES * n) == 0)
+
+
+def stretches(width: int) -> list[tuple[int, int]]:
+    """Starts and sizes of the parts of a row that are loaded and stored as they lie in memory. A row that would be cut
+    into single features is one part in wide pieces and a rest."""
+    if piece(width) > 1:
+        return [(0, width)]
+    cuts, start = [], 0
+    for vec_size in (8, 4, 2, 1):
+        if size := (width - start) // (LANES * vec_size) * LANES * vec_size:
+            cuts.append((start, size))
+            start += size
+    return cuts
 
 
 def _layout(width: int):
