@@ -78,3 +78,10 @@ def test_widths_that_a_warpgroup_cannot_share():
 
 def test_pieces_of_a_row_as_wide_as_the_hardware_loads():
     assert [forward.wide_parts(width) for width in (4608, 4096, 3072, 1536, 384)] == [3, 4, 3, 3, 3]
+
+
+def test_rows_of_an_odd_number_of_features_a_thread_are_read_in_wide_stretches():
+    assert warpgroup.stretches(1152) == [(0, 1024), (1024, 128)]
+    assert warpgroup.stretches(384) == [(0, 256), (256, 128)]
+    assert warpgroup.stretches(3456) == [(0, 3072), (3072, 256), (3328, 128)]
+    assert warpgroup.stretches(1536) == [(0, 1536)]
