@@ -41,6 +41,7 @@ POSITIVE = Rule(lambda value: 0 < _in_float32(value) < np.inf, "must be positive
 FINITE = Rule(lambda value: value == value and abs(_in_float32(value)) < np.inf, "must be finite in float32")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value and _in_float32(value) < np.inf, "must be finite and not negative")
 SHIFT = Rule(lambda value: 1e-3 <= value <= 1e3, "must lie in [0.001, 1000]")
+THRESHOLD = Rule(lambda value: 1e-3 <= value < 2, "must lie in [0.001, 2): a uniform draw has no weight beyond 2 gamma")
 SHARE = Rule(lambda value: 0 <= value and _in_float32(value) < 1, "must be in [0, 1), in float32 too")
 AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "must be -1 (what the others leave) or in [1, 1048576]")
 NAME = Rule(lambda value: 0 < len(value) <= 100 and value.isprintable() and value.strip() == value,
@@ -49,7 +50,15 @@ TEXT = Rule(lambda value: len(value) <= 10_000 and value.isprintable(), "must be
 PATH = Rule(lambda value: value == value.strip(), "must not begin or end with a space")
 
 
-def setting(default: Any, meaning: str, rule: Rule | None = None, *, free: bool = False, added: bool = False) -> Any:
+def setting(
+    default: Any,
+    meaning: str,
+    rule: Rule | None = None,
+    *,
+    free: bool = False,
+    added: bool = False,
+    omitted: bool = False,
+) -> Any:
     """A field of a section.
 
     Args:
@@ -58,8 +67,9 @@ def setting(default: Any, meaning: str, rule: Rule | None = None, *, free: bool 
       rule: what it accepts; booleans need none.
       free: a resumed run may change it. It always may where the whole section is free.
       added: models were written to files before there was this field, and have its default.
+      omitted: files do not mention it at its default, so that readers from before it open them, and refuse others.
     """
-    metadata = {"meaning": meaning, "rule": rule, "free": free, "added": added}
+    metadata = {"meaning": meaning, "rule": rule, "free": free, "added": added, "omitted": omitted}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -71,6 +81,7 @@ class Field(NamedTuple):
     rule: Rule | None
     free: bool
     added: bool
+    omitted: bool = False
 
     def check(self, value: Any, name: str) -> None:
         """Raises UserError, which names the field so, for a value that its rule does not accept."""

@@ -14,6 +14,7 @@ from terdit_jax.config_rules import (
     SHARE,
     SHIFT,
     TEXT,
+    THRESHOLD,
     one_of,
     setting,
     whole,
@@ -82,6 +83,29 @@ class ModelConfig:
         "Start of each matrix's scale alpha. `normal`: N(0, 1), as in the public code. `least_squares`: the scale "
         "that brings alpha T closest to W.",
         one_of("normal", "least_squares"),
+    )
+    alpha_per: str = setting(
+        "matrix",
+        "What shares a scale alpha. `matrix`: all of it, as published. `channel`: each of its outputs, a row, has its "
+        "own ([training.md](training.md#the-quantiser)).",
+        one_of("matrix", "channel"),
+        added=True,
+        omitted=True,
+    )
+    gamma_per: str = setting(
+        "matrix",
+        "Over what gamma is the mean of abs(W). `matrix`: all of it, as published. `channel`: each row.",
+        one_of("matrix", "channel"),
+        added=True,
+        omitted=True,
+    )
+    threshold: float = setting(
+        0.5,
+        "Codes are not 0 where abs(W) / gamma exceeds this: 0.5 as published, which is rounding; 0.7 in ternary weight "
+        "networks.",
+        THRESHOLD,
+        added=True,
+        omitted=True,
     )
 
 

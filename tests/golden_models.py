@@ -15,6 +15,7 @@ from terdit_jax.model.transformer import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 DIT = {"family": "dit", "positions": "sincos_2d", "qk_norm": False}  # fields of the family
+BY_CHANNEL = {"alpha_per": "channel", "gamma_per": "channel", "threshold": 0.7}  # the quantiser's, none as published
 
 
 def tiny_config(**overrides) -> DiTConfig:

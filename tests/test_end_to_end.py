@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from tests.faults.damages import flip
-from tests.golden_models import DIT
+from tests.golden_models import BY_CHANNEL, DIT
 from tests.runs import (
     assert_same_run,
     execute,
@@ -85,11 +85,12 @@ def test_without_fast_paths_a_run_learns_the_same_and_resumes_as_exactly(places,
     assert_same_run(killed, plain)
 
 
-TERNARY_SIT = {"diffusion__objective": "flow", "sample__method": "heun"} | {f"model__{name}": DIT[name] for name in DIT}
+TERNARY_SIT = {"diffusion__objective": "flow", "sample__method": "heun"}
+TERNARY_SIT |= {f"model__{name}": value for name, value in (DIT | BY_CHANNEL).items()}
 
 
 def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from(places, tmp_path):
-    """The other family and the other objective in one."""
+    """The other family, objective and quantiser in one."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     resume(places, whole, **TERNARY_SIT)
     killed_run(places, killed, at_step=12, **TERNARY_SIT)

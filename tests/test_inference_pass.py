@@ -15,7 +15,7 @@ from terdit_jax.interop.exports import export
 from terdit_jax.model.transformer import forward, packed_operands
 from terdit_jax.parallel.mesh import make_mesh
 from tests.deployed import golden_weights, random_params, small_config, weights_of
-from tests.golden_models import DIT, assert_close, golden_arrays, nhwc
+from tests.golden_models import BY_CHANNEL, DIT, assert_close, golden_arrays, nhwc
 from tests.interpreted import interpreted_kernels
 
 FLOAT32 = Numerics("float32", "float32", "float32")
@@ -32,6 +32,8 @@ VARIANTS = {
     "Large-DiT": {"ternary": False},
     "ternary DiT": DIT,
     "DiT": {**DIT, "ternary": False},
+    "by channel": {**BY_CHANNEL, "num_heads": 4, "num_kv_heads": 2},
+    "ternary DiT by channel": {**DIT, **BY_CHANNEL},
 }
 
 

@@ -11,7 +11,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.traits import FAMILIES
 from terdit_jax.model.transformer import abstract_params, count_params, forward, make_operands
-from tests.golden_models import DIT, tiny_config
+from tests.golden_models import BY_CHANNEL, DIT, tiny_config
 from tests.traced import products
 
 SIZES = {  # name: (hidden_size, depth, num_heads) of the published models
@@ -62,12 +62,14 @@ def test_every_field_arrives_from_the_configuration():
         family="large_dit", learn_sigma=False,
         ternary=False, input_size=16, in_channels=3, patch_size=4, hidden_size=64, depth=2, num_heads=4,
         num_kv_heads=2, ffn_multiple_of=64, num_classes=7, class_dropout_prob=0.2, qk_norm=False,
-        positions="rope_1d_sincos_2d", adaln_rms_norm=False, alpha_init="least_squares", dtype="float32",
+        positions="rope_1d_sincos_2d", adaln_rms_norm=False, alpha_init="least_squares",
+        alpha_per="matrix", gamma_per="matrix", threshold=0.5, dtype="float32",
         grad_dtype="float32", matmul_dtype="same", remat="dots", attention="xla", passes="xla", layers="unrolled",
         gather="bfloat16", plan="plain",
     )  # fmt: skip
     assert dataclasses.asdict(from_fields(**fields)) == fields
     assert from_fields(matmul_dtype="int8").matmul_dtype == "int8"
+    assert BY_CHANNEL.items() <= vars(from_fields(**BY_CHANNEL)).items()
 
 
 def test_a_model_is_one_hashable_value():
@@ -113,6 +115,20 @@ POSITIVE = (
             {"ternary": False, "matmul_dtype": "int8"},
             "compute.matmul_dtype='int8': is of ternary models, not of full precision; give 'same'",
         ),
+        ({"alpha_per": "row"}, "model.alpha_per='row': choose one of matrix, channel"),
+        ({"gamma_per": ""}, "model.gamma_per='': choose one of matrix, channel"),
+        (
+            {"threshold": 2.0},
+            "model.threshold=2.0: must lie in [0.001, 2): a uniform draw has no weight beyond 2 gamma",
+        ),
+        (
+            {**DIT, "ternary": False, "alpha_per": "channel"},
+            "model.alpha_per='channel': is of ternary models, not of full precision; give 'matrix'",
+        ),
+        (
+            {"ternary": False, "threshold": 0.7},
+            "model.threshold=0.7: is of ternary models, not of full precision; give 0.5",
+        ),
         ({"remat": "all"}, "compute.remat='all': choose one of none, block, dots"),
         ({"attention": "flash"}, "compute.attention='flash': choose one of auto, xla, cudnn"),
         (
@@ -148,6 +164,8 @@ def test_a_feed_forward_that_cannot_be_packed_is_refused():
         {"in_channels": 1, "patch_size": 4, "num_classes": 10, "hidden_size": 32, "num_heads": 4, "learn_sigma": False},
         DIT,
         {**DIT, "ternary": False, "hidden_size": 1152, "num_heads": 16},
+        {"hidden_size": 256, "num_heads": 16, "num_kv_heads": 4, **BY_CHANNEL},
+        {**DIT, **BY_CHANNEL, "depth": 2},
     ],
 )
 def test_parameters_are_counted_without_shapes(fields):

@@ -7,7 +7,7 @@ import pytest
 
 from terdit_jax.fast.linear import ternarize_by_layer
 from terdit_jax.ternary.linear import TernaryLinear
-from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, sound_alpha, ternarize
+from terdit_jax.ternary.quantize import PUBLISHED, Rounding, absmean_codes, least_squares_alpha, sound_alpha, ternarize
 
 
 def test_codes_round_half_to_even_and_clip():
@@ -71,3 +71,102 @@ def test_a_matrix_whose_codes_mean_nothing_has_no_scale(value):
     assert np.isnan(sound_alpha(weight.at[1, 2, 3].set(value), alpha)).tolist() == [False, True, False]
     assert np.isnan(sound_alpha(weight, alpha.at[2].set(value))).tolist() == [False, False, True]
     assert np.isnan(ternarize(weight.at[1, 2, 3].set(value), alpha)[1]).tolist() == [False, True, False]
+
+
+# How codes and scales may be shared, beside the published way.
+SHARED = [("matrix", Rounding("channel")), ("channel", PUBLISHED), ("channel", Rounding("channel", 0.7))]
+
+
+def uneven(seed, shape=(2, 8, 16)):
+    """Weights whose rows have sizes of their own, of which one is zero."""
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal(shape) * np.exp(random.standard_normal((*shape[:-1], 1)))
+    weight[0, 3] = 0
+    return weight.astype(np.float32)
+
+
+def exact_codes(weight, rounding):
+    """In float64, by the definition."""
+    size = np.abs(weight.astype(np.float64))
+    gamma = size.mean(-1 if rounding.gamma_per == "channel" else (-2, -1), keepdims=True)
+    return np.sign(weight) * (size / (gamma + 1e-6) > rounding.threshold)
+
+
+@pytest.mark.parametrize("gamma_per", ["matrix", "channel"])
+@pytest.mark.parametrize("threshold", [0.5, np.nextafter(0.5, 1), 0.7, 1.3])
+def test_codes_are_not_zero_beyond_the_threshold(gamma_per, threshold):
+    rounding = Rounding(gamma_per, float(threshold))
+    codes = absmean_codes(uneven(0), rounding)
+    assert codes.dtype == jnp.int8 and {-1, 0, 1} == set(np.unique(codes))
+    np.testing.assert_array_equal(codes, exact_codes(uneven(0), rounding))
+
+
+def test_the_published_threshold_is_rounding():
+    """Of numbers just below, at and above the half, where gamma = 2 up to 1e-6, and of the least and largest."""
+    half = np.float32(0.5) * (2 + 1e-6)
+    near = half * (1 + np.float32(2.0**-23) * np.arange(-4, 5, dtype=np.float32))
+    weight = np.concatenate([near, -near, [0, 1e-38, 3, -5]]).astype(np.float32)
+    weight = np.append(weight, 2 * (len(weight) + 1) - np.abs(weight).sum())[None]
+    codes = absmean_codes(weight)
+    np.testing.assert_array_equal(codes, absmean_codes(weight, Rounding(threshold=np.nextafter(0.5, 0))) * (codes != 0))
+    scaled = weight / (np.abs(weight).mean(dtype=np.float32) + np.float32(1e-6))
+    np.testing.assert_array_equal(codes, np.clip(np.round(scaled), -1, 1))
+    np.testing.assert_array_equal(codes, np.sign(scaled) * (np.abs(scaled) > 0.5))
+
+
+@pytest.mark.parametrize(("alpha_per", "rounding"), SHARED)
+@pytest.mark.parametrize("ternarize", [ternarize, ternarize_by_layer])
+def test_gradients_are_those_of_autograd_in_float64(ternarize, alpha_per, rounding):
+    """Of a sum of all that the maps make, with w = alpha (W + (T - W)) and T - W held fixed."""
+    torch = pytest.importorskip("torch")
+    random, weight = np.random.default_rng(1), uneven(1)
+    alpha = random.standard_normal(weight.shape[:2] if alpha_per == "channel" else weight.shape[:1]).astype(np.float32)
+    x, dy = random.standard_normal((5, 16)).astype(np.float32), random.standard_normal((5, 2, 8)).astype(np.float32)
+
+    run = lambda weight, alpha: TernaryLinear(*ternarize(weight, alpha, jnp.float32, rounding))(x)  # noqa: E731
+    y, pullback = jax.vjp(run, weight, alpha)
+
+    master, scale = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (weight, alpha))
+    used = master + (torch.tensor(exact_codes(weight, rounding)) - master).detach()
+    used = used * (scale[..., None] if alpha_per == "channel" else scale[:, None, None])
+    exact = torch.einsum("bi,noi->bno", torch.tensor(x, dtype=torch.float64), used)
+    exact.backward(torch.tensor(dy, dtype=torch.float64))
+    expected = [a.detach().numpy() for a in (exact, master.grad, scale.grad)]
+    for ours, theirs in zip((y, *pullback(jnp.asarray(dy))), expected, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+        assert np.count_nonzero(theirs) > 0.9 * theirs.size
+
+
+@pytest.mark.parametrize("alpha_per", ["matrix", "channel"])
+@pytest.mark.parametrize("rounding", [PUBLISHED, Rounding("channel", 0.7), Rounding(threshold=1.3)])
+def test_least_squares_alpha_is_the_minimum_in_float64(alpha_per, rounding):
+    weight = uneven(2).astype(np.float64)
+    codes, over = exact_codes(uneven(2), rounding), -1 if alpha_per == "channel" else (-2, -1)
+    dot, count = (weight * codes).sum(over), np.abs(codes).sum(over)
+    fallback = (2 + rounding.threshold) / 4 * (6 / 24) ** 0.5
+    expected = np.where(count > 0, dot / np.maximum(count, 1), fallback)
+    assert (count == 0).any() == (alpha_per == "channel")
+    np.testing.assert_allclose(least_squares_alpha(uneven(2), alpha_per, rounding), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+def test_the_start_of_a_zero_row_is_that_of_a_xavier_draw(threshold):
+    rounding = Rounding("channel", threshold)
+    drawn = least_squares_alpha(
+        jax.nn.initializers.xavier_uniform()(jax.random.key(0), (192, 4096)), "channel", rounding
+    )
+    zero = least_squares_alpha(jnp.zeros((192, 4096)), "channel", rounding)
+    assert zero.shape == drawn.shape == (192,)
+    np.testing.assert_allclose(drawn, zero, rtol=0.05)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_what_shares_gamma_with_a_number_that_is_not_finite_has_no_scale(value):
+    weight, by_channel = jnp.asarray(uneven(3)).at[1, 2, 3].set(value), jnp.ones((2, 8))
+    lost = np.isnan(sound_alpha(weight, by_channel, Rounding("channel")))
+    assert np.argwhere(lost).tolist() == [[1, 2]]
+    assert np.isnan(sound_alpha(weight, by_channel)).all(1).tolist() == [False, True]
+    assert np.isnan(sound_alpha(weight, jnp.ones(2), Rounding("channel"))).tolist() == [False, True]
+    lost = np.isnan(sound_alpha(jnp.asarray(uneven(3)), by_channel.at[0, 5].set(value), Rounding("channel")))
+    assert np.argwhere(lost).tolist() == [[0, 5]]

@@ -22,6 +22,7 @@ FREE = {
 }  # fmt: skip
 FIXED = {
     "seed": 1, "model.depth": 2, "model.ternary": False, "model.alpha_init": "least_squares",
+    "model.alpha_per": "channel", "model.gamma_per": "channel", "model.threshold": 0.7,
     "model.class_dropout_prob": 0.0, "train.batch_size": 128, "data.horizontal_flip": False, "data.synthetic": True,
     "diffusion.objective": "flow", "diffusion.shift": 3.0,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from terdit_jax.parallel.sharding import RULES, batch_sharding, logical_axes, pa
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.state import abstract_state, init_state
 from terdit_jax.training.step import loss_and_grads
-from tests.golden_models import DIT, assert_trees_close, random_params, tiny_config
+from tests.golden_models import BY_CHANNEL, DIT, assert_trees_close, random_params, tiny_config
 
 DDPM = Ddpm()
 # Eight heads and every width a multiple of eight, so that each axis can take all devices; scales near the weights' own,
@@ -122,9 +122,21 @@ def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):
         assert_trees_close(ours, expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"ternary": False}, {"layers": "unrolled"}], ids=str)
-def test_dit_on_a_mesh_equals_one_device(fields):
-    model = dataclasses.replace(MODEL, **DIT, **fields)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        DIT,
+        {**DIT, "ternary": False},
+        {**DIT, "layers": "unrolled"},
+        {**BY_CHANNEL, "num_kv_heads": 4},
+        pytest.param({**BY_CHANNEL, "layers": "unrolled"}, marks=pytest.mark.slow),
+        pytest.param({**DIT, **BY_CHANNEL}, marks=pytest.mark.slow),
+        pytest.param({"alpha_per": "channel"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_other_models_on_a_mesh_equal_one_device(fields):
+    model = dataclasses.replace(MODEL, **fields)
     with jax.default_device(jax.devices()[0]):
         expected = three_steps(None, model=model)
     assert all(np.abs(leaf).max() > 0 for _, grads in expected for leaf in jax.tree.leaves(grads))
@@ -143,6 +155,8 @@ def every_tree():
         {"qk_norm": False, "adaln_rms_norm": False},
         {"num_kv_heads": 4, "positions": "rope_1d_sincos_2d"},
         DIT,
+        BY_CHANNEL,
+        {**DIT, **BY_CHANNEL},
     ):
         model = tiny_config(**{"num_heads": 8, **options})
         yield jax.eval_shape(lambda m=model: init_state(m, optax.adamw(1e-3), 0))
@@ -155,10 +169,11 @@ def test_every_leaf_matches_exactly_one_rule_and_every_rule_is_used():
     for tree in every_tree():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if leaf.shape:
-                axes = logical_axes(path_name(path))
+                axes = logical_axes(path_name(path), leaf.ndim)
                 assert len(axes) == len(leaf.shape), path_name(path)
                 axes_seen.add(axes)
-    assert axes_seen == {axes for _, axes in RULES}
+    one_a_matrix = {("layers",), ("layers", "group")}  # alphas that have no outputs
+    assert axes_seen == {axes for _, axes in RULES} | one_a_matrix
 
 
 def test_moments_and_averages_lie_as_their_parameters():
@@ -174,7 +189,16 @@ def test_moments_and_averages_lie_as_their_parameters():
 
 def test_unknown_and_ambiguous_paths_are_refused():
     with pytest.raises(ValueError, match="matches 0 sharding rules"):
-        logical_axes("blocks/attention/wq/gate")
+        logical_axes("blocks/attention/wq/gate", 1)
+
+
+def test_the_scales_of_outputs_are_cut_as_the_rows_of_their_matrices():
+    blocks = tree_shardings(abstract_params(tiny_config(num_heads=8, **BY_CHANNEL)), mesh_of(2, 2, 2))["blocks"]
+    maps = {"attention": "wq wk wv wo".split(), "feed_forward": "w1 w2 w3".split()}
+    found = [blocks[part][name] for part, names in maps.items() for name in names] + [blocks["adaLN_modulation"]]
+    for leaves in found:
+        assert tuple(leaves["alpha"].spec) == tuple(leaves["weight"].spec)[:2]
+    assert {leaves["alpha"].spec[1] for leaves in found} == {"fsdp", "tensor"}
 
 
 def test_a_width_that_does_not_divide_is_refused():

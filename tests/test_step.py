@@ -17,6 +17,7 @@ from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.state import init_state
 from terdit_jax.training.step import apply_gradients, loss_and_grads
 from tests.golden_models import (
+    BY_CHANNEL,
     assert_trees_close,
     golden_arrays,
     golden_config,
@@ -141,10 +142,12 @@ def test_gradients_in_fewer_bits_follow_float32(in_float32, matmul_dtype, bound)
     assert 0 < jnp.linalg.norm(flat(actual) - flat(expected)) < bound * jnp.linalg.norm(flat(expected))
 
 
-@pytest.mark.parametrize("alpha_init", ["normal", "least_squares"])
-def test_every_ternary_weight_and_alpha_moves_within_ten_steps(alpha_init):
+@pytest.mark.parametrize(
+    "fields", [{}, {"alpha_init": "least_squares"}, {"alpha_init": "least_squares", **BY_CHANNEL}], ids=str
+)
+def test_every_ternary_weight_and_alpha_moves_within_ten_steps(fields):
     """From the default start: the block's adaLN weight is zero and must still leave it."""
-    model = tiny_config(depth=2, hidden_size=32, alpha_init=alpha_init)
+    model = tiny_config(depth=2, hidden_size=32, **fields)
     config = optimizer_config(learning_rate=1e-3)
     optimizer = make_optimizer(config)
     start = state = jax.jit(lambda: init_state(model, optimizer, 0))()

@@ -24,6 +24,7 @@ from terdit_jax.model.transformer import (
     packed_operands,
 )
 from tests.golden_models import (
+    BY_CHANNEL,
     DIT,
     assert_close,
     assert_trees_close,
@@ -143,7 +144,7 @@ def test_published_parameter_counts_of_dit(size, total):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"positions": "rope_1d_sincos_2d"}, {"ternary": False}, DIT, {**DIT, "ternary": False}]
+    "fields", [{"positions": "rope_1d_sincos_2d"}, {"ternary": False}, DIT, {**DIT, "ternary": False}, BY_CHANNEL]
 )
 def test_scan_equals_loop_and_remat_changes_nothing(fields):
     config = tiny_config(**{"hidden_size": 32, "depth": 2, **fields})
@@ -189,19 +190,23 @@ def test_remat_policies_rematerialise():
     assert block < dots < none
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(8, 8), (8, 2)])
-def test_grouped_kv_heads_match_repeated_heads(heads, kv_heads):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "fields"),
+    [(8, 8, {"ternary": False}), (8, 2, {"ternary": False}), (8, 2, BY_CHANNEL)],
+    ids=str,
+)
+def test_grouped_kv_heads_match_repeated_heads(heads, kv_heads, fields):
     """wk and wv of a grouped model, repeated for each query head, give the ungrouped model's output."""
-    config = tiny_config(ternary=False, num_heads=heads, num_kv_heads=kv_heads, qk_norm=False)
+    config = tiny_config(num_heads=heads, num_kv_heads=kv_heads, qk_norm=False, **fields)
     full = dataclasses.replace(config, num_kv_heads=heads)
     params = random_params(config)
     repeated = jax.tree.map(lambda leaf: leaf, params)
     for name in ("wk", "wv"):
-        weight = params["blocks"]["attention"][name]["weight"]
-        per_head = weight.reshape(config.depth, kv_heads, config.head_dim, -1)
-        repeated["blocks"]["attention"][name]["weight"] = jnp.repeat(per_head, heads // kv_heads, 1).reshape(
-            config.depth, config.hidden_size, -1
-        )
+        for key, leaf in params["blocks"]["attention"][name].items():
+            per_head = leaf.reshape(config.depth, kv_heads, config.head_dim, *leaf.shape[2:])
+            repeated["blocks"]["attention"][name][key] = jnp.repeat(per_head, heads // kv_heads, 1).reshape(
+                config.depth, config.hidden_size, *leaf.shape[2:]
+            )
     expected = output(full, repeated, *inputs(config))
     assert_close(output(config, params, *inputs(config)), np.asarray(expected))
 
@@ -215,7 +220,7 @@ def test_grouped_kv_heads_with_qk_norm_are_packed_as_trained():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [{}, DIT], ids=["large_dit", "dit"])
+@pytest.mark.parametrize("family", [{}, DIT, {**BY_CHANNEL, "num_kv_heads": 2}], ids=["large_dit", "dit", "by channel"])
 def test_packed_model_equals_trained_model_bit_for_bit(family, dtype):
     config = tiny_config(dtype=dtype, **family)
     params = random_params(config)

@@ -79,31 +79,38 @@ def test_add_layer_norm_modulate(dtype, scaled):
     assert_operand(operand, scale, normed * gain + shift, dtype)
 
 
+@pytest.fixture(params=["matrix", "channel"])
+def alphas_of(request):
+    """Scales of maps of a width: their own, or drawn for each of their outputs."""
+    by_channel = request.param == "channel"
+    return lambda width, *alphas: draws(len(alphas), width, seed=9) if by_channel else np.array(alphas, np.float32)
+
+
 @pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_gelu(dtype, scaled):
-    y, bias = draws(B, T, 64), draws(64, seed=1)
+def test_gelu(dtype, scaled, alphas_of):
+    y, bias, alphas = draws(B, T, 64), draws(64, seed=1), alphas_of(64, -1.3)
     y_scale = np.abs(draws(B, T, seed=3)) if scaled else None
-    a = y.astype(np.float64) * (y_scale[..., None] if scaled else 1) * -1.3 + bias
-    operand, scale = xla_passes.gelu(jnp.asarray(y), y_scale, jnp.array([-1.3]), jnp.asarray(bias), dtype)
+    a = y.astype(np.float64) * (y_scale[..., None] if scaled else 1) * alphas[0] + bias
+    operand, scale = xla_passes.gelu(jnp.asarray(y), y_scale, jnp.asarray(alphas), jnp.asarray(bias), dtype)
     expected = a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
     assert_operand(operand, scale, expected, dtype)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_split_heads(scaled):
-    y, alphas, bias = draws(B, T, 96), np.array([0.5, -2.0, 3.0], np.float32), draws(96, seed=1)
+def test_split_heads(scaled, alphas_of):
+    y, alphas, bias = draws(B, T, 96), alphas_of(32, 0.5, -2.0, 3.0), draws(96, seed=1)
     y_scale = np.abs(draws(B, T, seed=2)) if scaled else None
     made = xla_passes.split_heads(jnp.asarray(y), y_scale, jnp.asarray(alphas), jnp.asarray(bias), 4)
-    expected = y * (y_scale[..., None] if scaled else 1) * np.repeat(alphas, 32) + bias
+    expected = y * (y_scale[..., None] if scaled else 1) * np.repeat(alphas, 96 // alphas.size) + bias
     for a, e in zip(made, np.split(expected, 3, axis=-1), strict=True):
         np.testing.assert_allclose(a, e.reshape(B, T, 4, 8), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_swiglu(dtype, scaled):
-    y, alphas = draws(B, T, 64), np.array([0.7, -1.3], np.float32)
+def test_swiglu(dtype, scaled, alphas_of):
+    y, alphas = draws(B, T, 64), alphas_of(32, 0.7, -1.3)
     y_scale = np.abs(draws(B, T, seed=3)) if scaled else None
     a, b = np.split(y.astype(np.float64) * (y_scale[..., None] if scaled else 1), 2, axis=-1)
     a, b = a * alphas[0], b * alphas[1]
@@ -113,11 +120,14 @@ def test_swiglu(dtype, scaled):
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("normed", [False, True])
-def test_queries_keys_values(kv_heads, normed):
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_queries_keys_values(kv_heads, normed, by_channel):
     """Heads reordered, and rotated as half before half, are the published ones whose even and odd features turn."""
     heads, head_dim = 4, 8
     width, kv_width = heads * head_dim, kv_heads * head_dim
     y, alphas = draws(B, T, width + 2 * kv_width), np.array([0.5, -2.0, 3.0], np.float32)
+    if by_channel:
+        alphas = [draws(n, seed=n + 2) for n in (width, kv_width, kv_width)]
     y_scale = np.abs(draws(B, T, seed=1)) + 0.1
     parts = np.split(y.astype(np.float64) * y_scale[..., None], (width, width + kv_width), axis=-1)
     q, k, v = (part * alpha for part, alpha in zip(parts, alphas, strict=True))
@@ -137,6 +147,8 @@ def test_queries_keys_values(kv_heads, normed):
     ordered = tuple(
         {name: jnp.asarray(a[order]) for name, a in norm.items()} for norm, order in zip(norms, orders, strict=True)
     )
+    if by_channel:
+        alphas = tuple(alpha[order] for alpha, order in zip(alphas, (*orders, slice(None)), strict=True))
     made = xla_passes.queries_keys_values(
         jnp.asarray(y[..., columns]), y_scale, alphas, ordered if normed else None, jnp.asarray(rope), heads
     )

@@ -61,7 +61,7 @@ def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dic
 def _site(blocks: dict, norm: str, branch: dict, last: str) -> dict:
     """Of all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, where it has one."""
     alpha = alphas_of(branch[last])[:, 0]
-    site = {"norm": blocks[norm]["scale"] if norm in blocks else jnp.ones_like(alpha), "alpha": alpha}
+    site = {"norm": blocks[norm]["scale"] if norm in blocks else jnp.ones(len(alpha)), "alpha": alpha}
     return site | ({"bias": branch[f"{last}_bias"][:, 0]} if f"{last}_bias" in branch else {})
 
 
@@ -99,15 +99,21 @@ def _rotary_qkv(config: DiTConfig, numerics: Numerics, attention: dict) -> tuple
         slice(None) if numerics.kernels else xla_passes.rotary_order(count, head_dim) for count in (heads, kv_heads)
     ]
     codes, alpha = _codes(attention["qkv"]), alphas_of(attention["qkv"])  # (repeats + 2, kv_width, in or in / 4)
-    # Back to the published head order (kv head, repeat, head_dim).
-    q = codes[:repeats].reshape(repeats, kv_heads, head_dim, -1).swapaxes(0, 1).reshape(config.hidden_size, -1)
+
+    def merged_queries(leaf: Array) -> Array:
+        """Back to the published head order (kv head, repeat, head_dim)."""
+        rest = leaf.shape[2:]
+        heads_in_front = leaf[:repeats].reshape(repeats, kv_heads, head_dim, *rest).swapaxes(0, 1)
+        return heads_in_front.reshape(config.hidden_size, *rest)
+
     norms = None
     if config.qk_norm:
         named = zip(("q_norm", "k_norm"), orders, strict=True)
         norms = tuple({key: leaf[order] for key, leaf in attention[name].items()} for name, order in named)
-    # Queries' parts share one alpha.
-    vectors = {"alphas_qkv": alpha[jnp.array([0, -2, -1])], "norms": norms}
-    return jnp.concatenate([q[orders[0]], codes[-2][orders[1]], codes[-1]]), vectors
+    ordered = lambda leaf: (merged_queries(leaf)[orders[0]], leaf[-2][orders[1]], leaf[-1])  # noqa: E731
+    # Queries' parts share a matrix's one alpha.
+    alphas = alpha[jnp.array([0, -2, -1])] if alpha.ndim == 1 else ordered(alpha)
+    return jnp.concatenate(ordered(codes)), {"alphas_qkv": alphas, "norms": norms}
 
 
 def modulations(config: DiTConfig, operands: dict, c: Array) -> Array:

@@ -27,7 +27,7 @@ from terdit_jax.ternary.linear import (
     scale_product,
     weight_gradient,
 )
-from terdit_jax.ternary.quantize import straight_through, ternarize
+from terdit_jax.ternary.quantize import PUBLISHED, Rounding, straight_through, ternarize
 
 
 @struct.dataclass
@@ -35,7 +35,7 @@ class FastLinear:
     """y = alpha x T^T under training.
 
     codes: (n, out, in) int8, or each device's part of them as `cut_codes` makes it.
-    alpha: (n,) float32.
+    alpha: (n,) or (n, out) float32.
     sink: (n, out, in) zeros, cut as the weight, through which the gradient of W leaves.
     cut: how the codes are cut over `fsdp`; None if each device has them whole.
     matmul_dtype: of the matmuls with T, "same" as the activations or one of 8 bits. The weight gradient's is "same".
@@ -92,7 +92,8 @@ def whole_weight(linear: FullLinear | TernaryLinear | FastLinear) -> Array:
 
 
 def alphas_of(linear: Linear | FastLinear) -> Array:
-    """The scales of maps, (..., n) float32, ones in full precision; detached: `ternarize` computes their gradient."""
+    """The scales of maps, (..., n) or (..., n, out) float32, ones in full precision; detached: `ternarize` computes
+    their gradient."""
     if isinstance(linear, FullLinear):
         return jnp.ones(linear.weight.shape[:-2], jnp.float32)
     return lax.stop_gradient(linear.alpha)
@@ -151,16 +152,20 @@ def trained_by_layer(config: DiTConfig, weight: Array, alpha: Array | None) -> L
     reads its own, so XLA never makes the stack of all."""
     if alpha is None:
         return trained_linear(config, weight, alpha)
-    return TernaryLinear(*ternarize_by_layer(weight, alpha, config.grad_dtype))
+    return TernaryLinear(*ternarize_by_layer(weight, alpha, config.grad_dtype, config.rounding))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def ternarize_by_layer(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array, Array]:
-    """`ternary.quantize.ternarize` of stacked layers, (L, out, in) and (L,)."""
-    return ternarize(weight, alpha, grad_dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def ternarize_by_layer(
+    weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32, rounding: Rounding = PUBLISHED
+) -> tuple[Array, Array, Array]:
+    """`ternary.quantize.ternarize` of stacked layers, (L, out, in) and (L,) or (L, out)."""
+    return ternarize(weight, alpha, grad_dtype, rounding)
 
 
-def _ternarize_by_layer_bwd(_, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]) -> tuple[Array, Array]:
+def _ternarize_by_layer_bwd(
+    _, __, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
     dweight = cotangents[2].astype(jnp.float32)
     layers = zip(*residuals, cotangents[1], dweight, strict=True)
     return dweight, jnp.stack([straight_through(*layer)[1] for layer in layers])

@@ -58,7 +58,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike) -> 
     Args:
       y: (B, T, 2 F) products, a then b.
       y_scale: (B, T) float32, what each token's products stand for, or None.
-      alphas: (2,) float32, what a and b are multiplied by besides.
+      alphas: (2,) or (2, F) float32, what a and b are multiplied by besides.
       dtype: of the result, as in `quantize`.
 
     Returns:
@@ -74,7 +74,7 @@ def gelu(y: Array, y_scale: Array | None, alphas: Array, bias: Array, dtype: DTy
     Args:
       y: (B, T, F) products.
       y_scale: (B, T) float32, what each token's products stand for, or None.
-      alphas: (1,) float32, what they are multiplied by besides.
+      alphas: (1,) or (1, F) float32, what they are multiplied by besides.
       bias: (F,) float32.
       dtype: of the result, as in `quantize`.
 
@@ -90,7 +90,7 @@ def split_heads(y: Array, y_scale: Array | None, alphas: Array, bias: Array, hea
     Args:
       y: (B, T, 3 D) products.
       y_scale: (B, T) float32, what each token's products stand for, or None.
-      alphas: (3,) float32, what queries, keys and values are multiplied by besides.
+      alphas: (3,) or (3, D) float32, what queries, keys and values are multiplied by besides.
       bias: (3 D,) float32.
       heads: their number.
 
@@ -108,14 +108,20 @@ def split_heads(y: Array, y_scale: Array | None, alphas: Array, bias: Array, hea
 
 
 def queries_keys_values(
-    y: Array, y_scale: Array | None, alphas: Array, norms: tuple[dict, dict] | None, rope: Array, heads: int
+    y: Array,
+    y_scale: Array | None,
+    alphas: Array | tuple[Array, ...],
+    norms: tuple[dict, dict] | None,
+    rope: Array,
+    heads: int,
 ) -> tuple[Array, Array, Array]:
     """Queries and keys after their layer norm and RoPE, and values, from one projection.
 
     Args:
       y: (B, T, D + 2 kv_width) products; features of a head ordered by `rotary_order` in queries and keys.
       y_scale: (B, T) float32, what each token's products stand for, or None.
-      alphas: (3,) float32, what queries, keys and values are multiplied by besides.
+      alphas: what queries, keys and values are multiplied by besides: (3,) float32, or three rows of their widths, in
+        the same order.
       norms: scale and bias of queries and of keys, in the same order; None without qk-norm.
       rope: (2, T, head_dim / 2) of `rope_table`.
       heads: of the queries.

@@ -12,8 +12,10 @@ from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.config_sections import ComputeConfig, ModelConfig
 from terdit_jax.errors import UserError
 from terdit_jax.model.traits import FAMILIES, Traits
+from terdit_jax.ternary.quantize import Rounding
 
 MAX_PARAMS = 10**13  # more than any machine trains: beyond it, not even shapes are made
+QUANTISER = ("alpha_per", "gamma_per", "threshold")  # fields of ternary models alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,12 @@ class DiTConfig(ModelConfig, ComputeConfig):
             self.ternary or self.matmul_dtype == "same",
             f"compute.matmul_dtype={self.matmul_dtype!r}: is of ternary models, not of full precision; give 'same'",
         )
+        for name in () if self.ternary else QUANTISER:
+            value, default = getattr(self, name), FIELDS[f"model.{name}"].default
+            _require(
+                value == default,
+                f"model.{name}={value!r}: is of ternary models, not of full precision; give {default!r}",
+            )
         _require(
             self.num_params <= MAX_PARAMS,
             f"model.hidden_size={self.hidden_size}, model.depth={self.depth} and the others make {self.num_params:,} "
@@ -92,6 +100,11 @@ class DiTConfig(ModelConfig, ComputeConfig):
     def traits(self) -> Traits:
         """The traits of the family."""
         return FAMILIES[self.family]
+
+    @property
+    def rounding(self) -> Rounding:
+        """How ternary weights become codes."""
+        return Rounding(self.gamma_per, self.threshold)
 
     @property
     def ffn_maps(self) -> int:
@@ -151,11 +164,18 @@ class DiTConfig(ModelConfig, ComputeConfig):
         layer += 6 * width * (condition + 1)  # adaLN
         layer += (3 * width + 2 * self.kv_width + self.mlp_width) * self.traits.biases
         layer += 2 * width * (self.traits.norm == "rms") + 2 * (width + self.kv_width) * self.qk_norm  # norms
-        layer += (6 * width * self.adaln_rms_norm + 5 + self.ffn_maps) * self.ternary  # norm after adaLN, alphas
+        layer += (6 * width * self.adaln_rms_norm + self._alphas) * self.ternary  # of which the norm after adaLN
         ends = patch * self.in_channels * width + width  # patch embedder
         ends += (256 + condition + 2) * condition + (self.num_classes + 1) * condition  # timestep and label
         ends += 2 * width * (condition + 1) + patch * self.out_channels * (width + 1)  # final layer
         return self.depth * layer + ends
+
+    @property
+    def _alphas(self) -> int:
+        """Scales of a layer: one a map, or one for each of their outputs."""
+        if self.alpha_per == "matrix":
+            return 5 + self.ffn_maps
+        return 9 * self.hidden_size + 2 * self.kv_width + (self.ffn_maps - 1) * self.mlp_width
 
     def flops_per_image(self) -> float:
         """Multiplications and additions of one forward pass of one image: every matmul and attention, nothing else.

@@ -21,7 +21,7 @@ xavier_uniform = nnx.initializers.xavier_uniform(in_axis=-1, out_axis=-2)
 zeros = nnx.initializers.zeros_init()
 normal_002 = nnx.initializers.normal(0.02)
 
-# Makes what a matmul reads of one map, (config, weight (L, out, in), alpha (L,) or None) -> leaves (L, ...).
+# Makes what a matmul reads of one map, (config, weight (L, out, in), alpha (L,), (L, out) or None) -> leaves (L, ...).
 MakeLinear = Callable[[DiTConfig, Array, Array | None], forms.Linear]
 
 
@@ -40,7 +40,8 @@ class Linear(nnx.Module):
 
 
 class BlockLinear(nnx.Module):
-    """A block's linear map: weight (out, in), the scale alpha () if the model is ternary, bias (out,) if asked for."""
+    """A block's linear map: weight (out, in), the scale alpha () or (out,) if the model is ternary, bias (out,) if
+    asked for."""
 
     def __init__(
         self,
@@ -57,17 +58,18 @@ class BlockLinear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         if config.ternary:
             if config.alpha_init == "normal":  # as published
-                alpha = jax.random.normal(rngs.params(), (), jnp.float32)
+                shape = (out_features,) if config.alpha_per == "channel" else ()
+                alpha = jax.random.normal(rngs.params(), shape, jnp.float32)
             else:
-                alpha = least_squares_alpha(self.weight[...])
+                alpha = least_squares_alpha(self.weight[...], config.alpha_per, config.rounding)
             self.alpha = nnx.Param(alpha)
 
 
 def trained_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
-    """A map under training, leaves (L, out, in) and (L,); the pullback of a ternary one is straight-through."""
+    """A map under training, of leaves with L in front; the pullback of a ternary one is straight-through."""
     if alpha is None:
         return forms.FullLinear(weight.astype(config.activation_dtype))
-    return forms.TernaryLinear(*ternarize(weight, alpha, config.grad_dtype))
+    return forms.TernaryLinear(*ternarize(weight, alpha, config.grad_dtype, config.rounding))
 
 
 def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
@@ -76,7 +78,8 @@ def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> form
         return trained_linear(config, weight, alpha)
     if weight.dtype == jnp.uint8:
         return forms.PackedLinear(weight, alpha)
-    return forms.PackedLinear(pack(absmean_codes(weight)), sound_alpha(weight, alpha))
+    codes = absmean_codes(weight, config.rounding)
+    return forms.PackedLinear(pack(codes), sound_alpha(weight, alpha, config.rounding))
 
 
 def group(config: DiTConfig, groups: dict[str, list[BlockLinear]], make_linear: MakeLinear) -> dict:
@@ -108,7 +111,7 @@ def stack(config: DiTConfig, layers: list[BlockLinear], make_linear: MakeLinear)
     width = min(layer.weight.shape[-2] for layer in layers)
 
     def split(leaf: Array, parts: int) -> Array:
-        if leaf.ndim == 1:  # alpha, which the parts share
+        if leaf.ndim == 1:  # one alpha, which the parts share
             return jnp.stack([leaf] * parts, axis=1)
         return _split_heads(leaf, parts, config.head_dim)
 
@@ -120,18 +123,16 @@ def stack(config: DiTConfig, layers: list[BlockLinear], make_linear: MakeLinear)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *maps)
 
 
-def _split_heads(weight: Array, parts: int, head_dim: int) -> Array:
-    """(L, parts * width, in) -> (L, parts, width, in), where part r holds the r-th query head of every kv group.
+def _split_heads(leaf: Array, parts: int, head_dim: int) -> Array:
+    """(L, parts * width, ...) -> (L, parts, width, ...), where part r holds the r-th query head of every kv group.
 
     Published query heads are ordered (kv head, r, head_dim); cutting them this way leaves each part's heads aligned
     with the kv heads, so that a shard over kv heads holds whole groups.
     """
     if parts == 1:
-        return weight[:, None]
-    layers, _, in_features = weight.shape
-    return (
-        weight.reshape(layers, -1, parts, head_dim, in_features).swapaxes(1, 2).reshape(layers, parts, -1, in_features)
-    )
+        return leaf[:, None]
+    layers, _, *rest = leaf.shape
+    return leaf.reshape(layers, -1, parts, head_dim, *rest).swapaxes(1, 2).reshape(layers, parts, -1, *rest)
 
 
 class RMSNorm(nnx.Module):

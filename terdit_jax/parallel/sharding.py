@@ -60,9 +60,15 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/adaLN_modulation/weight", ("layers", "rows", "features")),
     (r"blocks/adaLN_modulation/linear/" + _MATRIX, ("layers", "group", "rows", "features")),
     (r"blocks/adaLN_modulation/(bias|norm/scale)", ("layers", "features")),
-    (r"blocks/(attention|feed_forward)/(w[qkvo123]|fc[12])/alpha", ("layers",)),
-    (r"blocks/adaLN_modulation/alpha", ("layers",)),
-    (r"blocks/(attention|feed_forward|adaLN_modulation)/(qkv|out|w13|up|down|linear)/alpha", ("layers", "group")),
+    # The last axis of an alpha is there only where each output has its own (`logical_axes`). It is cut as the matrix's
+    # rows are; where it is used, like a bias, not over fsdp.
+    (r"blocks/attention/w[qkv]/alpha", ("layers", "heads")),
+    (r"blocks/(attention/wo|feed_forward/(w2|fc2))/alpha", ("layers", "embed")),
+    (r"blocks/feed_forward/(w1|w3|fc1)/alpha", ("layers", "mlp")),
+    (r"blocks/adaLN_modulation/alpha", ("layers", "rows")),
+    (r"blocks/attention/qkv/alpha", ("layers", "group", "heads")),
+    (r"blocks/feed_forward/(w13|up)/alpha", ("layers", "group", "mlp")),
+    (r"blocks/(attention/out|feed_forward/down|adaLN_modulation/linear)/alpha", ("layers", "group", "features")),
     (r"final_layer/(adaLN_modulation|linear)/weight", ("features", "embed")),
     (r"final_layer/(adaLN_modulation|linear)/bias", ("features",)),
     (r"window/sums/quartile_(loss|count)", ("features",)),
@@ -74,8 +80,8 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def logical_axes(path: str) -> tuple[str, ...]:
-    """The logical axes of the leaf at a path.
+def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
+    """The logical axes of the leaf at a path, which has `ndim`: an alpha of whole matrices has no last one.
 
     Leading parts that are not the model's (`params`, `opt_state/0/mu`) are ignored: the rule must match the path's
     end, from a slash or its start.
@@ -86,7 +92,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
     found = [axes for pattern, axes in RULES if re.search(rf"(^|/){pattern}$", path)]
     if len(found) != 1:
         raise ValueError(f"{path} matches {len(found)} sharding rules; every leaf must match exactly one")
-    return found[0]
+    return found[0][:ndim] if path.endswith("/alpha") else found[0]
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
@@ -97,7 +103,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> Partitio
     """
     if not shape:
         return PartitionSpec()
-    axes = logical_axes(path)
+    axes = logical_axes(path, len(shape))
     if len(axes) != len(shape):
         raise ValueError(f"{path} has shape {shape}, its sharding rule names {len(axes)} axes")
     spec = tuple(LOGICAL_TO_MESH[axis] for axis in axes)

@@ -27,7 +27,7 @@ class FullLinear:
 
 @struct.dataclass
 class TernaryLinear:
-    """y = alpha x T^T under quantisation-aware training. codes: (n, out, in) int8, alpha: (n,) float32,
+    """y = alpha x T^T under quantisation-aware training. codes: (n, out, in) int8, alpha: (n,) or (n, out) float32,
     sink: (n, out, in) zeros through which the gradient of W leaves (see `quantize.ternarize`)."""
 
     codes: Array
@@ -41,7 +41,8 @@ class TernaryLinear:
 
 @struct.dataclass
 class PackedLinear:
-    """y = alpha x T^T from 2-bit codes, without a gradient. packed: (n, out, in / 4) uint8, alpha: (n,) float32."""
+    """y = alpha x T^T from 2-bit codes, without a gradient. packed: (n, out, in / 4) uint8, alpha: (n,) or (n, out)
+    float32."""
 
     packed: Array
     alpha: Array
@@ -61,8 +62,9 @@ def code_product(x: Array, codes: Array) -> Array:
 
 
 def scale_product(y: Array, alpha: Array) -> Array:
-    """alpha (n,) times y (..., n, out), in y's dtype. In float32, after the sum: only activations round."""
-    return (y.astype(jnp.float32) * alpha[:, None]).astype(y.dtype)
+    """alpha, (n,) a scale a map or (n, out) one an output, times y (..., n, out), in y's dtype. In float32, after the
+    sum: only activations round."""
+    return (y.astype(jnp.float32) * (alpha[:, None] if alpha.ndim == 1 else alpha)).astype(y.dtype)
 
 
 @jax.custom_vjp

@@ -4,6 +4,7 @@ It turns master weights into int8 codes in {-1, 0, 1}; `packing` stores them and
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax import Array
@@ -20,38 +21,78 @@ _LEAST_ALPHA = 2.0**-60
 LARGEST = 2.0**40
 
 
-def absmean_codes(weight: Array) -> Array:
-    """The codes T = clip(round(W / (mean|W| + 1e-6)), -1, 1), rounding half to even.
+class Rounding(NamedTuple):
+    """How weights become codes. Attributes:
+
+    gamma_per: "matrix" or "channel", the weights that share a mean: all of a matrix, or those of one output.
+    threshold: the least |W| / gamma of a code that is not 0, itself left out.
+    """
+
+    gamma_per: str = "matrix"
+    threshold: float = 0.5
+
+
+PUBLISHED = Rounding()
+
+
+def absmean_codes(weight: Array, rounding: Rounding = PUBLISHED) -> Array:
+    """The codes T = sign(W) where |W| / (gamma + 1e-6) exceeds the threshold, else 0, with gamma = mean|W|.
+
+    At 0.5 that is clip(round(W / (gamma + 1e-6)), -1, 1), rounding half to even.
 
     Args:
-      weight: (..., out, in) float32; the mean is taken over the last two axes, so stacked layers keep theirs apart.
+      weight: (..., out, in) float32; the mean is taken over at most the last two axes, so stacked layers keep theirs
+        apart.
+      rounding: as published, or another.
 
     Returns:
-      (..., out, in) int8 in {-1, 0, 1}. Source: TerDiT (arXiv 2405.14854) section 3.2, after BitNet b1.58.
+      (..., out, in) int8 in {-1, 0, 1}. Source: TerDiT (arXiv 2405.14854) section 3.2, after BitNet b1.58; other
+      thresholds after ternary weight networks (arXiv 1605.04711) section 2.2.
     """
-    return jnp.clip(jnp.round(weight / (_absmean(weight) + ABSMEAN_EPS)), -1, 1).astype(jnp.int8)
+    scaled = weight / (_absmean(weight, rounding) + ABSMEAN_EPS)
+    if rounding.threshold == PUBLISHED.threshold:
+        return jnp.clip(jnp.round(scaled), -1, 1).astype(jnp.int8)
+    return jnp.where(jnp.abs(scaled) > rounding.threshold, jnp.sign(scaled), 0).astype(jnp.int8)
 
 
-def sound_alpha(weight: Array, alpha: Array) -> Array:
+def sound_alpha(weight: Array, alpha: Array, rounding: Rounding = PUBLISHED) -> Array:
     """The scale, or NaN where the weight or the scale holds a number that is not finite or beyond `LARGEST`.
 
-    One such number makes gamma infinite or NaN and all codes of its matrix 0. Codes cannot say so: their scale does,
-    and with it the loss and the images. It costs a comparison a matrix, since gamma is computed for the codes anyway.
+    One such number makes gamma infinite or NaN and all codes that share it 0. Codes cannot say so: their scale does,
+    and with it the loss and the images. It costs a comparison a gamma, which is computed for the codes anyway.
 
     Args:
       weight: (..., out, in) float32.
-      alpha: (...,) float32.
+      alpha: (...,) or (..., out) float32.
+      rounding: that of the codes.
     """
-    sound = (_absmean(weight)[..., 0, 0] <= LARGEST) & (jnp.abs(alpha) <= LARGEST)
-    return jnp.where(sound, alpha, jnp.nan)
+    gamma = _absmean(weight, rounding)
+    if _by_channel(weight, alpha):
+        sound = gamma[..., 0] <= LARGEST
+    elif rounding.gamma_per == "matrix":
+        sound = gamma[..., 0, 0] <= LARGEST
+    else:
+        sound = jnp.all(gamma <= LARGEST, axis=(-2, -1))
+    return jnp.where(sound & (jnp.abs(alpha) <= LARGEST), alpha, jnp.nan)
 
 
-def _absmean(weight: Array) -> Array:
-    return jnp.mean(jnp.abs(weight), axis=(-2, -1), keepdims=True)
+def _absmean(weight: Array, rounding: Rounding) -> Array:
+    return jnp.mean(jnp.abs(weight), axis=_SHARING[rounding.gamma_per], keepdims=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) -> tuple[Array, Array, Array]:
+# Axes of (..., out, in) whose weights share a gamma or an alpha.
+_SHARING: dict[str, tuple[int, ...]] = {"matrix": (-2, -1), "channel": (-1,)}
+
+
+def _by_channel(weight: Array, alpha: Array) -> bool:
+    """Whether each output has a scale of its own."""
+    return alpha.ndim == weight.ndim - 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def ternarize(
+    weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32, rounding: Rounding = PUBLISHED
+) -> tuple[Array, Array, Array]:
     """Codes of a master weight, its scale, and the sink through which its straight-through gradient returns.
 
     Codes are integers and carry no gradient. dL/dW = alpha dL/dw, with w = alpha T the weight in use, therefore returns
@@ -60,67 +101,73 @@ def ternarize(weight: Array, alpha: Array, grad_dtype: DTypeLike = jnp.float32) 
 
     Args:
       weight: (..., out, in) float32.
-      alpha: (...,) float32.
+      alpha: (...,) or (..., out) float32, one a matrix or one an output.
       grad_dtype: dtype in which the gradient is produced and crosses the mesh.
+      rounding: how the codes are made.
 
     Returns:
-      codes (..., out, in) int8, alpha (...,) of `sound_alpha`, kept off zero so that it can be divided by, and sink
-      (..., out, in) of `grad_dtype`.
+      codes (..., out, in) int8, alpha in its shape of `sound_alpha`, kept off zero so that it can be divided by, and
+      sink (..., out, in) of `grad_dtype`.
     """
-    alpha = sound_alpha(weight, alpha)
+    alpha = sound_alpha(weight, alpha, rounding)
     alpha = jnp.where(jnp.abs(alpha) < _LEAST_ALPHA, _LEAST_ALPHA, alpha)
-    return absmean_codes(weight), alpha, jnp.zeros(weight.shape, grad_dtype)
+    return absmean_codes(weight, rounding), alpha, jnp.zeros(weight.shape, grad_dtype)
 
 
 def straight_through(codes: Array, alpha: Array, dalpha: Array, dsink: Array) -> tuple[Array, Array]:
     """The gradients of a master weight and its scale, from the cotangents of what `ternarize` returned.
 
-    dL/dW is the sink's, without a mask where W was clipped and without a term through gamma. dL/dalpha = <dL/dw, T> is
-    made of it once a step, where matmuls run once a microbatch.
+    dL/dW is the sink's, without a mask where W was clipped and without a term through gamma. dL/dalpha = <dL/dw, T>,
+    over the matrix or the row that shares alpha, is made of it once a step, where matmuls run once a microbatch.
 
     Args:
       codes: (..., out, in) int8.
-      alpha: (...,) float32.
-      dalpha: (...,) float32, what reached alpha itself.
+      alpha: (...,) or (..., out) float32.
+      dalpha: of alpha's shape, float32, what reached alpha itself.
       dsink: (..., out, in), alpha dL/dw.
 
     Returns:
-      dL/dW (..., out, in) and dL/dalpha (...,), float32: Adam's moments need its range, and the sum has millions of
-      terms.
+      dL/dW (..., out, in) and dL/dalpha of alpha's shape, float32: Adam's moments need its range, and the sum has up
+      to millions of terms.
     """
     dweight = dsink.astype(jnp.float32)
-    return dweight, dalpha + jnp.sum(dweight * codes, axis=(-2, -1)) / alpha
+    shared = _SHARING["channel" if _by_channel(codes, alpha) else "matrix"]
+    return dweight, dalpha + jnp.sum(dweight * codes, axis=shared) / alpha
 
 
 def _ternarize_fwd(
-    weight: Array, alpha: Array, grad_dtype: DTypeLike
+    weight: Array, alpha: Array, grad_dtype: DTypeLike, rounding: Rounding
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-    codes, alpha, sink = ternarize(weight, alpha, grad_dtype)
+    codes, alpha, sink = ternarize(weight, alpha, grad_dtype, rounding)
     return (codes, alpha, sink), (codes, alpha)
 
 
-def _ternarize_bwd(_, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]) -> tuple[Array, Array]:
+def _ternarize_bwd(_, __, residuals: tuple[Array, Array], cotangents: tuple[Array, ...]) -> tuple[Array, Array]:
     return straight_through(*residuals, *cotangents[1:])
 
 
 ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)
 
 
-def least_squares_alpha(weight: Array) -> Array:
-    """The scale that brings alpha * T closest to W, alpha = <W, T> / <T, T>.
+def least_squares_alpha(weight: Array, alpha_per: str = "matrix", rounding: Rounding = PUBLISHED) -> Array:
+    """The scale that brings alpha * T closest to W, alpha = <W, T> / <T, T>, over each matrix or each of its rows.
 
     A matrix that starts at zero (the block's adaLN) has T = 0, and with alpha = 0 neither could ever move; it gets
-    the value that a xavier-uniform draw of its shape would give, 0.625 * sqrt(6 / (in + out)).
+    the value that a xavier-uniform draw of its shape would give: with the threshold at 0.5,
+    0.625 * sqrt(6 / (in + out)). So does a row without codes.
 
     Args:
       weight: (..., out, in) float32.
+      alpha_per: "matrix" or "channel", the codes that share a scale.
+      rounding: how the codes are made.
 
     Returns:
-      (...,) float32.
+      (...,) or (..., out) float32.
     """
-    codes = absmean_codes(weight).astype(weight.dtype)
-    dot = jnp.sum(weight * codes, axis=(-2, -1))
-    count = jnp.sum(jnp.abs(codes), axis=(-2, -1))
+    codes = absmean_codes(weight, rounding).astype(weight.dtype)
+    dot = jnp.sum(weight * codes, axis=_SHARING[alpha_per])
+    count = jnp.sum(jnp.abs(codes), axis=_SHARING[alpha_per])
     out_features, in_features = weight.shape[-2:]
-    fallback = 0.625 * (6 / (in_features + out_features)) ** 0.5
+    # The mean of what a uniform draw over [-a, a], whose gamma is a / 2, has beyond the threshold.
+    fallback = (2 + rounding.threshold) / 4 * (6 / (in_features + out_features)) ** 0.5
     return jnp.where(count > 0, dot / jnp.maximum(count, 1), fallback)
