@@ -17,7 +17,7 @@ from terdit_jax.interop.published import StateDict, model_leaves, params_leaves,
 from terdit_jax.interop.weights import Weights
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.training.resume import describe_run
-from tests.golden_models import DIT, GOLDEN, golden_config, random_params, tiny_config
+from tests.golden_models import BY_CHANNEL, DIT, GOLDEN, golden_config, random_params, tiny_config
 
 # Every choice that gives tensors other names, shapes or meanings.
 VARIANTS = {
@@ -29,6 +29,8 @@ VARIANTS = {
     "ternary DiT": DIT,
     "DiT": {**DIT, "ternary": False},
     "flow without variance": {"learn_sigma": False},
+    "by channel": {**BY_CHANNEL, "num_kv_heads": 1},
+    "ternary DiT by channel": {**DIT, **BY_CHANNEL},
 }
 
 

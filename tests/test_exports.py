@@ -14,7 +14,7 @@ from terdit_jax.interop.exports import FORMATS, export
 from terdit_jax.interop.published import published_layout
 from terdit_jax.interop.weights import Weights, consolidated_name, open_weights, packed_leaves
 from tests.deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
-from tests.golden_models import DIT, GOLDEN, tiny_config
+from tests.golden_models import BY_CHANNEL, DIT, GOLDEN, tiny_config
 from tests.torch_files import save_state_dict
 
 GOLDEN_MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "dit_tiny", "sit_tiny", "train_init")
@@ -72,6 +72,8 @@ def test_every_kind_of_model_goes_from_format_to_format(tmp_path, overrides, kin
     first = "packed" if model.ternary else "safetensors"
     if kind == "packed" and not model.ternary:
         pytest.skip("nothing to pack")
+    if kind == "torch" and model.alpha_per != "matrix":
+        pytest.skip("there is no such published layout")
     export(weights, tmp_path / "first", first)
     export(open_weights(tmp_path / "first"), tmp_path / "second", kind)
     export(open_weights(tmp_path / "second"), tmp_path / "third", first)
@@ -89,6 +91,32 @@ def test_a_model_that_the_public_sampler_cannot_build_gets_a_remark(tmp_path):
     assert export(random_weights(small_config()), tmp_path / "other", "packed") == []
     with pytest.raises(UserError, match="--format=onnx: choose one of packed, torch, safetensors"):
         export(random_weights(small_config()), tmp_path / "third", "onnx")
+
+
+def test_what_the_public_code_would_take_for_another_model_is_not_written_for_it(tmp_path):
+    with pytest.raises(UserError, match="^memory has alpha_per='channel', the published layout one scale a matrix: "):
+        export(random_weights(small_config(alpha_per="channel")), tmp_path / "out", "torch")
+    weights = random_weights(small_config(gamma_per="channel", threshold=0.7))
+    with pytest.raises(
+        UserError, match="^memory has gamma_per='channel' and threshold=0.7, .* other codes of its mast"
+    ):
+        export(weights, tmp_path / "out", "torch", masters=True)
+    assert not any(tmp_path.iterdir())
+    pytest.importorskip("torch")
+    export(weights, tmp_path / "out", "torch")  # codes are codes
+    assert open_weights(tmp_path / "out").model == weights.model
+
+
+def test_master_weights_keep_how_they_are_quantised(tmp_path):
+    weights = random_weights(small_config(**BY_CHANNEL))
+    export(weights, tmp_path / "masters", "safetensors", masters=True)
+    again = open_weights(tmp_path / "masters", masters=True)
+    assert again.model == weights.model
+    assert_same_leaves(again, weights)
+    for name in ("masters", "memory"):
+        source = again if name == "masters" else weights
+        export(source, tmp_path / f"{name}.packed", "packed")
+    assert (tmp_path / "masters.packed").read_bytes() == (tmp_path / "memory.packed").read_bytes()
 
 
 @pytest.mark.parametrize(("project", "objective"), [("DiT", "ddpm"), ("SiT", "flow")])

@@ -195,13 +195,16 @@ def test_published_dit_is_written_back_bit_for_bit(name):
     rounds_trip(golden_config(name), load_file(GOLDEN / f"{name}.safetensors"))
 
 
-def test_ternary_dit_keeps_q_k_and_v_in_one_tensor_each_with_its_scale():
-    model = tiny_config(**DIT)
+@pytest.mark.parametrize("alpha_per", ["matrix", "channel"])
+def test_ternary_dit_keeps_q_k_and_v_in_one_tensor_each_with_its_scale(alpha_per):
+    model = tiny_config(**DIT, alpha_per=alpha_per)
     leaves = list(packed_leaves(model, params_leaves(random_params(model))))
     tensors = dict(published_tensors(model, sorted(leaves, key=lambda leaf: leaf[1].dtype == np.uint8)))
     assert tensors["blocks.1.attn.qkv.weight"].shape == (3 * 64 // 4, 64)
-    assert tensors["blocks.1.attn.qkv.alphas"].shape == (3,)
     params = random_params(model)["blocks"]["attention"]
+    alphas = np.concatenate([np.ravel(params[name]["alpha"][1]) for name in ("wq", "wk", "wv")])
+    assert len(alphas) == (3 if alpha_per == "matrix" else 3 * 64)
+    np.testing.assert_array_equal(tensors["blocks.1.attn.qkv.alphas"], alphas)
     expected = [absmean_codes(params[name]["weight"][1]) for name in ("wq", "wk", "wv")]
     np.testing.assert_array_equal(unpack_planes(tensors["blocks.1.attn.qkv.weight"]), np.concatenate(expected))
     read = dict(read_leaves(model, StateDict.of(tensors)))

@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 from terdit_jax.interop import pytorch  # noqa: E402
 from terdit_jax.interop.pytorch import TerDiT, sample  # noqa: E402
 from terdit_jax.model.transformer import forward, make_operands  # noqa: E402
-from tests.golden_models import DIT, assert_close, golden_arrays, random_params, tiny_config  # noqa: E402
+from terdit_jax.ternary.quantize import Rounding, absmean_codes  # noqa: E402
+from tests.golden_models import BY_CHANNEL, DIT, assert_close, golden_arrays, random_params, tiny_config  # noqa: E402
 from tests.torch_models import as_tensors, build, fields_of, golden_model, published_arrays  # noqa: E402
 
 MODELS = ("terdit_tiny", "terdit_tiny_noqk", "largedit_tiny", "dit_tiny", "sit_tiny")
@@ -68,6 +69,25 @@ def test_q_k_and_v_of_dit_are_ternarised_each_by_its_own_mean():
     assert torch.equal(codes, torch.cat(alone))
 
 
+@pytest.mark.parametrize("gamma_per", ["matrix", "channel"])
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+def test_master_weights_get_the_codes_that_jax_gives_them(gamma_per, threshold):
+    weight = np.random.default_rng(0).standard_normal((24, 16)).astype(np.float32) * np.logspace(-2, 2, 24)[:, None]
+    weight = weight.astype(np.float32)
+    fields = {"gamma_per": gamma_per, "threshold": threshold}
+    codes = pytorch._unpacked(pytorch._ternary_planes(torch.tensor(weight), 1, fields), torch.float32)
+    np.testing.assert_array_equal(codes, absmean_codes(weight, Rounding(**fields)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("alpha_per", "row"), ("gamma_per", None), ("threshold", 0), ("threshold", float("nan")), ("threshold", "0.7")],
+)
+def test_a_quantiser_that_there_is_not_is_refused(tiny, field, value):
+    with pytest.raises(ValueError, match=f"^the model's field {field}="):
+        TerDiT({**tiny[0], field: value})
+
+
 @pytest.mark.parametrize("fields", [{}, {"ternary": False}, DIT, {**DIT, "ternary": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_equals_unpacked_bit_for_bit(fields, dtype):
@@ -111,6 +131,8 @@ def torch_output(config, params):
         {**DIT, "adaln_rms_norm": False, "learn_sigma": False, "in_channels": 3},
         {**DIT, "ternary": False, "num_heads": 64},
         {"learn_sigma": False},
+        {**BY_CHANNEL, "num_heads": 8, "num_kv_heads": 2},
+        {**DIT, **BY_CHANNEL},
     ],
     ids=str,
 )

@@ -21,6 +21,7 @@ from terdit_jax.interop.published import (  # noqa: E402
 from terdit_jax.interop.pytorch import TerDiT  # noqa: E402
 from terdit_jax.training.step import loss_and_grads  # noqa: E402
 from tests.golden_models import (  # noqa: E402
+    BY_CHANNEL,
     DIT,
     assert_trees_close,
     golden_config,
@@ -49,12 +50,14 @@ def jax_step(config, params, x_0, noise, t, y):
     return sums["loss"], grads
 
 
-def straight_through(weight, alphas):
+def straight_through(config, weight, alphas, matrices):
     """alpha T of every matrix of a weight (matrices x out, in), with dL/dW that of alpha T times alpha."""
     parts = []
-    for part, alpha in zip(weight.chunk(len(alphas)), alphas, strict=True):
-        codes = (part / (part.abs().mean() + 1e-6)).round().clamp(-1, 1)
-        parts.append(alpha * (part + (codes - part).detach()))
+    for part, alpha in zip(weight.chunk(matrices), alphas.chunk(matrices), strict=True):
+        gamma = part.abs().mean(1, keepdim=True) if config.gamma_per == "channel" else part.abs().mean()
+        scaled = part / (gamma + 1e-6)
+        codes = scaled.round().clamp(-1, 1) if config.threshold == 0.5 else scaled.sign() * (scaled.abs() > 0.7)
+        parts.append(alpha[:, None] * (part + (codes - part).detach()))
     return torch.cat(parts)
 
 
@@ -69,7 +72,7 @@ def torch_step(config, params, x_0, noise, t, y):
     for name, alphas in masters.items():
         if name.endswith(".alphas"):
             weight = name.removesuffix("alphas") + "weight"
-            weights[weight] = straight_through(masters[weight], alphas)
+            weights[weight] = straight_through(config, masters[weight], alphas, 3 if ".qkv." in name else 1)
     model = TerDiT(fields_of(config) | {"ternary": False}, dtype=torch.float32)
     x_0, noise, t, y = map(torch.from_numpy, (x_0, noise, t, y))
     at = t[:, None, None, None]
@@ -81,7 +84,15 @@ def torch_step(config, params, x_0, noise, t, y):
 
 
 @pytest.mark.parametrize(
-    "fields", [None, {**DIT, "adaln_rms_norm": False}, {"adaln_rms_norm": False}], ids=["SiT", "ternary SiT", "TerDiT"]
+    "fields",
+    [
+        None,
+        {**DIT, "adaln_rms_norm": False},
+        {"adaln_rms_norm": False},
+        {**DIT, **BY_CHANNEL, "adaln_rms_norm": False},
+        {**BY_CHANNEL, "adaln_rms_norm": False, "num_heads": 8, "num_kv_heads": 2},
+    ],
+    ids=["SiT", "ternary SiT", "TerDiT", "ternary SiT by channel", "TerDiT by channel"],
 )
 def test_a_step_of_a_flow_is_that_of_plain_pytorch(fields):
     if fields is None:

@@ -35,7 +35,7 @@ from tests.deployed import (
     small_config,
     weights_of,
 )
-from tests.golden_models import GOLDEN, assert_close, golden_arrays, nhwc, tiny_config
+from tests.golden_models import BY_CHANNEL, GOLDEN, assert_close, golden_arrays, nhwc, tiny_config
 from tests.torch_files import save_state_dict
 
 
@@ -116,10 +116,12 @@ def test_golden_guided_sampling(exported):
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize(("dtype", "depth"), [("float32", 2), ("bfloat16", 1)])
-def test_an_exported_model_computes_what_was_trained(exported, dtype, depth):
+@pytest.mark.parametrize(
+    ("dtype", "fields"), [("float32", {}), ("bfloat16", {"depth": 1}), ("bfloat16", {"depth": 1, **BY_CHANNEL})]
+)
+def test_an_exported_model_computes_what_was_trained(exported, dtype, fields):
     """Bit for bit, as codes are exact in every dtype and the scales are applied alike; grouped heads included."""
-    config = small_config(num_kv_heads=1, depth=depth)
+    config = small_config(num_kv_heads=1, **fields)
     params = random_params(config)
     model = load_model(exported(weights_of(config, params)), dtype=dtype)
     assert model.config.dtype == dtype

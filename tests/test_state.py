@@ -13,7 +13,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import tree_shardings
 from terdit_jax.training.state import make_state, packed_codes
 from tests.deployed import random_weights, small_config
-from tests.golden_models import random_params
+from tests.golden_models import BY_CHANNEL, random_params
 
 
 def test_given_parameters_start_a_sharded_state():
@@ -28,12 +28,15 @@ def test_given_parameters_start_a_sharded_state():
     jax.tree.map(np.testing.assert_array_equal, state["window"]["codes"], packed_codes(model, params))
 
 
-def test_a_start_from_a_packed_file_ternarises_to_its_codes(tmp_path):
-    model = small_config()
+@pytest.mark.parametrize("fields", [{}, BY_CHANNEL, {"threshold": 1.9}], ids=str)
+def test_a_start_from_a_packed_file_ternarises_to_its_codes(tmp_path, fields):
+    model = small_config(**fields)
     weights = random_weights(model)
     export(weights, tmp_path / "packed.safetensors", "packed")
     # Another size of picture and another dropout are another training of the same weights.
-    params = start_params(tmp_path / "packed.safetensors", small_config(input_size=16, class_dropout_prob=0.0))
+    params = start_params(
+        tmp_path / "packed.safetensors", small_config(input_size=16, class_dropout_prob=0.0, **fields)
+    )
     expected = packed_codes(model, random_params(model))
     jax.tree.map(np.testing.assert_array_equal, packed_codes(model, params), expected)
 
@@ -42,3 +45,6 @@ def test_a_start_from_another_model_is_refused(tmp_path):
     export(random_weights(small_config()), tmp_path / "packed.safetensors", "packed")
     with pytest.raises(UserError, match="init_from=.*has depth=2, config.model has 3"):
         start_params(tmp_path / "packed.safetensors", small_config(depth=3))
+    for field, value in BY_CHANNEL.items():
+        with pytest.raises(UserError, match=f"has {field}=.*, config.model has {value}"):
+            start_params(tmp_path / "packed.safetensors", small_config(**{field: value}))

@@ -19,7 +19,7 @@ from terdit_jax.interop import pytorch  # noqa: E402
 
 
 def fields_of(config: DiTConfig) -> dict:
-    names = (*pytorch._INTEGERS, *pytorch._FLAGS, *pytorch._OF_TRAINING, "family", "positions")
+    names = {*pytorch._INTEGERS, *pytorch._FLAGS, *pytorch._OF_TRAINING, *pytorch._ADDED, "positions"}
     return {name: getattr(config, name) for name in names}
 
 
@@ -44,10 +44,11 @@ def build(fields, arrays, dtype=torch.float32, packed=True):
 
 def published_arrays(config, params) -> dict:
     """Published names and arrays of our parameters, ternary weights in planes."""
-    arrays = dict(published.published_tensors(config, published.params_leaves(params)))
+    arrays, fields = dict(published.published_tensors(config, published.params_leaves(params))), fields_of(config)
     for alphas in [name for name in arrays if name.endswith(".alphas")]:
         weight = alphas.removesuffix("alphas") + "weight"
-        arrays[weight] = pytorch._ternary_planes(torch.tensor(arrays[weight]), len(arrays[alphas])).numpy()
+        matrices = 3 if ".qkv." in weight else 1
+        arrays[weight] = pytorch._ternary_planes(torch.tensor(arrays[weight]), matrices, fields).numpy()
     return arrays
 
 

@@ -51,8 +51,9 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        names = sorted(field.name for field in dataclasses.fields(ModelConfig))
-        model = {name: getattr(self.model, name) for name in names}
+        model = {field.name: getattr(self.model, field.name) for field in dataclasses.fields(ModelConfig)}
+        unsaid = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.metadata["omitted"]}
+        model = {name: value for name, value in sorted(model.items()) if (name, value) not in unsaid.items()}
         sections = {name: dict(sorted(vars(fields[name]).items())) for name in ("sample", "diffusion")}
         return fields | {"model": model, **sections, "provenance": dict(self.provenance)}
 

@@ -17,6 +17,7 @@ from terdit_jax.interop.known import public_model_args, public_remark
 from terdit_jax.interop.published import published_layout, published_tensors
 from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
 from terdit_jax.paths import as_path
+from terdit_jax.ternary.quantize import PUBLISHED
 
 FORMATS = ("packed", "torch", "safetensors")
 
@@ -44,6 +45,8 @@ def export(
         raise UserError(f"{weights.source} is full precision, nothing to pack: give --format=torch or safetensors")
     if masters and model.ternary and not weights.masters:
         raise UserError(f"{weights.source} holds ternary weights only, there are no master weights to export")
+    if kind == "torch":
+        _check_public(weights, masters)
     refuse_existing(path)
     ternary = model.ternary and not masters
     layout = published_layout(model, packed=ternary)
@@ -65,6 +68,21 @@ def check_options(kind: str, *, masters: bool, compress: bool) -> None:
         raise UserError("--masters: a packed artifact holds ternary weights; give --format=torch or safetensors")
     if compress and kind != "packed":
         raise UserError(f"--compress: only --format=packed can be compressed, not {kind}")
+
+
+def _check_public(weights: Weights, masters: bool) -> None:
+    """Raises UserError for weights that the public code would take for another model."""
+    model = weights.model
+    if model.alpha_per != "matrix":
+        raise UserError(
+            f"{weights.source} has alpha_per={model.alpha_per!r}, the published layout one scale a matrix: give "
+            "--format=packed or safetensors"
+        )
+    if masters and model.rounding != PUBLISHED:
+        raise UserError(
+            f"{weights.source} has gamma_per={model.gamma_per!r} and threshold={model.threshold}, and the public code "
+            "would make other codes of its master weights: give --format=safetensors, or leave out --masters"
+        )
 
 
 def _tensors(weights: Weights, ternary: bool) -> Iterator[tuple[str, np.ndarray]]:

@@ -38,7 +38,9 @@ _INTEGERS = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", 
              "ffn_multiple_of", "num_classes")  # fmt: skip
 _FLAGS = ("ternary", "qk_norm", "adaln_rms_norm", "learn_sigma")
 _OF_TRAINING = ("class_dropout_prob", "alpha_init")  # described, but of no consequence here
-_ADDED: dict[str, Any] = {"family": "large_dit", "learn_sigma": True}  # what older files without these fields are
+_ADDED: dict[str, Any] = {  # what files without these fields are
+    "family": "large_dit", "learn_sigma": True, "alpha_per": "matrix", "gamma_per": "matrix", "threshold": 0.5,
+}  # fmt: skip
 _POSITIONS = {"large_dit": ("rope_1d", "rope_1d_sincos_2d"), "dit": ("sincos_2d",)}  # of each family
 _MAX_TOKENS, _MAX_FIELD = 2**16, 2**20  # a description is not to be trusted with our memory
 _SHIFTS = (6, 4, 2, 0)  # the first quarter of a weight's rows lies in the highest bits of its planes
@@ -65,7 +67,8 @@ class TerDiT(nn.Module):
         """Args:
           fields: ternary, input_size, in_channels, patch_size, hidden_size, depth, num_heads, num_kv_heads,
             ffn_multiple_of, num_classes, qk_norm, positions ("rope_1d", "rope_1d_sincos_2d"; in DiT "sincos_2d"),
-            adaln_rms_norm, and, or they are "large_dit" and True, family and learn_sigma.
+            adaln_rms_norm, and, or they are as published, family, learn_sigma, alpha_per ("matrix" or "channel": what
+            shares a scale), and, for master weights, gamma_per (what shares a mean) and threshold.
           dtype: torch.float32 or torch.bfloat16, of the blocks' activations and matmuls. Norms, the condition and the
             output are float32 in both.
           packed: keep the blocks' weights as they are stored (2-bit planes; float32 in full precision) and turn them
@@ -159,7 +162,7 @@ class _Block(nn.Module):
     def __init__(self, fields: Mapping, dtype: torch.dtype, packed: bool):
         super().__init__()
         width, is_dit = fields["hidden_size"], fields["family"] == "dit"
-        linear = partial(_BlockLinear, fields["ternary"], dtype, packed)
+        linear = partial(_BlockLinear, fields, dtype, packed)
         self.parts = _PARTS[fields["family"]]
         first_norm, attention, second_norm, feed_forward = self.parts
         self.add_module(attention, (_JointAttention if is_dit else _Attention)(fields, linear))
@@ -243,23 +246,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _BlockLinear(nn.Module):
-    """A linear map of a block: weight (out, in), or (out / 4, in) uint8 planes and alphas (matrices,) if ternary.
+    """A linear map of a block: weight (out, in), or (out / 4, in) uint8 planes and alphas if ternary: one, or (out,).
 
-    The weight may be several matrices of one size, one under the other, each with a scale of its own.
+    The weight may be several matrices of one size, one under the other, each with scales of its own.
     """
 
     def __init__(
-        self, ternary: bool, dtype: torch.dtype, packed: bool, width_in: int, width_out: int, bias=False, matrices=1
+        self, fields: Mapping, dtype: torch.dtype, packed: bool, width_in: int, width_out: int, bias=False, matrices=1
     ):
         super().__init__()
         self.dtype, self.packed = dtype, packed
+        ternary, scales = fields["ternary"], width_out if fields["alpha_per"] == "channel" else matrices
         if ternary and packed:
             self.register_buffer("weight", torch.full((width_out // 4, width_in), 0b01010101, dtype=torch.uint8))
         elif ternary:
             self.register_buffer("weight", torch.zeros(width_out, width_in, dtype=dtype))
         else:
             self.weight = nn.Parameter(torch.zeros(width_out, width_in, dtype=torch.float32 if packed else dtype))
-        self.alphas = nn.Parameter(torch.ones(matrices)) if ternary else None
+        self.alphas = nn.Parameter(torch.ones(scales)) if ternary else None
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -344,19 +348,23 @@ def _unpacked(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([(weight >> shift & 3).to(dtype) - 1 for shift in _SHIFTS])
 
 
-def _ternary_planes(weight: Tensor, matrices: int = 1) -> Tensor:
+def _ternary_planes(weight: Tensor, matrices: int = 1, fields: Mapping = _ADDED) -> Tensor:
     """Master weights (out, in) -> (out / 4, in) planes of clip(round(W / (mean|W| + 1e-6)), -1, 1), half to even.
 
-    The rows may be those of several matrices of one size, each with a mean of its own.
+    The rows may be those of several matrices of one size, each with a mean of its own; or each row has one. Another
+    threshold than 0.5 takes rounding's place.
     """
-    parts = [part / (part.abs().mean() + 1e-6) for part in weight.float().chunk(matrices)]
-    codes = torch.cat(parts).round_().clamp_(-1, 1).add_(1).to(torch.uint8)
+    over, threshold = (1,) if fields["gamma_per"] == "channel" else (0, 1), fields["threshold"]
+    parts = [part / (part.abs().mean(over, keepdim=True) + 1e-6) for part in weight.float().chunk(matrices)]
+    codes = torch.cat(parts)
+    codes = codes.round_().clamp_(-1, 1) if threshold == 0.5 else codes.sign() * (codes.abs() > threshold)
+    codes = codes.add_(1).to(torch.uint8)
     planes = [quarter << shift for quarter, shift in zip(codes.chunk(4), _SHIFTS, strict=True)]
     return planes[0] | planes[1] | planes[2] | planes[3]
 
 
 def _check_fields(fields: Mapping) -> None:
-    needed = {*_INTEGERS, *_FLAGS, "family", "positions"}
+    needed = {*_INTEGERS, *_FLAGS, *_ADDED, "positions"}
     if wrong := sorted(needed ^ (fields.keys() - {*_OF_TRAINING})):
         raise ValueError(f"the model's field {wrong[0]!r} is {'missing' if wrong[0] in needed else 'unknown'}")
     for name in _INTEGERS:
@@ -370,6 +378,11 @@ def _check_fields(fields: Mapping) -> None:
     choices = _POSITIONS[fields["family"]]
     if fields["positions"] not in choices:
         raise ValueError(f"the model's field positions={fields['positions']!r}: choose one of {', '.join(choices)}")
+    for name in ("alpha_per", "gamma_per"):
+        if fields[name] not in ("matrix", "channel"):
+            raise ValueError(f"the model's field {name}={fields[name]!r}: choose one of matrix, channel")
+    if type(fields["threshold"]) not in (int, float) or not 1e-3 <= fields["threshold"] < 2:
+        raise ValueError(f"the model's field threshold={fields['threshold']!r}: must lie in [0.001, 2)")
     size, patch, width = fields["input_size"], fields["patch_size"], fields["hidden_size"]
     heads, kv_heads, is_dit = fields["num_heads"], fields["num_kv_heads"], fields["family"] == "dit"
     if is_dit and (fields["qk_norm"] or heads != kv_heads):
@@ -421,7 +434,7 @@ def load(
             raise ValueError(f"has {depth} layers, its description says {fields.get('depth')}")
         with torch.device("meta"):
             model, published = TerDiT(fields, dtype=dtype, packed=packed), TerDiT(fields).state_dict()
-        fitting = _fitting(tensors, published, device)
+        fitting = _fitting(tensors, published, device, model.fields)
         if "pos_embed" in published and not _is_table(tensors["pos_embed"], model.fields):
             raise ValueError("tensor 'pos_embed' is not the fixed table of 2-D positions that this model has")
         model.load_state_dict(fitting, assign=True)
@@ -446,7 +459,9 @@ _LARGEST = 2.0**40  # of parameters: squares of what larger ones make overflow f
 _DTYPES = _FLOATS | {"U8": torch.uint8}
 
 
-def _fitting(tensors: Mapping[str, Tensor], published: Mapping[str, Tensor], device: str | torch.device) -> dict:
+def _fitting(
+    tensors: Mapping[str, Tensor], published: Mapping[str, Tensor], device: str | torch.device, fields: Mapping
+) -> dict:
     """The tensors on the device, ternarised where they are master weights, having compared them with the model's."""
     if missing := published.keys() - tensors.keys():
         raise ValueError(f"lacks tensor {min(missing)!r} that this model needs ({len(missing)} such)")
@@ -467,7 +482,7 @@ def _fitting(tensors: Mapping[str, Tensor], published: Mapping[str, Tensor], dev
         if not planes and not tensor.abs().max() <= _LARGEST:
             raise ValueError(f"tensor {name!r} holds values that are not finite, or beyond 2**40")
         if ternary and not planes:
-            tensor = _ternary_planes(tensor, len(published[name.removesuffix("weight") + "alphas"]))
+            tensor = _ternary_planes(tensor, 3 if name.endswith(".attn.qkv.weight") else 1, fields)
         tensor = tensor.detach()
         fitting[name] = tensor.to(device, target.dtype, copy=True)  # never a view of the mapped file
     return fitting

@@ -7,6 +7,7 @@ starts a training from them.
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from etils import epath
@@ -31,17 +32,17 @@ from terdit_jax.interop.published import (
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.shapes import check_architecture
 from terdit_jax.interop.torch_file import load_checkpoint, load_namespace
-from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.config import QUANTISER, DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.paths import as_path, local_path
 from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
-from terdit_jax.ternary.quantize import absmean_codes
+from terdit_jax.ternary.quantize import Rounding, absmean_codes
 
 # What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
 # not the size of the images (512 px may start from 256 px) nor what training alone reads.
 _MUST_AGREE = (
     "family", "ternary", "in_channels", "learn_sigma", "patch_size", "hidden_size", "depth", "num_heads",
-    "num_kv_heads", "mlp_width", "num_classes", "qk_norm", "positions", "adaln_rms_norm",
+    "num_kv_heads", "mlp_width", "num_classes", "qk_norm", "positions", "adaln_rms_norm", *QUANTISER,
 )  # fmt: skip
 _ITEMS = {True: "ema_params", False: "params"}
 MODEL_ARGS = "model_args.pth"
@@ -125,7 +126,7 @@ def packed_leaves(model: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.nd
     for path, array in leaves:
         if path in ternary and array.dtype != np.uint8:
             # Copies, for JAX lets go of a NumPy array that it was given only at some later call: not of a whole leaf.
-            array = np.stack([np.asarray(_ternarise(layer.copy())) for layer in array])
+            array = np.stack([np.asarray(_ternarise(layer.copy(), model.rounding)) for layer in array])
         yield path, array
 
 
@@ -166,9 +167,9 @@ def master_params(model: DiTConfig, leaves: Leaves) -> dict:
     )
 
 
-@jax.jit
-def _ternarise(weight: jax.Array) -> jax.Array:
-    return pack(absmean_codes(weight))
+@partial(jax.jit, static_argnums=1)
+def _ternarise(weight: jax.Array, rounding: Rounding) -> jax.Array:
+    return pack(absmean_codes(weight, rounding))
 
 
 def _unpack_masters(packed: np.ndarray) -> np.ndarray:
