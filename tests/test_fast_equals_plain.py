@@ -31,7 +31,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.ternary.linear import FullLinear, TernaryLinear, code_product, input_gradient
 from terdit_jax.ternary.packing import pack, unpack
 from terdit_jax.ternary.quantize import absmean_codes, ternarize
-from tests.golden_models import DIT, random_params, tiny_config
+from tests.golden_models import BY_CHANNEL, DIT, random_params, tiny_config
 from tests.interpreted import ON_HOPPER, interpreted_kernels
 
 CONFIG = tiny_config(depth=2)
@@ -128,14 +128,17 @@ PAIRS = {
         (network(PLAIN, CONFIG), network(FastPlan(layers="unrolled"), CONFIG), (random_params(CONFIG),), 1e-5, True),
         (optax.tree.norm, gradient_norm_by_layer, ({"blocks": {"a": X}, "b": DY},), 1e-6, False),
     ],
-    "fused_block": [(network(PLAIN, WIDE), network(FastPlan(fused=True), WIDE), (random_params(WIDE),), 0.02, True)],
+    "fused_block": [
+        (network(PLAIN, model), network(FastPlan(fused=True), model), (random_params(model),), 0.02, True)
+        for model in (WIDE, dataclasses.replace(WIDE, **BY_CHANNEL))
+    ],
     "inference_pass": [
         (
             lambda *given, config=config: network(PLAIN, config)(random_params(config)),
             partial(inference, config),
             inputs(config), 1e-5, False,
         )
-        for config in (CONFIG, dataclasses.replace(CONFIG, **DIT))
+        for config in (CONFIG, dataclasses.replace(CONFIG, **DIT), dataclasses.replace(CONFIG, **BY_CHANNEL))
     ],
     "xla_passes": [(plain_norm_modulate, xla_passes.norm_modulate, ROWS, 1e-6, True)],
     "hopper.forward": [

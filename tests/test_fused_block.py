@@ -15,7 +15,7 @@ from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, activation_rms
 from terdit_jax.model.transformer import forward as run_model
 from terdit_jax.parallel.mesh import make_mesh
-from tests.golden_models import DIT, random_params, tiny_config
+from tests.golden_models import BY_CHANNEL, DIT, random_params, tiny_config
 from tests.interpreted import interpreted_kernels
 
 B, T, D, HEADS = 2, 4, 256, 4
@@ -23,6 +23,7 @@ EIGHT_BIT = fused_block.EIGHT_BIT
 SMALL = {"depth": 2, "num_heads": HEADS, "input_size": 4, "dtype": "bfloat16", "grad_dtype": "bfloat16"}
 CONFIG = tiny_config(hidden_size=D, **SMALL)
 CONFIGS = {"TerDiT": CONFIG, "DiT": tiny_config(hidden_size=384, **DIT, **SMALL)}
+OTHERS = {f"{name} by channel": dataclasses.replace(config, **BY_CHANNEL) for name, config in CONFIGS.items()}
 FUSED, UNFUSED = FastPlan(layers="unrolled", fused=True), FastPlan(layers="unrolled")
 
 
@@ -63,9 +64,9 @@ def errors(made, exact):
     return np.array([np.linalg.norm(a - e) / np.linalg.norm(e) for a, e in zip(made, exact, strict=True)])
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def config(request):
-    return CONFIGS[request.param]
+    return (CONFIGS | OTHERS)[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,11 @@ def test_blocks_that_fit(monkeypatch):
     monkeypatch.setattr(warpgroup, "run_on", lambda device: True)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     fits = lambda **fields: choose_plan(tiny_config(dtype="bfloat16", **fields), mesh).fused  # noqa: E731
-    assert fits(hidden_size=1536, num_heads=32) and not fits(hidden_size=1152, num_heads=16)
+    assert (
+        fits(hidden_size=1536, num_heads=32, **BY_CHANNEL)
+        and fits(hidden_size=1536, num_heads=32)
+        and not fits(hidden_size=1152, num_heads=16)
+    )
     assert fits(hidden_size=1152, num_heads=16, **DIT) and not fits(hidden_size=1152 + 64, num_heads=16, **DIT)
 
 

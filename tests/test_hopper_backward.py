@@ -64,6 +64,7 @@ def layer_norm(x, gain, shift):
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain[:, None] + shift[:, None]
 
 
+by_output = pytest.mark.parametrize("by_output", [False, True], ids=["a scale a map", "a scale an output"])
 both_dtypes = pytest.mark.parametrize("dtype", [None, EIGHT_BIT], ids=["bfloat16", "8 bits"])
 
 
@@ -161,14 +162,16 @@ def test_add_gated_with_an_offset(case, dtype):
 
 @both_dtypes
 @pytest.mark.parametrize("width", [256, 384, 4608])
-def test_gelu(dtype, width):
+@by_output
+def test_gelu(dtype, width, by_output):
     y_scale, d_scale = (None, None) if dtype is None else (scales(7), scales(8))
     y, dh = (draws(B, T, width, seed=seed, dtype=BF16) for seed in (9, 3))
     bias = draws(width, seed=4)
-    plain = lambda y, bias: jax.nn.gelu(-2 * y + bias, approximate=True)  # noqa: E731
+    alphas = draws(1, width, seed=5) if by_output else ALPHAS[1:2]
+    plain = lambda y, bias: jax.nn.gelu(alphas[0] * y + bias, approximate=True)  # noqa: E731
     _, pullback = jax.vjp(plain, times(y, y_scale), bias)
     to_y, to_bias = pullback(times(dh, d_scale))
-    *made, sums = biased.gelu(y, y_scale, ALPHAS[1:2], bias, dh, d_scale, eight=dtype)
+    *made, sums = biased.gelu(y, y_scale, alphas, bias, dh, d_scale, eight=dtype)
     assert_product_gradient(made, to_y, dtype)
     assert_near(jnp.sum(sums, axis=0), to_bias)
 
@@ -182,44 +185,52 @@ def test_gradient_of_gelu_far_from_zero():
 
 @both_dtypes
 @pytest.mark.parametrize("width", [256, 384])
-def test_split_heads(dtype, width):
+@by_output
+def test_split_heads(dtype, width, by_output):
+    alphas = draws(3, width, seed=5) if by_output else ALPHAS
     y_scale = None if dtype is None else scales(7)
     y, bias = draws(B, T, 3 * width, seed=9, dtype=BF16), draws(3 * width, seed=4)
-    plain = lambda y, bias: xla_passes.split_heads(y, None, ALPHAS, bias, HEADS)  # noqa: E731
+    plain = lambda y, bias: xla_passes.split_heads(y, None, alphas, bias, HEADS)  # noqa: E731
     made, pullback = jax.vjp(plain, times(y, y_scale), bias)
     d = [draws(*a.shape, seed=seed, dtype=BF16) for seed, a in enumerate(made)]
     to_y, to_bias = pullback(tuple(a.astype(jnp.float32) for a in d))
-    *ours, sums = biased.split_heads(*d, ALPHAS, eight=dtype)
+    *ours, sums = biased.split_heads(*d, alphas, eight=dtype)
     assert_product_gradient(ours, to_y, dtype)
     assert_near(jnp.sum(sums, axis=0), to_bias)
 
 
 @both_dtypes
-def test_swiglu(case, dtype):
+@by_output
+def test_swiglu(case, dtype, by_output):
+    alphas = draws(2, D, seed=5) if by_output else ALPHAS[:2]
     y, y_scale, d_scale = case
     y, dh = y[..., : 2 * D], draws(B, T, D, seed=3, dtype=BF16)
-    _, pullback = jax.vjp(lambda y: xla_passes.swiglu(y, None, ALPHAS[:2], "float32")[0], times(y, y_scale))
-    made = backward.swiglu(y, y_scale, ALPHAS[:2], dh, d_scale, eight=dtype)
+    _, pullback = jax.vjp(lambda y: xla_passes.swiglu(y, None, alphas, "float32")[0], times(y, y_scale))
+    made = backward.swiglu(y, y_scale, alphas, dh, d_scale, eight=dtype)
     assert_product_gradient(made, pullback(times(dh, d_scale))[0], dtype)
 
 
 @both_dtypes
-def test_queries_keys_values(case, dtype):
+@by_output
+def test_queries_keys_values(case, dtype, by_output):
     y, y_scale, _ = case
     rope = jnp.asarray(rope_table(T, D // HEADS))
     norms = tuple({"scale": 1 + draws(D, seed=seed), "bias": draws(D, seed=seed + 1)} for seed in (1, 3))
     order = xla_passes.rotary_order(HEADS, D // HEADS)
     columns, back = np.concatenate([order, D + order, np.arange(2 * D, 3 * D)]), np.argsort(order)
 
+    alphas = draws(3, D, seed=6) if by_output else ALPHAS
+
     def plain(y, norms):
+        ordered = (alphas[0][order], alphas[1][order], alphas[2]) if by_output else alphas
         named = jax.tree.map(lambda leaf: leaf[order], norms)
-        q, k, v = xla_passes.queries_keys_values(y[..., columns], None, ALPHAS, named, rope, HEADS)
+        q, k, v = xla_passes.queries_keys_values(y[..., columns], None, ordered, named, rope, HEADS)
         return *(a.reshape(B, T, D)[..., back].reshape(a.shape) for a in (q, k)), v
 
     made, pullback = jax.vjp(plain, times(y, y_scale), norms)
     d = [draws(*a.shape, seed=seed, dtype=BF16) for seed, a in enumerate(made)]
     to_y, to_norms = pullback(tuple(a.astype(jnp.float32) for a in d))
-    *ours, sums = backward.queries_keys_values(y, y_scale, ALPHAS, norms, rope, *d, heads=HEADS, eight=dtype)
+    *ours, sums = backward.queries_keys_values(y, y_scale, alphas, norms, rope, *d, heads=HEADS, eight=dtype)
     assert_product_gradient(ours, to_y, dtype)
     sums = jnp.sum(sums, axis=0)
     assert_near(sums, jnp.stack([to_norms[which][leaf] for which in range(2) for leaf in ("scale", "bias")]))

@@ -14,6 +14,7 @@ B, T, D, HEADS = 2, 4, 256, 4
 OPERANDS = ("bfloat16", "float8_e4m3fn")
 
 
+by_output = pytest.mark.parametrize("by_output", [False, True], ids=["a scale a map", "a scale an output"])
 widths = pytest.mark.parametrize("width", [256, 384, 1152])
 
 
@@ -83,17 +84,19 @@ def test_norm_modulate():
     assert_equal_but_for_rounding(forward.norm_modulate(x, gain, shift, forward.Stored(True, None))[0], expected)
 
 
-def test_swiglu(dtype):
+@by_output
+def test_swiglu(dtype, by_output):
     y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
     y = draws(B, T, 2 * D, dtype=jnp.bfloat16)
-    assert_same_pass("swiglu", y, y_scale, jnp.array([0.7, -1.3]), dtype)
+    assert_same_pass("swiglu", y, y_scale, draws(2, D, seed=2) if by_output else jnp.array([0.7, -1.3]), dtype)
 
 
 @pytest.mark.parametrize("width", [D, 384, 4608])
-def test_gelu(dtype, width):
+@by_output
+def test_gelu(dtype, width, by_output):
     y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
     y, bias = draws(B, T, width, dtype=jnp.bfloat16), draws(width, seed=2)
-    assert_same_pass("gelu", y, y_scale, jnp.array([-0.7]), bias, dtype)
+    assert_same_pass("gelu", y, y_scale, draws(1, width, seed=3) if by_output else jnp.array([-0.7]), bias, dtype)
 
 
 def test_gelu_keeps_what_is_small():
@@ -129,12 +132,15 @@ def test_quantize(dtype):
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("kv_heads", [HEADS, HEADS // 2])
-def test_queries_keys_values(kv_heads, normed):
+@by_output
+def test_queries_keys_values(kv_heads, normed, by_output):
     head_dim = 2 * D // HEADS
     width, kv_width = HEADS * head_dim, kv_heads * head_dim
     norms = tuple({"scale": draws(n, seed=n), "bias": draws(n, seed=n + 1)} for n in (width, kv_width))
     y = draws(B, T, width + 2 * kv_width, dtype=jnp.bfloat16)
     alphas, rope = jnp.array([0.5, -2.0, 3.0]), jnp.asarray(rope_table(T, head_dim))
+    if by_output:
+        alphas = tuple(draws(n, seed=n + 2) for n in (width, kv_width, kv_width))
     scale = jnp.abs(draws(B, T, seed=1)) + 0.1
     arguments = (scale, alphas, norms if normed else None, rope, HEADS)
     made = forward.queries_keys_values(y, *arguments)
@@ -144,6 +150,8 @@ def test_queries_keys_values(kv_heads, normed):
     ordered = tuple(
         {name: leaf[order] for name, leaf in norm.items()} for norm, order in zip(norms, orders, strict=True)
     )
+    if by_output:
+        alphas = tuple(alpha[order] for alpha, order in zip(alphas, (*orders, slice(None)), strict=True))
     arguments = (scale, alphas, ordered if normed else None, rope, HEADS)
     made = [
         *(a.reshape(B, T, -1)[..., order].reshape(a.shape) for a, order in zip(made, orders, strict=False)),

@@ -75,7 +75,16 @@ def test_eight_bits_err_by_their_rounding(family, dtype):
 
 
 @pytest.mark.parametrize(("weights", "operand"), [("packed", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn")])
-@pytest.mark.parametrize("family", [{"hidden_size": 256}, {**DIT, "hidden_size": 384}], ids=["large_dit", "dit"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"hidden_size": 256},
+        {**DIT, "hidden_size": 384},
+        {**BY_CHANNEL, "hidden_size": 512, "num_kv_heads": 2},
+        pytest.param({**DIT, **BY_CHANNEL, "hidden_size": 384}, marks=pytest.mark.slow),
+    ],
+    ids=["large_dit", "dit", "large_dit by channel", "dit by channel"],
+)
 def test_kernels_make_the_same_function(monkeypatch, family, weights, operand):
     """Hardly further from float32 than without them: few numbers, rounded elsewhere."""
     config = small_config(

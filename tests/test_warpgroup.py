@@ -1,5 +1,7 @@
 """What cuts rows over threads lowers for GPUs at the models' widths; values are test_mosaic's and test_fused's."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
@@ -17,13 +19,41 @@ def test_pairs_of_a_thread_lower(width, heads):
     shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     y, norm = shape(B, T, 3 * width, dtype=jnp.bfloat16), {"scale": shape(width), "bias": shape(width)}
     rope, gradients = shape(2, T, head_dim // 2), [shape(B, T, heads, head_dim, dtype=jnp.bfloat16)] * 3
-    for scale in (None, shape(B, T)):
-        traced = forward.queries_keys_values.trace(y, scale, shape(3), (norm, norm), rope, heads=heads)
+    for scale, alphas in itertools.product((None, shape(B, T)), (shape(3), shape(3, width))):
+        traced = forward.queries_keys_values.trace(y, scale, alphas, (norm, norm), rope, heads=heads)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
         eight = None if scale is None else "float8_e4m3fn"
-        arguments = y, scale, shape(3), (norm, norm), rope, *gradients
+        arguments = y, scale, alphas, (norm, norm), rope, *gradients
         traced = backward.queries_keys_values.trace(*arguments, heads=heads, eight=eight)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def passes_with_scales_of_outputs(width, eight, sharding=None):
+    """Every kernel that reads alphas, traced for a row of them."""
+
+    def shape(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    scale, stored = None if eight is None else shape(B, T), forward.Stored(True, eight)
+    y, h, hidden = (shape(B, T, n * width, dtype=jnp.bfloat16) for n in (8, 4, 3))
+    norm, d, bias = (
+        {"scale": shape(width), "bias": shape(width)},
+        shape(B, T, 8, width // 8, dtype=jnp.bfloat16),
+        shape(4 * width),
+    )
+    of_qkv = hidden, scale, shape(3, width), (norm, norm), shape(2, T, width // 16)
+    of_pairs = [
+        forward.queries_keys_values.trace(*of_qkv, heads=8),
+        backward.queries_keys_values.trace(*of_qkv, d, d, d, heads=8, eight=eight),
+        forward.swiglu.trace(y, scale, shape(2, 4 * width), stored),
+        backward.swiglu.trace(y, scale, shape(2, 4 * width), h, scale, eight=eight),
+    ]
+    return [
+        *(of_pairs if warpgroup.supports(width) else []),
+        forward.gelu.trace(h, scale, shape(1, 4 * width), bias, stored),
+        biased.gelu.trace(h, scale, shape(1, 4 * width), bias, h, scale, eight=eight),
+        biased.split_heads.trace(d, d, d, shape(3, width), eight=eight),
+    ]
 
 
 def passes_of_dit(width, eight, sharding=None):
@@ -63,11 +93,12 @@ def test_passes_of_dit_lower(width, eight):
 @pytest.mark.slow
 @dit_widths
 @both_dtypes
-def test_passes_of_dit_compile_for_an_h200(width, eight):
+@pytest.mark.parametrize("passes", [passes_of_dit, passes_with_scales_of_outputs])
+def test_passes_compile_for_an_h200(width, eight, passes):
     """To machine code, without one: what lowering leaves to the compiler may fail too."""
     pytest.importorskip("jax_cuda13_plugin", reason="no compiler for GPUs is installed: pip install 'terdit-jax[aot]'")
     device = open_devices(parse_topology("h200:1"))[0]
-    for traced in passes_of_dit(width, eight, SingleDeviceSharding(device)):
+    for traced in passes(width, eight, SingleDeviceSharding(device)):
         assert traced.lower().compile() is not None
 
 

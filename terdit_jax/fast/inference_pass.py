@@ -249,7 +249,7 @@ def _hidden(
     passes, dtype = _passes(numerics), numerics.matmul_dtype
     if config.traits.feed_forward == "gelu":
         return passes.gelu(_multiply(numerics, h, weight), scale, alphas, layer["bias_hidden"], dtype)
-    if numerics.kernels and swiglu_matmul.pays(B * T, D, len(weight) // 2):
+    if numerics.kernels and alphas.ndim == 1 and swiglu_matmul.pays(B * T, D, len(weight) // 2):
         scale = None if scale is None else scale.reshape(B * T)
         h = swiglu_matmul.swiglu_matmul(h.reshape(B * T, D), scale, weight, alphas)
         return _quantized(numerics, h.reshape(B, T, -1))

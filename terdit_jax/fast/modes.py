@@ -102,7 +102,7 @@ def _eight_bit_dtype(device: jax.Device) -> str:
 
 
 def _has_kernels(config: DiTConfig, device: jax.Device) -> bool:
-    if not warpgroup.run_on(device) or config.activation_dtype != jnp.bfloat16 or config.alpha_per != "matrix":
+    if not warpgroup.run_on(device) or config.activation_dtype != jnp.bfloat16:
         return False
     return warpgroup.supports(config.hidden_size, config.kv_width, config.mlp_width, pairs=config.traits.rope)
 

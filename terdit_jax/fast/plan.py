@@ -123,8 +123,6 @@ def _fits_fused(config: DiTConfig, mesh: Mesh) -> bool:
     """Whether blocks run as `fused_block`: on Hopper GPUs in bfloat16, each device with whole rows."""
     if config.passes == "xla" or config.dtype != "bfloat16" or not warpgroup.run_on(mesh.devices.flat[0]):
         return False
-    if config.alpha_per != "matrix":  # kernels take one scale a map
-        return False
     rope = config.traits.rope
     if mesh.shape["tensor"] > 1 or rope and not config.qk_norm or config.num_kv_heads != config.num_heads:
         return False

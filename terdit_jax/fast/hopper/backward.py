@@ -145,7 +145,7 @@ def swiglu(
     Args:
       y: (B, T, 2 F) bfloat16 products.
       y_scale: (B, T) float32, what each token of y stands for, or None.
-      alphas: (2,) float32.
+      alphas: (2,) or (2, F) float32.
       dh: (B, T, F) bfloat16, the gradient of h once it is multiplied by its scale.
       dh_scale: (B, T) float32, or None.
       eight: dtype of 8 bits in which the gradient is also to be, if at all.
@@ -160,7 +160,7 @@ def swiglu(
 
     def body(y_ref, y_scale_ref, alphas_ref, dh_ref, dh_scale_ref, dy_out, *eight_outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
-        alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
+        alphas = forward.scales_of(alphas_ref, 2, lambda k: pl.ds(k * part, part))
 
         @pl.loop(0, count)
         def _(index):
@@ -177,7 +177,8 @@ def swiglu(
             if eight is not None:
                 loaded = list(loaded)  # a row of gradients in registers leaves room for few warpgroups: all at once
             das, dbs = [], []
-            for first, second, pieces in loaded:
+            for k, (first, second, pieces) in enumerate(loaded):
+                alpha_a, alpha_b = alphas(k)
                 a, b, dh = (piece.astype(jnp.float32) for piece in pieces)
                 a, b = a * (alpha_a * scale), b * (alpha_b * scale)
                 sigmoid = 1 / (1 + jnp.exp(-a))
@@ -212,7 +213,7 @@ def queries_keys_values(
     Args:
       y: (B, T, 3 D) bfloat16 products.
       y_scale: (B, T) float32, what each token of y stands for, or None.
-      alphas: (3,) float32, what they were multiplied by besides.
+      alphas: (3,) or (3, D) float32, what they were multiplied by besides.
       norms: scale and bias (D,) of queries and of keys.
       rope: (2, T, head_dim / 2).
       dq, dk, dv: (B, T, heads, head_dim) bfloat16.
@@ -228,12 +229,17 @@ def queries_keys_values(
     count = forward.images_of_block(B, T)
     gains = [norm["scale"] for norm in norms]
     gradients = [d.reshape(B, T, width) for d in (dq, dk, dv)]
+    by_output = alphas.ndim > 1
 
     def body(y_ref, y_scale_ref, alphas_ref, rope_ref, gain_refs, d_refs, dy_out, eight_out, scale_out, sums_out):
         token, block = jax.lax.axis_index("block"), jax.lax.axis_index("image")
 
         def norm_rotate(which):
-            alpha, at = alphas_ref[which], pl.ds(which * width, width)
+            alpha, at = None if by_output else alphas_ref[which], pl.ds(which * width, width)
+
+            def alphas():
+                """For even and for odd features; rows are loaded again at each use, for registers are few."""
+                return warpgroup.split(warpgroup.load(alphas_ref.at[which])) if by_output else (alpha, alpha)
 
             def step(index, sums):
                 image = block * count + index
@@ -241,8 +247,10 @@ def queries_keys_values(
                 cos, sin = (warpgroup.load_half(rope_ref.at[part, token]) for part in range(2))
                 # What was turned by an angle is turned back by it.
                 d = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
-                scale = alpha if y_scale_ref is None else alpha * y_scale_ref[image, token]
-                n = [part * scale for part in warpgroup.split(warpgroup.load(y_ref.at[image, token, at]))]
+                scaled = lambda a: a if y_scale_ref is None else a * y_scale_ref[image, token]  # noqa: E731
+                scales = [scaled(half) for half in alphas()] if by_output else [scaled(alpha)] * 2
+                y = warpgroup.split(warpgroup.load(y_ref.at[image, token, at]))
+                n = [part * scale for part, scale in zip(y, scales, strict=True)]
                 mean = jnp.sum(n[0] + n[1]) * (1 / width)
                 n = [part - mean for part in n]
                 inverse = jax.lax.rsqrt(jnp.sum(n[0] * n[0] + n[1] * n[1]) * (1 / width) + QK_EPS)
@@ -252,7 +260,8 @@ def queries_keys_values(
                 d = [part * factor for part, factor in zip(d, gain, strict=True)]
                 mean = jnp.sum(d[0] + d[1]) * (1 / width)
                 along = jnp.sum(d[0] * n[0] + d[1] * n[1]) * (1 / width)
-                dy = warpgroup.join(*((a - mean - b * along) * (inverse * alpha) for a, b in zip(d, n, strict=True)))
+                parts = zip(d, n, alphas(), strict=True)
+                dy = warpgroup.join(*((a - mean - b * along) * (inverse * alpha) for a, b, alpha in parts))
                 dy_out[image, token, at] = dy
                 if eight is not None:  # where the scale will be, the largest magnitude so far
                     peak = forward.largest([dy.astype(jnp.float32)])
@@ -270,8 +279,8 @@ def queries_keys_values(
         @pl.loop(0, count)
         def _(index):
             image = block * count + index
-            d = warpgroup.load(d_refs[2].at[image, token]).astype(jnp.float32) * alphas_ref[2]
-            d = d.astype(jnp.bfloat16)
+            d = warpgroup.load(d_refs[2].at[image, token]).astype(jnp.float32)
+            d = (d * (warpgroup.load(alphas_ref.at[2]) if by_output else alphas_ref[2])).astype(jnp.bfloat16)
             dy_out[image, token, pl.ds(2 * width, width)] = d
             if eight is not None:
                 # Queries' and keys' parts come back from the cache, each thread's as it has stored them.

@@ -26,12 +26,12 @@ def gelu(
     dh_scale: Array | None,
     eight: DTypeLike | None = None,
 ) -> tuple[Array | None, ...]:
-    """Gradients of h = gelu(alpha_0 y_scale y + bias).
+    """Gradients of h = gelu(alpha y_scale y + bias).
 
     Args:
       y: (B, T, F) bfloat16 products.
       y_scale: (B, T) float32, what each token of y stands for, or None.
-      alphas: (1,) float32.
+      alphas: (1,) or (1, F) float32.
       bias: (F,) float32.
       dh: (B, T, F) bfloat16, the gradient of h once it is multiplied by its scale.
       dh_scale: (B, T) float32, or None.
@@ -54,16 +54,17 @@ def gelu(
 
         def step(index, sums):
             token = block * count + index
-            scale = alphas_ref[0] if y_scale_ref is None else alphas_ref[0] * y_scale_ref[image, token]
+            scales = forward.scales_of_products(alphas_ref, places, y_scale_ref, lambda: (image, token))
             dh_scale = 1.0 if dh_scale_ref is None else dh_scale_ref[image, token]
             pieces = [[warpgroup.load(ref.at[image, token, at]) for ref in (y_ref, dh_ref)] for at in places]
             ds = []
-            for at, (y, dh) in zip(places, pieces, strict=True):
+            for at, scale, (y, dh) in zip(places, scales, pieces, strict=True):
                 a = y.astype(jnp.float32) * scale + warpgroup.load(bias_ref.at[at])
                 sigmoid = gelu_sigmoid(a)
                 slope = 2 * GELU_SLOPE + 6 * GELU_SLOPE * GELU_CUBE * (a * a)  # of sigmoid's argument
                 ds.append(dh.astype(jnp.float32) * (sigmoid + a * slope * sigmoid * (1 - sigmoid)) * dh_scale)
-            forward.store_row([d * alphas_ref[0] for d in ds], dy_outs, image, token, first)
+            alphas = (forward.scale_at(alphas_ref, 0, at) for at in places)
+            forward.store_row([d * alpha for d, alpha in zip(ds, alphas, strict=True)], dy_outs, image, token, first)
             return tuple(total + d for total, d in zip(sums, ds, strict=True))
 
         zeros = warpgroup.strided(jnp.zeros((part,), jnp.float32))
@@ -86,7 +87,7 @@ def split_heads(
 
     Args:
       dq, dk, dv: (B, T, heads, head_dim) bfloat16.
-      alphas: (3,) float32, what products were multiplied by.
+      alphas: (3,) or (3, D) float32, what products were multiplied by.
       eight: dtype of 8 bits in which the gradient of y_scale y is also to be, if at all.
 
     Returns:
@@ -104,7 +105,8 @@ def split_heads(
         def step(index, sums):
             token = block * count + index
             ds = [row.astype(jnp.float32) for row in [warpgroup.load(ref.at[image, token]) for ref in d_refs]]
-            forward.store_row([d * alphas_ref[k] for k, d in enumerate(ds)], dy_outs, image, token)
+            dys = [d * forward.scale_at(alphas_ref, k, pl.ds(0, width)) for k, d in enumerate(ds)]
+            forward.store_row(dys, dy_outs, image, token)
             return tuple(total + d for total, d in zip(sums, ds, strict=True))
 
         zeros = warpgroup.strided(jnp.zeros((width,), jnp.float32))

@@ -115,7 +115,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
     def body(y_ref, y_scale_ref, alphas_ref, *outs):
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         first = jax.lax.axis_index("part") * (together * part)
-        alpha_a, alpha_b = alphas_ref[0], alphas_ref[1]
+        alphas = scales_of(alphas_ref, 2, lambda k: pl.ds(first + k * part, part))
 
         def load(index):
             row = y_ref.at[image, tokens + index]
@@ -125,7 +125,8 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
         def process(index, loaded):
             scale = 1.0 if y_scale_ref is None else y_scale_ref[image, tokens + index]
             pieces = []
-            for a, b in loaded:
+            for k, (a, b) in enumerate(loaded):
+                alpha_a, alpha_b = alphas(k)
                 a = a.astype(jnp.float32) * (alpha_a * scale)
                 b = b.astype(jnp.float32) * (alpha_b * scale)
                 pieces.append(a * (1 / (1 + jnp.exp(-a))) * b)  # a reciprocal is one instruction
@@ -155,8 +156,8 @@ def gelu(
         biases = [warpgroup.load(bias_ref.at[at]) for at in places]
 
         def process(index, loaded):
-            scale = alphas_ref[0] if y_scale_ref is None else alphas_ref[0] * y_scale_ref[image, tokens + index]
-            rows = (y.astype(jnp.float32) * scale + bias for y, bias in zip(loaded, biases, strict=True))
+            scales = scales_of_products(alphas_ref, places, y_scale_ref, lambda: (image, tokens + index))
+            rows = (a.astype(jnp.float32) * scale + b for a, scale, b in zip(loaded, scales, biases, strict=True))
             store_row([a * gelu_sigmoid(a) for a in rows], outs, image, tokens + index, first)
 
         load = lambda index: [warpgroup.load(y_ref.at[image, tokens + index, at]) for at in places]  # noqa: E731
@@ -164,6 +165,30 @@ def gelu(
 
     grid = (y.shape[0], y.shape[1] // count, parts // together)
     return call(body, grid, [y, y_scale, alphas, bias], outputs)
+
+
+def scales_of(alphas_ref, maps: int, place: Callable) -> Callable:
+    """A function of k for the scales of as many maps in the k-th stretch of their outputs, which lies at `place(k)`:
+    a number each, read before anything else, or where each output has its own, rows read when they are asked for."""
+    if len(alphas_ref.shape) == 1:
+        numbers = [alphas_ref[which] for which in range(maps)]
+        return lambda k: numbers
+    return lambda k: [scale_at(alphas_ref, which, place(k)) for which in range(maps)]
+
+
+def scale_at(alphas_ref, which: int, at) -> Array:
+    """A map's scale, or where each of its outputs has its own, the row of those at a place."""
+    return alphas_ref[which] if len(alphas_ref.shape) == 1 else warpgroup.load(alphas_ref.at[which, at])
+
+
+def scales_of_products(alphas_ref, places: list, y_scale_ref, token: Callable) -> list[Array]:
+    """What a token's products of one map are multiplied by in each place: a number, or a row of those of outputs."""
+
+    def scale(at):
+        alpha = scale_at(alphas_ref, 0, at)
+        return alpha if y_scale_ref is None else alpha * y_scale_ref[token()]
+
+    return [scale(None)] * len(places) if len(alphas_ref.shape) == 1 else [scale(at) for at in places]
 
 
 def gelu_sigmoid(a: Array) -> Array:
@@ -185,7 +210,12 @@ def quantize(x: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 @partial(jax.jit, static_argnames=("heads",))
 def queries_keys_values(
-    y: Array, y_scale: Array | None, alphas: Array, norms: tuple[dict, dict] | None, rope: Array, heads: int
+    y: Array,
+    y_scale: Array | None,
+    alphas: Array | tuple[Array, ...],
+    norms: tuple[dict, dict] | None,
+    rope: Array,
+    heads: int,
 ) -> tuple[Array, Array, Array]:
     """Computes `xla_passes.queries_keys_values` in bfloat16, of features in the published order.
 
@@ -197,6 +227,8 @@ def queries_keys_values(
     kv_width = (total - width) // 2
     starts, sizes = (0, width, width + kv_width), (width, kv_width, kv_width)
     count = images_of_block(B, T, 4)
+    alphas = tuple(alphas) if isinstance(alphas, tuple) or alphas.ndim > 1 else alphas
+    by_output = isinstance(alphas, tuple)
 
     def body(y_ref, y_scale_ref, alphas_ref, rope_ref, norm_refs, q_out, k_out, v_out, scratch=None):
         outs = q_out, k_out, v_out
@@ -206,7 +238,7 @@ def queries_keys_values(
             """Calls process(row) for each image, and stores what it makes of it."""
 
             def scale_store(index, row):
-                alpha = alphas_ref[which]
+                alpha = 1.0 if by_output else alphas_ref[which]  # rows of scales are shared, as norms are
                 scale = alpha if y_scale_ref is None else alpha * y_scale_ref[images + index, token]
                 outs[which][images + index, token] = process(row, scale)
 
@@ -215,10 +247,12 @@ def queries_keys_values(
 
         def norm_rotate(which):
             size = sizes[which]
-            # Halves of rows that all images share: cosines, sines, then even and odd ones of scale and of bias.
+            # Halves of rows that all images share: cosines, sines, then even and odd ones of scale, bias and alphas.
             shared = [warpgroup.load_half(rope_ref.at[part, token, pl.ds(0, size // 2)]) for part in range(2)]
             for leaf in ("scale", "bias") if norm_refs else ():
                 shared += warpgroup.split(warpgroup.load(norm_refs[which][leaf]))
+            if by_output:
+                shared += warpgroup.split(warpgroup.load(alphas_ref[which]))
             if count > 1:  # registers are few
                 for place, row in enumerate(shared):
                     scratch[place, pl.ds(0, size // 2)] = row
@@ -229,6 +263,8 @@ def queries_keys_values(
 
             def process(row, scale):
                 even, odd = (part * scale for part in warpgroup.split(row))
+                if by_output:
+                    even, odd = even * fetch(len(shared) - 2), odd * fetch(len(shared) - 1)
                 if norm_refs:
                     mean = jnp.sum(even + odd) * (1 / size)
                     even, odd = even - mean, odd - mean
@@ -243,11 +279,21 @@ def queries_keys_values(
         part = jax.lax.axis_index("part")
         pl.when(part == 0)(lambda: norm_rotate(0))
         pl.when(part == 1)(lambda: norm_rotate(1))
-        pl.when(part == 2)(lambda: each(2, lambda v, scale: (v.astype(jnp.float32) * scale).astype(jnp.bfloat16)))
+
+        @pl.when(part == 2)
+        def _():
+            alpha = warpgroup.load(alphas_ref[2]) if by_output else None
+
+            def process(v, scale):
+                v = v.astype(jnp.float32) * scale
+                return (v if alpha is None else v * alpha).astype(jnp.bfloat16)
+
+            each(2, process)
 
     outputs = [jax.ShapeDtypeStruct((B, T, size), jnp.bfloat16) for size in sizes]
     arguments = [y, y_scale, alphas, rotary_table(rope, heads), norms]
-    scratch = {"scratch": plgpu.SMEM((6 if norms else 2, width // 2), jnp.float32)} if count > 1 else None
+    shared = 2 + 4 * (norms is not None) + 2 * by_output
+    scratch = {"scratch": plgpu.SMEM((shared, width // 2), jnp.float32)} if count > 1 else None
     made = call(body, (B // count, T, 3), arguments, outputs, scratch)
     return tuple(out.reshape(B, T, -1, 2 * half) for out in made)
 
