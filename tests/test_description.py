@@ -57,7 +57,8 @@ MALFORMED = [
         ("experts", 8), ("qk_norm", GONE), ("depth", "2"), ("depth", True), ("depth", 2.0), ("depth", 0), ("depth", -1),
         ("depth", ENORMOUS), ("hidden_size", 1 << 20), ("ternary", 1), ("class_dropout_prob", float("nan")),
         ("class_dropout_prob", ENORMOUS), ("positions", "learned"), ("positions", "x\n" * 10_000), ("num_heads", 3),
-        ("patch_size", 3), ("x\n" * 10_000, 1),
+        ("patch_size", 3), ("x\n" * 10_000, 1), ("alpha_per", "row"), ("gamma_per", None), ("threshold", 0),
+        ("threshold", float("nan")), ("threshold", "0.7"), ("threshold", ENORMOUS),
     )),
     *({"sample": {name: value}} for name, value in (
         ("eta", 1.0), ("num_steps", 5.0), ("cfg_scale", float("inf")), ("cfg_scale", ENORMOUS), ("method", None),
