@@ -290,6 +290,28 @@ class TrainConfig:
         "([format.md](format.md)). Empty: a fresh start.",
         PATH,
     )
+    teacher: str = setting(
+        "",
+        "A trained model, ternary or not, whose predictions a run learns beside its data: whatever `train.init_from` "
+        "takes, of the same data and objective ([training.md](training.md#a-teacher)). A resumed run needs the same "
+        "weights, which may have moved. Empty: none.",
+        PATH,
+        free=True,
+    )
+    teacher_weight: float = setting(
+        1.0,
+        "Weight of the squared distance to the teacher's predictions, beside the loss on the data. Free, as a rate is: "
+        "BitsFusion's second stage goes on without a teacher. 0: it is not read.",
+        NOT_NEGATIVE,
+        free=True,
+    )
+    teacher_mode: str = setting(
+        "auto",
+        "In which dtypes the teacher predicts: a mode of [deployment.md](deployment.md#modes), with `compute.dtype` "
+        "for activations. `fast`: 8 bits, of ternary teachers alone.",
+        one_of("auto", "exact", "fast", "small", "small_exact", "plain"),
+        free=True,
+    )
     accumulation_steps: int = setting(
         1, "Microbatches that a step is made of. Changes memory, not the examples.", whole(1), free=True
     )

@@ -4,6 +4,7 @@ Any field is overridden with --config.section.field=value; the same command resu
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from functools import partial
 
 from absl import flags
@@ -19,6 +20,7 @@ from terdit_jax.files import check_folder
 from terdit_jax.inference.decoding import to_images
 from terdit_jax.inference.images import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
+from terdit_jax.inference.teacher import abstract_teacher, load_teacher
 from terdit_jax.interop.weights import check_start, master_params, start_params
 from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if config:
         check_settings(config.sample, make_objective(config.diffusion, config.model.learn_sigma))
     if config and _PRINT_CONFIG.value:
-        print(make_overview(config))
+        print(make_overview(config, abstract_teacher))
         return
     if config is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are both needed, e.g. --config=configs/digits.py --workdir=runs/digits")
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
     initialize_processes()
     setup = set_up(config, _WORKDIR.value)
     load_start, draw = _starter(setup), _drawer(setup)
+    setup = dataclasses.replace(setup, teacher=load_teacher(setup))
     judge = None
     if config.log.score_every:
         judge = make_proxy_judge(setup.dataset, config.log.score_samples, draw)

@@ -122,6 +122,8 @@ ACCEPTED = {
     ("*", "config.name", "*"): "a title, of any printable characters",
     ("*", "config.train.compiler_options", "*"): "no options",
     ("*", "config.train.init_from", ""): "a start from scratch",
+    ("*", "config.train.teacher", ""): "no teacher",
+    ("*", "config.train.teacher_weight", "1e-60"): "0 in float32, which teaches nothing",
     ("*", "config.train.compilation_cache", ""): "no cache",
     ("main", "config.train.compilation_cache", "[ep]*"): "a folder that is there",
     ("main", "workdir", "[ep]*"): "a folder that is there and holds no run",

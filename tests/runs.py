@@ -152,7 +152,8 @@ def saved_run(workdir: Path) -> tuple[dict, dict]:
     checkpoints = Checkpoints(workdir)
     run = checkpoints.newest_run()
     config = freeze(run["config"])
-    target = abstract_state(DiTConfig.from_config(config), make_optimizer(config.optimizer), make_mesh(config.mesh))
+    model, optimizer, mesh = DiTConfig.from_config(config), make_optimizer(config.optimizer), make_mesh(config.mesh)
+    target = abstract_state(model, optimizer, mesh, taught=bool(config.train.teacher))
     state, run = checkpoints.restore(target)
     return jax.tree.map(np.asarray, state), run
 

@@ -12,8 +12,10 @@ from terdit_jax.aot.report import describe, make_report
 from terdit_jax.aot.topology import open_devices, parse_topology
 from terdit_jax.config import freeze
 from terdit_jax.errors import UserError
+from terdit_jax.interop.exports import export
 from terdit_jax.model.transformer import count_params
 from terdit_jax.parallel.sharding import chip_bytes
+from tests.deployed import random_weights, small_config
 from tests.runs import ROOT, SHRUNKEN, execute
 
 
@@ -86,6 +88,21 @@ def test_activations_saved_depend_on_the_remat_policy_and_the_microbatch(train_r
     assert saved("none") > saved("dots") > saved("block") > 0
     program = dataclasses.replace(program, config=program.config.with_fields({"train.accumulation_steps": 2}))
     assert saved("none") == train_report[1]["memory"]["saved_activations"] // 2
+
+
+def test_a_teacher_is_counted_with_what_a_chip_holds_and_computes(tmp_path, train_report):
+    model = small_config(ternary=False, input_size=8, in_channels=1, patch_size=4, num_heads=4)
+    export(random_weights(model), tmp_path / "teacher.safetensors", "safetensors")
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    program, machine = lower(train__teacher=str(tmp_path / "teacher.safetensors"), **mesh), parse_topology("cpu:8")
+    report, (_, without) = make_report(program, machine, open_devices(machine)), train_report
+    held = report["memory"]["arguments"]["teacher"]
+    assert 4 * model.num_params / 4 <= held < 4 * model.num_params / 2, "cut by fsdp and tensor"
+    assert report["flops"]["model"] == without["flops"]["model"]
+    more = report["flops"]["compiled"] - without["flops"]["compiled"]
+    assert 1 <= more / (16 * model.flops_per_image() / 8) < 1.5
+    with pytest.raises(UserError, match="config.train.teacher=/nowhere: /nowhere does not exist"):
+        lower(train__teacher="/nowhere")
 
 
 def test_drawing_counts_every_denoising_step_and_both_halves_of_guidance():

@@ -18,9 +18,9 @@ def done(monkeypatch, tmp_path):
     """Runs five steps from a start with these actions; returns what happened, the step reached and the observers."""
     setup = SimpleNamespace(config=CONFIG, dataset=SimpleNamespace())
     setup.dataset.metadata = SimpleNamespace(latent_scale=1.0)
-    for name in ("model", "objective", "optimizer", "mesh", "plan"):
+    for name in ("model", "objective", "optimizer", "mesh", "plan", "teacher"):
         setattr(setup, name, None)
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: lambda state, batch: {"step": state["step"] + 1})
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: lambda state, *_: {"step": state["step"] + 1})
     monkeypatch.setattr(loop, "device_batches", lambda setup, start: itertools.repeat({}))
 
     def run(start, make_actions):

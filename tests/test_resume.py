@@ -9,6 +9,7 @@ from terdit_jax.config import RunConfig
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.training.resume import check_resumable, describe_run
+from terdit_jax.training.teacher import Teacher
 
 FINGERPRINT = "0123456789abcdef" * 4
 DATA = dataclasses.replace(make_synthetic((8, 8, 1), 10).metadata, fingerprint=FINGERPRINT)
@@ -18,13 +19,13 @@ FREE = {
     "optimizer.learning_rate": 1e-4, "optimizer.drop_step": 1000, "optimizer.ema_ramp": True, "checkpoint.every": 7,
     "log.every": 7, "sample.cfg_scale": 1.5, "train.num_steps": 7, "train.accumulation_steps": 2,
     "train.max_nonfinite_steps": 3, "data.dir": "elsewhere", "data.in_memory": True, "data.read_threads": 2,
-    "data.prefetch": 2,
+    "data.prefetch": 2, "train.teacher_weight": 0.0, "train.teacher_mode": "fast",
 }  # fmt: skip
 FIXED = {
     "seed": 1, "model.depth": 2, "model.ternary": False, "model.alpha_init": "least_squares",
     "model.alpha_per": "channel", "model.gamma_per": "channel", "model.threshold": 0.7,
     "model.class_dropout_prob": 0.0, "train.batch_size": 128, "data.horizontal_flip": False, "data.synthetic": True,
-    "diffusion.objective": "flow", "diffusion.shift": 3.0,
+    "diffusion.objective": "flow", "diffusion.shift": 3.0, "train.teacher": "runs/full",
 }  # fmt: skip
 
 
@@ -71,6 +72,22 @@ def test_a_fixed_field_is_refused_with_both_values(field):
     message = str(caught.value)
     assert "runs/a" in message and "\n" not in message
     assert f"{field}={value_of(field)!r}, not {FIXED[field]!r}" in message
+
+
+def test_a_teacher_may_move_but_not_become_another():
+    """Without weight it is not read, and says nothing."""
+    there, moved = changed(**{"train.teacher": "runs/full"}), changed(**{"train.teacher": "runs/moved"})
+    teacher = Teacher({}, lambda *_: None, 1.0, FINGERPRINT)
+    run = json.loads(json.dumps(describe_run(there, 120, DATA, teacher)))
+    for given in (teacher, None):
+        changes = check_resumable(run, moved, FINGERPRINT, "runs/a", given)
+        assert changes == ["config.train.teacher: 'runs/full' -> 'runs/moved'"]
+    with pytest.raises(UserError, match="runs/a was taught by weights 0123456789abcdef01234567, .* now holds ffff"):
+        check_resumable(run, moved, FINGERPRINT, "runs/a", dataclasses.replace(teacher, fingerprint="f" * 64))
+    with pytest.raises(UserError, match="train.teacher='runs/full', not ''"):
+        check_resumable(run, RunConfig(), FINGERPRINT, "runs/a")
+    with pytest.raises(UserError, match="does not describe a run"):
+        check_resumable(run | {"teacher": 3}, moved, FINGERPRINT, "runs/a", teacher)
 
 
 def test_every_field_of_the_model_is_fixed():

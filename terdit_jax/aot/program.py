@@ -9,20 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from terdit_jax.aot.topology import Topology
 from terdit_jax.config import RunConfig
 from terdit_jax.config_sections import DiffusionConfig
 from terdit_jax.diffusion.objective import Objective, make_objective
 from terdit_jax.errors import UserError
-from terdit_jax.fast.inference_pass import bind_schedule, make_inference_operands
+from terdit_jax.fast.inference_pass import bind_schedule
 from terdit_jax.fast.modes import choose_numerics
 from terdit_jax.fast.plan import choose_plan
+from terdit_jax.inference.runtime import abstract_operands
 from terdit_jax.inference.sampling import make_draw
+from terdit_jax.inference.teacher import abstract_teacher
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import PLAIN, Plan
-from terdit_jax.model.transformer import abstract_params, packed_operands
+from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.compiler_options import Options, check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
@@ -50,7 +52,8 @@ class Program:
     held: what its arguments hold, by kind, as trees of shapes with shardings.
     images: how many one run of it learns from or draws.
     steps: denoising steps of a drawing; 1 for a training step.
-    model_flops: of all chips, what the arithmetic asks for: without rematerialisation or work done twice.
+    model_flops: of all chips, what the model's arithmetic asks for: without rematerialisation, work done twice or a
+      teacher.
     mode: of inference, where it draws.
     compiler_options: those of the lowered program, beside XLA's own.
     """
@@ -81,7 +84,8 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
     check_options(options, devices[0])
     optimizer = make_optimizer(config.optimizer)
     objective = make_objective(config.diffusion, model.learn_sigma)
-    state = abstract_state(model, optimizer, mesh)
+    state = abstract_state(model, optimizer, mesh, taught=bool(config.train.teacher))
+    teacher = abstract_teacher(config, mesh)
     batch_size, sharding = config.train.batch_size, batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
@@ -94,7 +98,7 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
     plan = choose_plan(model, mesh)
     step: Any = make_train_step(config, model, objective, optimizer, mesh, _LATENT_SCALE, plan)
     with jax.set_mesh(mesh):
-        lowered = step.__wrapped__.lower(state, batch)
+        lowered = step.__wrapped__.lower(state, batch, teacher)
     # Large leaves of the optimizer's state are the moments; counters beside them have no size to speak of.
     held = {
         "parameters": state["params"],
@@ -103,6 +107,7 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
         "codes of the last log": state["window"],
         "batch": batch,
     }
+    held |= {"teacher": teacher.operands} if teacher else {}
     flops = 3 * model.flops_per_image() * batch_size
     return Program("train", config, model, mesh, plan, lowered, held, batch_size, 1, flops, compiler_options=options)
 
@@ -121,11 +126,7 @@ def lower_sample(
     config, model, mesh = _prepare(config, topology, devices)
     model = dataclasses.replace(model, remat="none", layers="scanned")
     numerics = choose_numerics(mode, model, mesh)
-    operands = jax.eval_shape(lambda params: packed_operands(model, params), abstract_params(model))
-    if numerics:
-        operands = jax.eval_shape(partial(make_inference_operands, model, numerics), operands)
-    whole = NamedSharding(mesh, PartitionSpec())
-    operands = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), operands)
+    operands = abstract_operands(model, numerics, mesh)
     images = batch_size * len(devices)
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
     bind, plan = partial(bind_schedule, model, numerics) if numerics else None, choose_plan(model, mesh)

@@ -12,7 +12,7 @@ from etils import epath
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 import numpy as np
 
@@ -30,9 +30,9 @@ from terdit_jax.interop.weights import open_weights, packed_leaves
 from terdit_jax.labels import check_labels
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
-from terdit_jax.model.transformer import forward, packed_operands
+from terdit_jax.model.transformer import abstract_params, forward, packed_operands
 from terdit_jax.parallel.mesh import single_device_mesh
-from terdit_jax.parallel.sharding import check_heads, place, tree_shardings
+from terdit_jax.parallel.sharding import abstract_sharded, check_heads, place, tree_shardings
 from terdit_jax.reproducible import pinned
 
 DTYPES = ("bfloat16", "float32")
@@ -60,6 +60,11 @@ class Denoiser:
     plan: Plan
     numerics: Numerics | None
     operands: dict
+
+    @property
+    def predict(self) -> Callable[[dict, Array, Array, Array], Array]:
+        """The forward pass as a function of (operands, x_t, t, y), for the program of a caller."""
+        return partial(_denoise, self.config, self.plan, self.numerics, self.mesh)
 
     def __repr__(self) -> str:
         devices = self.mesh.devices.flat
@@ -229,19 +234,52 @@ def load_model(
     weights = open_weights(path, ema=ema, step=step, num_heads=num_heads, objective=objective)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")).name
+    model = describe_denoiser(weights.description, mesh or single_device_mesh(), dtype, mode)
+    return load_denoiser(model, weights.leaves())
+
+
+def describe_denoiser(description: Description, mesh: Mesh, dtype: str, mode: str) -> Denoiser:
+    """A model as it would run, before it has operands (`load_denoiser`, `abstract_operands`).
+
+    Args:
+      description: of the model.
+      mesh: devices to spread it over, which may be absent.
+      dtype: of activations, one of DTYPES.
+      mode: of `modes.MODES`.
+
+    Raises:
+      UserError: another dtype, a model that the mesh does not divide, or a mode that it cannot have.
+    """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    layers = "unrolled" if on_cpu and weights.model.depth <= _UNROLLED_ON_CPU else "scanned"
+    model, on_cpu = description.model, mesh.devices.flat[0].platform == "cpu"
+    layers = "unrolled" if on_cpu and model.depth <= _UNROLLED_ON_CPU else "scanned"
     config = dataclasses.replace(
-        weights.model, dtype=dtype, layers=layers, matmul_dtype="same", plan="plain" if mode == "plain" else "auto"
+        model, dtype=dtype, layers=layers, matmul_dtype="same", plan="plain" if mode == "plain" else "auto"
     )
-    mesh = mesh or single_device_mesh()
     check_heads(config.num_kv_heads, mesh)
     numerics = choose_numerics(mode, config, mesh)
-    operands = place_operands(config, weights.leaves(), mesh)
-    if numerics:
-        operands = make_inference_operands(config, numerics, operands)
-    return Denoiser(config, weights.description, mesh, choose_plan(config, mesh), numerics, operands)
+    return Denoiser(config, description, mesh, choose_plan(config, mesh), numerics, {})
+
+
+def load_denoiser(model: Denoiser, leaves: Leaves) -> Denoiser:
+    """The model of `describe_denoiser` with its weights, of `Weights.leaves`, on its devices."""
+    operands = place_operands(model.config, leaves, model.mesh)
+    if model.numerics:
+        operands = make_inference_operands(model.config, model.numerics, operands)
+    return dataclasses.replace(model, operands=operands)
+
+
+def abstract_operands(config: DiTConfig, numerics: Numerics | None, mesh: Mesh) -> dict:
+    """The operands of a model in some mode as shapes with their shardings; nothing is allocated."""
+    operands = jax.eval_shape(lambda params: packed_operands(config, params), abstract_params(config))
+    if numerics is None:
+        return abstract_sharded(operands, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(partial(make_inference_operands, config, numerics), operands),
+    )
 
 
 def place_operands(config: DiTConfig, leaves: Leaves, mesh: Mesh) -> dict:

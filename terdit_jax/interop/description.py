@@ -113,6 +113,9 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
         fingerprint, seed = run["data_fingerprint"], run["seed"]
         if type(seed) is not int or not isinstance(fingerprint, str) or _is_long(fingerprint):
             raise ValueError(f"its data fingerprint is {short(fingerprint)}, its seed {short(seed)}")
+        teacher = {"teacher": run["teacher"]} if "teacher" in run else {}
+        if any(not isinstance(weights, str) or _is_long(weights) for weights in teacher.values()):
+            raise ValueError(f"its teacher's fingerprint is {short(teacher['teacher'])}")
         fields = {
             "name": config["name"],
             "model": {**vars(ModelConfig()), **config["model"]},
@@ -121,7 +124,7 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
             "codec": run["codec"],
             "latent_scale": run["latent_scale"],
             "sample": {**vars(SampleConfig()), **config["sample"]},
-            "provenance": {"data_fingerprint": fingerprint, "seed": str(seed)},
+            "provenance": {"data_fingerprint": fingerprint, "seed": str(seed)} | teacher,
             "diffusion": config.get("diffusion", {}),
         }
     return Description.from_dict(fields, source)

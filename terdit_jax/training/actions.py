@@ -34,7 +34,7 @@ from terdit_jax.training.observers import Observers
 from terdit_jax.training.optimizer import learning_rate_schedule
 from terdit_jax.training.resume import check_finite, describe_run
 from terdit_jax.training.setup import Setup
-from terdit_jax.training.state import State, code_statistics, empty_sums, means, packed_codes
+from terdit_jax.training.state import State, code_statistics, means, packed_codes
 from terdit_jax.training.step import mean_loss
 
 Batch = dict[str, Array]
@@ -131,6 +131,7 @@ class Actions:
         figures["learning_rate"] = float(self._learning_rate(step - 1 - skipped - spiked))
         timing = self._timing(step) | self.goodput.figures()
         line = [f"step {step:,}/{self.setup.config.train.num_steps:,}", f"loss {figures['loss']:.4f}"]
+        line += [f"distillation {figures['distillation']:.4f}"] if "distillation" in figures else []
         line.append(f"{timing['images_per_second']:,.1f} images/s")
         line += [f"MFU {timing['mfu']:.1%}"] if "mfu" in timing else []
         line += [f"{format_duration(timing['eta_seconds'])} left"] if "eta_seconds" in timing else []
@@ -154,7 +155,7 @@ class Actions:
         if rate:
             timing["eta_seconds"] = (config.train.num_steps - step) / rate
         if peak := peak_flops(jax.devices()[0].device_kind):
-            # Training is counted as three forward passes; rematerialisation is not useful work.
+            # Training is counted as three forward passes; rematerialisation and a teacher are not the model's work.
             flops = 3 * model.flops_per_image() * timing["images_per_second"]
             timing["mfu"] = flops / (peak * jax.device_count())
         return timing
@@ -221,14 +222,15 @@ class Actions:
         return state
 
     def _describe(self, step: int) -> dict[str, Any]:
-        return describe_run(self.setup.config, step, self.setup.dataset.metadata)
+        return describe_run(self.setup.config, step, self.setup.dataset.metadata, self.setup.teacher)
 
 
 def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Array], State]:
     """The figures of the window that ends here, and the state with an empty window."""
     config, model, window = setup.config, setup.model, state["window"]
     codes = packed_codes(model, state["params"])
-    figures = means(window["sums"], setup.objective.terms) | code_statistics(window["codes"], codes)
+    terms = (*setup.objective.terms, *(["distillation"] if setup.teacher else []))
+    figures = means(window["sums"], terms) | code_statistics(window["codes"], codes)
     figures |= {"skipped_steps": state["skipped"]["total"], "skipped_consecutive": state["skipped"]["consecutive"]}
     figures |= {"spiked_steps": state["spikes"]["total"]}
     few = batch_shards(setup.mesh)  # one example a device is enough for a root mean square over all its tokens
@@ -243,7 +245,7 @@ def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Arra
     plan, inputs = setup.plan, (examples["x_t"], examples["t"], examples["y"])
     rms = activation_rms(model, plan.make_operands(model, state["params"]), *inputs, plan.run_blocks)
     figures |= {f"rms/{kind}": jnp.sqrt(jnp.mean(jnp.square(values))) for kind, values in rms.items()}
-    return figures, state | {"window": {"sums": empty_sums(), "codes": codes}}
+    return figures, state | {"window": {"sums": jax.tree.map(jnp.zeros_like, window["sums"]), "codes": codes}}
 
 
 # Keeps the fixed draws apart from training's, which use the seed itself.

@@ -35,7 +35,7 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
             batch = next(batches)
         profiler.before(step + 1)
         with jax.transfer_guard("disallow"):
-            state = train_step(state, batch)
+            state = train_step(state, batch, setup.teacher)
         step += 1
         if step == start + 1:  # it has compiled
             jax.block_until_ready(state)

@@ -3,6 +3,7 @@
 Everything follows from shapes; nothing is allocated, written or compiled. What the compiler adds is `aot`'s to say.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,34 +21,44 @@ from terdit_jax.parallel.sharding import abstract_sharded, chip_bytes
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.setup import check_division
 from terdit_jax.training.state import abstract_state
+from terdit_jax.training.teacher import Teacher
 
 
-def make_overview(config: RunConfig) -> str:
+def make_overview(config: RunConfig, find_teacher: Callable[[RunConfig, Mesh], Teacher | None]) -> str:
     """Describes in lines for people the run that the command `main` would start here.
 
+    Args:
+      config: of the run.
+      find_teacher: finds its teacher, with shapes in place of weights.
+
     Raises:
-      UserError: fields that make no model, or a model, batch or mesh that the devices here do not divide.
+      UserError: fields that make no model, a model, batch or mesh that the devices here do not divide, or a teacher
+        that does not fit the run.
     """
     model, mesh = DiTConfig.from_config(config), make_mesh(config.mesh)
     make_objective(config.diffusion, model.learn_sigma)
     check_division(config, model, mesh)
     plan = choose_plan(model, mesh)
-    sizes = state_bytes(config, model, mesh, plan)
+    teacher = find_teacher(config, mesh)
+    sizes = state_bytes(config, model, mesh, plan) | ({"teacher": chip_bytes(teacher.operands)} if teacher else {})
     sizes["together"] = sum(sizes.values())
     return "\n".join(
         [
             str(config),
             "",
-            *introduction(config, model, mesh, plan),
+            *introduction(config, model, mesh, plan, teacher),
             "bytes a device holds, without activations and what the compiler adds:",
             *(f"  {kind:<11} {size:>19,}" for kind, size in sizes.items()),
         ]
     )
 
 
-def introduction(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan) -> list[str]:
-    """Three lines: the model, the devices and the plan."""
-    return [f"{config.name}: {_describe_model(model)}", _describe_devices(mesh), f"plan: {plan}"]
+def introduction(
+    config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan, teacher: Teacher | None = None
+) -> list[str]:
+    """A line each: the model, the devices, the plan and, if there is one, the teacher."""
+    lines = [f"{config.name}: {_describe_model(model)}", _describe_devices(mesh), f"plan: {plan}"]
+    return [*lines, f"teacher: {teacher}"] if teacher else lines
 
 
 def _describe_model(model: DiTConfig) -> str:
@@ -67,7 +78,7 @@ def _describe_devices(mesh: Mesh) -> str:
 
 def state_bytes(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan) -> dict[str, int]:
     """Bytes of one device by kind: what the state holds, and what a step makes beside it of the parameters' size."""
-    state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+    state = abstract_state(model, make_optimizer(config.optimizer), mesh, taught=bool(config.train.teacher))
     with jax.set_mesh(mesh):
         operands = jax.eval_shape(partial(plan.make_operands, model), abstract_params(model))
     codes: list[jax.ShapeDtypeStruct] = []

@@ -15,12 +15,14 @@ from terdit_jax.data.schema import Metadata
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.training.state import State
+from terdit_jax.training.teacher import Teacher
 from terdit_jax.untrusted import printable, reading, short, short_json
 
 
-def describe_run(config: RunConfig, step: int, data: Metadata) -> dict[str, Any]:
+def describe_run(config: RunConfig, step: int, data: Metadata, teacher: Teacher | None = None) -> dict[str, Any]:
     """The JSON saved beside a state: its step, seed, whole configuration, and what sampling must know of the data."""
-    return {
+    taught = {"teacher": teacher.fingerprint} if teacher else {}
+    return taught | {
         "step": step,
         "seed": config.seed,
         "data_fingerprint": data.fingerprint,
@@ -30,13 +32,21 @@ def describe_run(config: RunConfig, step: int, data: Metadata) -> dict[str, Any]
     }
 
 
-def check_resumable(run: dict[str, Any], config: RunConfig, fingerprint: str, workdir: str) -> list[str]:
+def check_resumable(
+    run: dict[str, Any], config: RunConfig, fingerprint: str, workdir: str, teacher: Teacher | None = None
+) -> list[str]:
     """The allowed changes, one line each, between a saved run and the configuration that is to continue it.
 
     Raises:
-      UserError: another data set, a field that must not change, or JSON that describes no run.
+      UserError: another data set, another teacher, a field that must not change, or JSON that describes no run.
     """
     with reading(f"{workdir}: its newest checkpoint does not describe a run"):
+        if teacher and (before := run.get("teacher", teacher.fingerprint)) != teacher.fingerprint:
+            raise UserError(
+                f"{workdir} was taught by weights {printable(before[:24])}, config.train.teacher="
+                f"{config.train.teacher} now holds {teacher.fingerprint[:24]}: give those weights (an export of a run "
+                "that goes on does not change) or another --workdir"
+            )
         return _compare(run, config, fingerprint, workdir)
 
 
@@ -64,8 +74,10 @@ def _compare(run: dict[str, Any], config: RunConfig, fingerprint: str, workdir: 
         old, new = before.get(field), after.get(field)
         if old == new:
             continue
+        # A state has a teacher's sum in its window, or has not: a teacher may move, but neither come nor go.
+        may_change = _may_change(field) and (field != "train.teacher" or bool(old and new))
         old, new, name = short_json(old), short_json(new), printable(field[:80])
-        if not _may_change(field):
+        if not may_change:
             raise UserError(f"{workdir} holds a run with {name}={old}, not {new}: give that value or another --workdir")
         changes.append(f"config.{name}: {old} -> {new}")
     return changes

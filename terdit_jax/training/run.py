@@ -94,10 +94,12 @@ def train(
 def _resume(setup: Setup, checkpoints: CheckpointWriter, goodput: Goodput) -> State | None:
     """The state to go on from, or None for a run that has saved nothing."""
     if run := checkpoints.newest_run():
-        for change in check_resumable(run, setup.config, setup.dataset.metadata.fingerprint, str(setup.workdir)):
+        fingerprint, workdir = setup.dataset.metadata.fingerprint, str(setup.workdir)
+        for change in check_resumable(run, setup.config, fingerprint, workdir, setup.teacher):
             say(f"continuing with a changed configuration: {change}")
     with goodput.spent("restore"):
-        restored = checkpoints.restore(abstract_state(setup.model, setup.optimizer, setup.mesh))
+        taught = bool(setup.config.train.teacher)
+        restored = checkpoints.restore(abstract_state(setup.model, setup.optimizer, setup.mesh, taught=taught))
         jax.block_until_ready(restored)
     if restored is None:
         return None
@@ -111,7 +113,8 @@ def _begin(setup: Setup, load_start: Callable[[], dict] | None) -> State:
     params = load_start() if load_start else None
     if load_start:
         say(f"weights from {setup.config.train.init_from}")
-    return make_state(setup.model, setup.optimizer, setup.mesh, setup.config.seed, params)
+    taught = bool(setup.config.train.teacher)
+    return make_state(setup.model, setup.optimizer, setup.mesh, setup.config.seed, params, taught=taught)
 
 
 @contextlib.contextmanager
@@ -138,7 +141,7 @@ def _introduce(setup: Setup, start: int) -> None:
     if not start:
         say(parameter_overview.get_parameter_overview(abstract_params(setup.model), include_stats=False))
         say(str(setup.config))
-    for line in introduction(setup.config, setup.model, setup.mesh, setup.plan):
+    for line in introduction(setup.config, setup.model, setup.mesh, setup.plan, setup.teacher):
         say(line)
     say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
 

@@ -25,6 +25,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import AnyMesh, abstract_sharded, batch_shards, check_heads
 from terdit_jax.paths import as_path
 from terdit_jax.training.optimizer import make_optimizer
+from terdit_jax.training.teacher import Teacher
 
 _STATE_COPIES = 4  # of every parameter in float32: itself, two moments, EMA
 
@@ -41,6 +42,7 @@ class Setup:
     objective: Objective
     optimizer: optax.GradientTransformationExtraArgs
     plan: Plan
+    teacher: Teacher | None = None  # of `inference.teacher`
 
 
 def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
@@ -75,10 +77,13 @@ def check_division(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:
     check_heads(model.num_kv_heads, mesh)
 
 
-def check_memory(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan) -> None:
-    """Raises UserError for what no device or host here can hold: by the least that a run needs, so it misses some."""
+def check_memory(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan, teacher: int = 0) -> None:
+    """Raises UserError for what no device or host here can hold: by the least that a run needs, so it misses some.
+
+    `teacher`: bytes that a device holds of one.
+    """
     local, shards = mesh.local_devices, mesh.shape["fsdp"] * mesh.shape["tensor"]
-    state = _STATE_COPIES * 4 * model.num_params // shards
+    state = _STATE_COPIES * 4 * model.num_params // shards + teacher
     examples = max(1, config.train.batch_size // (config.train.accumulation_steps * batch_shards(mesh)))
     tokens = model.num_tokens // mesh.shape["tensor"]
     numbers = examples * tokens * model.hidden_size * model.depth

@@ -21,9 +21,14 @@ State = dict
 
 
 def init_state(
-    model: DiTConfig, optimizer: optax.GradientTransformation, seed: int, params: dict | None = None
+    model: DiTConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    params: dict | None = None,
+    *,
+    taught: bool = False,
 ) -> State:
-    """A fresh state, from fresh parameters or from those given.
+    """A fresh state, from fresh parameters or from those given; `taught`: of a run with a teacher.
 
     Returns:
       step () int32: updates tried so far.
@@ -41,7 +46,7 @@ def init_state(
         "opt_state": optimizer.init(params),
         "skipped": {"total": jnp.int32(0), "consecutive": jnp.int32(0)},
         "spikes": empty_spikes(),
-        "window": {"sums": empty_sums(), "codes": packed_codes(model, params)},
+        "window": {"sums": empty_sums(taught=taught), "codes": packed_codes(model, params)},
     }
 
 
@@ -60,13 +65,21 @@ def packed_codes(model: DiTConfig, params: dict) -> dict[str, dict]:
     }
 
 
-def abstract_state(model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(
+    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, taught: bool = False
+) -> State:
     """The state as shapes with their shardings; nothing is allocated."""
-    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0)), mesh)
+    return abstract_sharded(jax.eval_shape(lambda: init_state(model, optimizer, 0, taught=taught)), mesh)
 
 
 def make_state(
-    model: DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: dict | None = None
+    model: DiTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    params: dict | None = None,
+    *,
+    taught: bool = False,
 ) -> State:
     """A fresh state, created sharded: no device ever holds more than its part.
 
@@ -76,9 +89,10 @@ def make_state(
       mesh: the devices.
       seed: of fresh parameters.
       params: float32 host arrays to start from instead, whole in every process.
+      taught: whether the run has a teacher.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
-    make = jax.jit(lambda params: init_state(model, optimizer, seed, params), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, taught=taught))
+    make = jax.jit(lambda params: init_state(model, optimizer, seed, params, taught=taught), out_shardings=shardings)
     if params is not None:
         params = jax.tree.map(place, params, shardings["params"])
     with jax.set_mesh(mesh):
@@ -88,9 +102,11 @@ def make_state(
 NUM_QUARTILES = 4
 
 
-def empty_sums() -> dict[str, Array]:
-    """Sums over steps, all float32: scalars, and (4,) by quartile of t. Terms that an objective lacks stay 0."""
-    scalars = {name: jnp.float32(0) for name in ("steps", "loss", "mse", "vb", "grad_norm")}
+def empty_sums(*, taught: bool = False) -> dict[str, Array]:
+    """Sums over steps, all float32: scalars, and (4,) by quartile of t. Terms that an objective lacks stay 0; that of a
+    teacher is there in runs that have one."""
+    names = ("steps", "loss", "mse", "vb", "grad_norm", *(["distillation"] if taught else []))
+    scalars = {name: jnp.float32(0) for name in names}
     return scalars | {name: jnp.zeros(NUM_QUARTILES, jnp.float32) for name in ("quartile_loss", "quartile_count")}
 
 

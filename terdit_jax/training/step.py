@@ -26,16 +26,26 @@ from terdit_jax.ternary.linear import no_gradient
 from terdit_jax.training.examples import Examples, example_keys, make_examples
 from terdit_jax.training.optimizer import ema_decay, judge_loss
 from terdit_jax.training.state import NUM_QUARTILES, State, quartile_sums
+from terdit_jax.training.teacher import Teacher
 
 
 def mean_loss(
-    model: DiTConfig, objective: Objective, operands: dict, examples: Examples, plan: Plan = PLAIN
+    model: DiTConfig,
+    objective: Objective,
+    operands: dict,
+    examples: Examples,
+    plan: Plan = PLAIN,
+    teacher: Teacher | None = None,
 ) -> tuple[Array, dict]:
-    """The mean of the objective's loss over the examples, and the sums a log window takes."""
+    """The mean of the objective's loss over the examples, with a teacher's term, and the sums a log window takes."""
     out = forward(model, operands, examples["x_t"], examples["t"], examples["y"], plan.run_blocks)
     losses = objective.losses(out, examples["x_0"], examples["x_t"], examples["t"], examples["noise"])
     sums = {name: jnp.mean(losses[name]) for name in objective.terms}
-    return sums["loss"], sums | quartile_sums(losses["loss"], objective.part(examples["t"], NUM_QUARTILES))
+    loss = sums["loss"]
+    if teacher:
+        sums["distillation"] = teacher.distance(out, examples["x_t"], examples["t"], examples["y"])
+        loss += teacher.weight * sums["distillation"]
+    return loss, sums | quartile_sums(losses["loss"], objective.part(examples["t"], NUM_QUARTILES))
 
 
 def split_floats(operands: dict) -> tuple[list[Array], Callable[..., dict]]:
@@ -63,8 +73,9 @@ def loss_and_grads(
     examples: Examples,
     accumulation_steps: int = 1,
     plan: Plan = PLAIN,
+    teacher: Teacher | None = None,
 ) -> tuple[dict, dict]:
-    """The step's loss terms and the gradient of its mean loss.
+    """The step's loss terms and the gradient of its mean loss, with a teacher's term.
 
     Args:
       model: the architecture.
@@ -73,9 +84,11 @@ def loss_and_grads(
       examples: B of them; B is divisible by accumulation_steps.
       accumulation_steps: microbatches, run one after the other over the same codes.
       plan: how the model is run.
+      teacher: what else is learned from; no gradient is taken of its operands.
 
     Returns:
-      () means of the objective's terms and {"quartile_loss", "quartile_count"} (4,) sums; gradients shaped as params.
+      () means of the objective's terms, with a teacher of "distillation", and {"quartile_loss", "quartile_count"} (4,)
+      sums; gradients shaped as params.
     """
     operands, to_params = jax.vjp(lambda p: plan.make_operands(model, p), params)
     floats, with_floats = split_floats(operands)
@@ -85,7 +98,7 @@ def loss_and_grads(
         return split_floats(constrain_tree(with_floats(floats)))[0]
 
     def micro(examples: Examples) -> tuple[dict, list[Array]]:
-        loss = lambda floats: mean_loss(model, objective, with_floats(floats), examples, plan)  # noqa: E731
+        loss = lambda floats: mean_loss(model, objective, with_floats(floats), examples, plan, teacher)  # noqa: E731
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(floats)
         return sums, grads
 
@@ -168,8 +181,9 @@ def make_train_step(
     mesh: Mesh,
     latent_scale: float,
     plan: Plan,
-) -> Callable[[State, dict], State]:
-    """The jitted step (state, global batch) -> state. The given state's memory is reused; do not read it again.
+) -> Callable[..., State]:
+    """The jitted step (state, global batch, teacher or None) -> state. The given state's memory is reused; do not read
+    it again.
 
     Args:
       config: the run's; read are its batch size, microbatches, seed, optimizer's averages and compiler options.
@@ -185,7 +199,7 @@ def make_train_step(
         `mesh.gather` "codes".
     """
 
-    def train_step(state: State, batch: dict[str, Array]) -> State:
+    def train_step(state: State, batch: dict[str, Array], teacher: Teacher | None = None) -> State:
         indices = jnp.arange(config.train.batch_size, dtype=jnp.int32)
         examples = make_examples(
             batch,
@@ -196,7 +210,7 @@ def make_train_step(
             class_dropout_prob=model.class_dropout_prob,
         )
         steps = config.train.accumulation_steps
-        sums, grads = loss_and_grads(model, objective, state["params"], examples, steps, plan)
+        sums, grads = loss_and_grads(model, objective, state["params"], examples, steps, plan, teacher)
         return apply_gradients(optimizer, config.optimizer, state, sums, grads, plan.gradient_norm(grads))
 
     return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
