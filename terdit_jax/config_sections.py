@@ -287,8 +287,14 @@ class TrainConfig:
     init_from: str = setting(
         "",
         "Weights that a new run starts from: another workdir, an artifact, a published checkpoint or safetensors "
-        "([format.md](format.md)). Empty: a fresh start.",
+        "([format.md](format.md)); full-precision ones for a ternary model too ([fine_tuning.md]"
+        "(fine_tuning.md)). Empty: a fresh start.",
         PATH,
+    )
+    init_labels: bool = setting(
+        True,
+        "Keeps the label table of `init_from` where it has as many classes. `False`, or another number of classes: its "
+        "rows begin afresh, but for that of the null class.",
     )
     teacher: str = setting(
         "",

@@ -21,11 +21,12 @@ from terdit_jax.inference.decoding import to_images
 from terdit_jax.inference.images import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.inference.teacher import abstract_teacher, load_teacher
-from terdit_jax.interop.weights import check_start, master_params, start_params
+from terdit_jax.interop.start import open_source
 from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 from terdit_jax.training.actions import DrawGrid
+from terdit_jax.training.metrics import say
 from terdit_jax.training.observers import check_heartbeat, parse_steps
 from terdit_jax.training.overview import make_overview
 from terdit_jax.training.run import train
@@ -78,13 +79,19 @@ def _starter(setup: Setup) -> Callable[[], dict] | None:
 
     Those of a new run are opened and checked at once; a run that goes on needs them only if no checkpoint is sound.
     """
-    start = setup.config.train.init_from
-    if not start:
+    fields = setup.config.train
+    if not fields.init_from:
         return None
-    if (setup.workdir / "checkpoints").exists():
-        return partial(start_params, start, setup.model)
-    weights = check_start(start, setup.model)
-    return lambda: master_params(setup.model, weights.leaves())
+    objective = setup.objective.name
+    opened = partial(open_source, fields.init_from, setup.model, objective, keep_labels=fields.init_labels)
+    early = None if (setup.workdir / "checkpoints").exists() else opened()
+
+    def load() -> dict:
+        source = early or opened()
+        say(str(source))
+        return source.params(setup.config.seed)
+
+    return load
 
 
 def _drawer(setup: Setup) -> DrawImages:

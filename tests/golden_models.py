@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from terdit_jax.interop.published import StateDict, read_leaves
-from terdit_jax.interop.weights import master_params
+from terdit_jax.interop.start import master_params
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 

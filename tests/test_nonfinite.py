@@ -20,7 +20,8 @@ from terdit_jax.inference.runtime import load_model
 from terdit_jax.inference.sampling import check_settings
 from terdit_jax.inference.shards import Shards
 from terdit_jax.interop.exports import export
-from terdit_jax.interop.weights import open_weights, start_params
+from terdit_jax.interop.start import open_source
+from terdit_jax.interop.weights import open_weights
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.training.actions import Actions
@@ -149,7 +150,7 @@ def test_checkpoints_are_read_by_nobody(tmp_path, path, value):
     with pytest.raises(UserError, match=message):
         load_model(tmp_path)
     with pytest.raises(UserError, match=message):
-        start_params(tmp_path, MODEL)
+        open_source(tmp_path, MODEL).params(0)
     with pytest.raises(UserError, match=message):
         export(open_weights(tmp_path), tmp_path / "packed.safetensors", "packed")
     assert not (tmp_path / "packed.safetensors").exists()

@@ -8,7 +8,7 @@ import pytest
 from terdit_jax.config_sections import MeshConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
-from terdit_jax.interop.weights import start_params
+from terdit_jax.interop.start import open_source
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import tree_shardings
 from terdit_jax.training.state import make_state, packed_codes
@@ -34,9 +34,8 @@ def test_a_start_from_a_packed_file_ternarises_to_its_codes(tmp_path, fields):
     weights = random_weights(model)
     export(weights, tmp_path / "packed.safetensors", "packed")
     # Another size of picture and another dropout are another training of the same weights.
-    params = start_params(
-        tmp_path / "packed.safetensors", small_config(input_size=16, class_dropout_prob=0.0, **fields)
-    )
+    model_to_start = small_config(input_size=16, class_dropout_prob=0.0, **fields)
+    params = open_source(tmp_path / "packed.safetensors", model_to_start).params(0)
     expected = packed_codes(model, random_params(model))
     jax.tree.map(np.testing.assert_array_equal, packed_codes(model, params), expected)
 
@@ -44,7 +43,7 @@ def test_a_start_from_a_packed_file_ternarises_to_its_codes(tmp_path, fields):
 def test_a_start_from_another_model_is_refused(tmp_path):
     export(random_weights(small_config()), tmp_path / "packed.safetensors", "packed")
     with pytest.raises(UserError, match="init_from=.*has depth=2, config.model has 3"):
-        start_params(tmp_path / "packed.safetensors", small_config(depth=3))
+        open_source(tmp_path / "packed.safetensors", small_config(depth=3))
     for field, value in BY_CHANNEL.items():
         with pytest.raises(UserError, match=f"has {field}=.*, config.model has {value}"):
-            start_params(tmp_path / "packed.safetensors", small_config(**{field: value}))
+            open_source(tmp_path / "packed.safetensors", small_config(**{field: value}))

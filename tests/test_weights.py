@@ -3,7 +3,6 @@
 import argparse
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,14 +12,11 @@ from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import model_leaves, params_leaves, params_tree, published_tensors
 from terdit_jax.interop.weights import (
     MODEL_ARGS,
-    check_start,
     consolidated_name,
-    master_params,
     open_weights,
     packed_leaves,
-    start_params,
 )
-from terdit_jax.ternary.packing import pack, unpack
+from terdit_jax.ternary.packing import pack
 from terdit_jax.ternary.quantize import absmean_codes
 from tests.deployed import (
     assert_same_leaves,
@@ -31,7 +27,7 @@ from tests.deployed import (
     small_config,
     weights_of,
 )
-from tests.golden_models import DIT, GOLDEN, golden_config
+from tests.golden_models import GOLDEN
 from tests.torch_files import as_tensor, save_state_dict
 
 TOLD = {"num_heads": 4, "objective": "flow"}
@@ -165,37 +161,6 @@ def test_ternarising_is_the_quantisers_and_leaves_the_rest_alone():
     assert all(again[path] is array for path, array in packed.items()), "what is packed already stays as it is"
 
 
-def test_master_weights_come_back_bit_for_bit():
-    params = random_params(small_config())
-    jax.tree.map(np.testing.assert_array_equal, master_params(small_config(), params_leaves(params)), params)
-
-
-def test_codes_become_master_weights_of_a_fresh_ones_size():
-    """Ternarised they are the same codes; their mean size is a xavier-uniform matrix's, so rates fit them as well."""
-    weights = golden_weights("terdit_tiny")
-    leaves = dict(weights.leaves())
-    params = dict(params_leaves(master_params(weights.model, leaves.items())))
-    codes_of = jax.jit(jax.vmap(absmean_codes))
-    for leaf in model_leaves(weights.model):
-        if not leaf.ternary:
-            np.testing.assert_array_equal(params[leaf.path], leaves[leaf.path])
-            continue
-        masters, codes = params[leaf.path], np.asarray(unpack(jnp.asarray(leaves[leaf.path])))
-        assert masters.dtype == np.float32 and masters.shape == leaf.shape
-        np.testing.assert_array_equal(codes_of(masters), codes, err_msg=leaf.path)
-        bound = np.sqrt(6 / sum(leaf.tensor_shape))  # xavier-uniform draws from [-bound, bound]
-        np.testing.assert_allclose(np.abs(masters).mean(axis=(1, 2)), bound / 2, rtol=1e-5)
-
-
-def test_a_matrix_of_nothing_but_zeros_stays_finite():
-    model = small_config()
-    leaves = {path: array.copy() for path, array in packed_leaves(model, params_leaves(random_params(model)))}
-    path = "blocks/attention/wq/weight"
-    leaves[path][0] = 0b01010101
-    masters = dict(params_leaves(master_params(model, leaves.items())))[path]
-    assert not masters[0].any() and np.isfinite(masters).all() and masters[1].any()
-
-
 @pytest.fixture
 def dit():
     """The tensors of a DiT of no published size, with four heads."""
@@ -299,41 +264,3 @@ def test_a_dit_that_is_cut_off_is_one_line(tmp_path, dit, share):
     with pytest.raises(UserError, match="DiT-S-2.pt cannot be read as a file of torch.save") as caught:
         open_weights(path, **TOLD)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["DiT-XL-2.safetensors", "SiT-XL-2.safetensors", "other.safetensors"])
-def test_a_training_starts_from_a_dit_whatever_it_predicted(tmp_path, dit, name):
-    """Heads are the run's own where the file does not tell, and so is adaLN's norm, which only ternary models have."""
-    path, model = save_dit(dit, tmp_path / name), golden_config("dit_tiny")
-    params = start_params(path, model)
-    jax.tree.map(np.testing.assert_array_equal, params, tree_of(golden_weights("dit_tiny")))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"learn_sigma": False}, "learn_sigma=True, config.model has False"),
-        ({"depth": 3}, "depth=2, config.model has 3"),
-        ({"ternary": True}, "ternary=False, config.model has True"),
-        ({"patch_size": 4}, "patch_size=2, config.model has 4"),
-        ({"num_classes": 11}, "num_classes=10, config.model has 11"),
-    ],
-)
-def test_a_training_starts_from_no_other_dit(tmp_path, dit, fields, message):
-    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
-    model = small_config(**{"ternary": False, "hidden_size": 64, "num_heads": 4, **DIT, **fields})
-    with pytest.raises(UserError, match=f"config.train.init_from={path} has {message}"):
-        check_start(path, model)
-
-
-def test_a_training_of_one_family_starts_from_no_other(tmp_path, dit):
-    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
-    model = small_config(ternary=False, hidden_size=64)
-    with pytest.raises(UserError, match="has family='?dit'?, config.model has '?large_dit'?"):
-        check_start(path, model)
-
-
-def test_a_training_at_another_image_size_starts_from_a_dit(tmp_path, dit):
-    """The table of positions is no parameter."""
-    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
-    assert check_start(path, small_config(ternary=False, hidden_size=64, num_heads=4, input_size=16, **DIT)).masters

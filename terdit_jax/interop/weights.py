@@ -1,7 +1,7 @@
 """Weights from wherever they are: a training run, our artifact, the published checkpoints, safetensors.
 
-All become the same thing, a description and a stream of parameter leaves; `inference` places them on devices, `main`
-starts a training from them.
+All become the same thing, a description and a stream of parameter leaves; `inference` places them on devices, `start`
+makes of them what a training starts with.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,24 +26,17 @@ from terdit_jax.interop.published import (
     check_values,
     model_leaves,
     params_leaves,
-    params_tree,
     read_leaves,
 )
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.shapes import check_architecture
 from terdit_jax.interop.torch_file import load_checkpoint, load_namespace
-from terdit_jax.model.config import QUANTISER, DiTConfig
+from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.paths import as_path, local_path
-from terdit_jax.ternary.packing import CODES_PER_BYTE, pack, unpack
+from terdit_jax.ternary.packing import pack
 from terdit_jax.ternary.quantize import Rounding, absmean_codes
 
-# What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
-# not the size of the images (512 px may start from 256 px) nor what training alone reads.
-_MUST_AGREE = (
-    "family", "ternary", "in_channels", "learn_sigma", "patch_size", "hidden_size", "depth", "num_heads",
-    "num_kv_heads", "mlp_width", "num_classes", "qk_norm", "positions", "adaln_rms_norm", *QUANTISER,
-)  # fmt: skip
 _ITEMS = {True: "ema_params", False: "params"}
 MODEL_ARGS = "model_args.pth"
 
@@ -101,6 +94,12 @@ def open_weights(
     return weights
 
 
+def open_told(path: epath.PathLike, told: Told) -> Weights:
+    """Opens averaged weights, or raw ones where there are no others, with master weights if there are; `told` is used
+    where a file is silent, and may say something else than the file."""
+    return _open(path, True, None, True, told)
+
+
 def _open(path: epath.PathLike, ema: bool, step: int | None, masters: bool, told: Told) -> Weights:
     """Opens weights; `told` is used where a file is silent."""
     place = as_path(path)
@@ -130,56 +129,9 @@ def packed_leaves(model: DiTConfig, leaves: Leaves) -> Iterator[tuple[str, np.nd
         yield path, array
 
 
-def start_params(path: epath.PathLike, model: DiTConfig) -> dict:
-    """The parameters at a path for a training of `model` to start from, float32: averaged ones, if there are both.
-
-    Raises:
-      UserError: as `check_start`; weights that cannot be read.
-    """
-    return master_params(model, check_start(path, model).leaves())
-
-
-def check_start(path: epath.PathLike, model: DiTConfig) -> Weights:
-    """The weights at a path for a training of `model` to start from, opened and found to fit it.
-
-    Raises:
-      UserError: as `open_weights`; the weights of another architecture.
-    """
-    # What such a file does not tell is as the run has it; which objective it was trained with is free.
-    weights = _open(path, True, None, True, Told(model.num_heads, "flow"))
-    for field in _MUST_AGREE:
-        given, wanted = getattr(weights.model, field), getattr(model, field)
-        if given != wanted and (model.ternary or field != "adaln_rms_norm"):
-            raise UserError(f"config.train.init_from={path} has {field}={given}, config.model has {wanted}")
-    return weights
-
-
-def master_params(model: DiTConfig, leaves: Leaves) -> dict:
-    """The parameter tree to start a training from, float32, of a stream of leaves.
-
-    Codes without master weights become masters of the size that xavier-uniform ones have, so that the same learning
-    rate moves them as far; ternarising them gives the codes again.
-    """
-    ternary = {leaf.path for leaf in model_leaves(model) if leaf.ternary}
-    return params_tree(
-        (path, _unpack_masters(array) if path in ternary and array.dtype == np.uint8 else array)
-        for path, array in leaves
-    )
-
-
 @partial(jax.jit, static_argnums=1)
 def _ternarise(weight: jax.Array, rounding: Rounding) -> jax.Array:
     return pack(absmean_codes(weight, rounding))
-
-
-def _unpack_masters(packed: np.ndarray) -> np.ndarray:
-    mean_abs = 0.5 * (6 / (packed.shape[1] + CODES_PER_BYTE * packed.shape[2])) ** 0.5  # of a xavier-uniform matrix
-    layers = []
-    for codes in map(jax.jit(unpack), packed):
-        codes = np.asarray(codes, np.float32)
-        share = max(np.abs(codes).mean(), 1e-3)
-        layers.append(codes * np.float32(mean_abs / share))
-    return np.stack(layers)
 
 
 def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:

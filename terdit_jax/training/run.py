@@ -111,8 +111,6 @@ def _resume(setup: Setup, checkpoints: CheckpointWriter, goodput: Goodput) -> St
 
 def _begin(setup: Setup, load_start: Callable[[], dict] | None) -> State:
     params = load_start() if load_start else None
-    if load_start:
-        say(f"weights from {setup.config.train.init_from}")
     taught = bool(setup.config.train.teacher)
     return make_state(setup.model, setup.optimizer, setup.mesh, setup.config.seed, params, taught=taught)
 
