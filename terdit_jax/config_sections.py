@@ -296,6 +296,12 @@ class TrainConfig:
         "Keeps the label table of `init_from` where it has as many classes. `False`, or another number of classes: its "
         "rows begin afresh, but for that of the null class.",
     )
+    soft_start_steps: int = setting(
+        0,
+        "Steps over which the weight in use moves from the master weight W to the ternary alpha T, in equal parts "
+        "([training.md](training.md#soft-start)). 0: ternary from the first step, as published.",
+        whole(0),
+    )
     teacher: str = setting(
         "",
         "A trained model, ternary or not, whose predictions a run learns beside its data: whatever `train.init_from` "

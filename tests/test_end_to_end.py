@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 import random
 import re
+import shutil
 import signal
 import time
 
@@ -51,9 +52,9 @@ def killed_run(places, workdir: Path, at_step: int, saves: int = 1, **overrides)
     process.communicate()
 
 
-def resume(places, workdir: Path, **overrides) -> tuple[str, str]:
+def resume(places, workdir: Path, status: int = 0, **overrides) -> tuple[str, str]:
     data, _ = places
-    return execute("main", *train_arguments(data, workdir, **overrides))
+    return execute("main", *train_arguments(data, workdir, **overrides), status=status)
 
 
 def test_the_guard_skips_some_steps_and_not_all(places):
@@ -104,6 +105,23 @@ def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from
     execute(*draw, "--method=sde")
     with np.load(tmp_path / "flow.npz") as images:
         assert images["arr_0"].shape == (2, 8, 8, 3) and images["arr_0"].std() > 0
+
+
+def test_a_warm_and_soft_start_killed_and_resumed_equals_uninterrupted(places, tmp_path):
+    """From full precision, which is not there any more when the run goes on in the middle of its soft start."""
+    full, whole, killed = tmp_path / "full", tmp_path / "whole", tmp_path / "killed"
+    resume(places, full, model__ternary=False, train__num_steps=4, log__heldout_every=0)
+    start = {"train__init_from": full, "train__soft_start_steps": 30}
+    out, _ = resume(places, whole, **start)
+    assert "step 4, averaged; begun afresh: alpha, by least squares; the gain after adaLN, by least squares\n" in out
+    assert "soft start, before step 30: unrolled blocks" in out and "step 30  the soft start is over" in out
+    killed_run(places, killed, at_step=12, **start)
+    shutil.rmtree(full)
+    out, _ = resume(places, killed, **start)
+    assert "weights from" not in out
+    assert_same_run(killed, whole)
+    _, err = resume(places, killed, **start | {"train__soft_start_steps": 20}, status=2)
+    assert "holds a run with train.soft_start_steps=30, not 20" in err
 
 
 def test_a_sampler_of_the_other_objective_is_refused_before_anything_is_written(places, tmp_path):

@@ -10,7 +10,7 @@ from terdit_jax.training import loop
 from terdit_jax.training.actions import Action, Actions
 from terdit_jax.training.observers import Observers
 
-CONFIG = SimpleNamespace(train=SimpleNamespace(num_steps=5))
+CONFIG = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=0))
 
 
 @pytest.fixture
@@ -31,6 +31,27 @@ def done(monkeypatch, tmp_path):
             return happened, loop.run_steps(setup, {"step": np.int32(start)}, actions, observers), observers
 
     return run
+
+
+@pytest.mark.parametrize(("start", "made"), [(0, "SSSTT"), (2, "STT"), (3, "TT"), (4, "T")])
+def test_a_soft_start_is_another_program_before_its_last_step(monkeypatch, tmp_path, capsys, start, made):
+    config = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=3))
+    setup = SimpleNamespace(config=config, dataset=SimpleNamespace(metadata=SimpleNamespace(latent_scale=1.0)))
+    for name in ("model", "objective", "optimizer", "mesh"):
+        setattr(setup, name, None)
+    setup.plan, steps, observers = "ternary", [], Observers(tmp_path)
+
+    def make_train_step(*arguments, soft=False):
+        assert arguments[-1] == ("full precision" if soft else "ternary")
+        return lambda state, batch: steps.append("S" if soft else "T") or {"step": state["step"] + 1}
+
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    monkeypatch.setattr(loop, "choose_soft_plan", lambda model, mesh: "full precision")
+    monkeypatch.setattr(loop, "device_batches", lambda setup, start: itertools.repeat({}))
+    with observers.watching(start):
+        loop.run_steps(setup, {"step": np.int32(start)}, SimpleNamespace(flush=lambda: None, in_order=()), observers)
+    assert "".join(steps) == made
+    assert capsys.readouterr().out.count("the soft start is over") == (start < 4)
 
 
 def every(steps):

@@ -7,7 +7,16 @@ import pytest
 
 from terdit_jax.fast.linear import ternarize_by_layer
 from terdit_jax.ternary.linear import TernaryLinear
-from terdit_jax.ternary.quantize import PUBLISHED, Rounding, absmean_codes, least_squares_alpha, sound_alpha, ternarize
+from terdit_jax.ternary.quantize import (
+    PUBLISHED,
+    Rounding,
+    absmean_codes,
+    least_squares_alpha,
+    soften,
+    sound_alpha,
+    straight_through,
+    ternarize,
+)
 
 
 def test_codes_round_half_to_even_and_clip():
@@ -40,6 +49,31 @@ def test_the_straight_through_gradient_is_the_weights_and_gives_alphas(grad_dtyp
     np.testing.assert_array_equal(to_weight, cotangent.astype(jnp.float32))
     dot = (np.asarray(cotangent, np.float64) * codes).sum((1, 2)) / np.asarray(alpha)
     np.testing.assert_allclose(to_alpha, 1 + dot, rtol=1e-5)  # what reached alpha itself is kept
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_soft_weight_lies_between_and_has_the_ternary_ones_gradient_at_the_end(share):
+    weight = np.random.default_rng(1).standard_normal((3, 8, 16)).astype(np.float32)
+    alpha, dw = jnp.array([0.05, 2.0, -3.0]), np.random.default_rng(2).standard_normal((3, 8, 16)).astype(np.float32)
+    w, pullback = jax.vjp(soften, jnp.asarray(weight), alpha, jnp.float32(share))
+    codes, a = np.float64(absmean_codes(weight)), np.float64(alpha)[:, None, None]
+    np.testing.assert_allclose(w, (1 - share) * np.float64(weight) + share * a * codes, rtol=1e-6, atol=1e-7)
+    to_weight, to_alpha, to_share = pullback(dw)
+    np.testing.assert_allclose(to_weight, ((1 - share) * np.abs(a) + share * a) * np.float64(dw), rtol=1e-6)
+    np.testing.assert_allclose(to_alpha, share * (np.float64(dw) * codes).sum((1, 2)), rtol=1e-5, atol=1e-6)
+    assert to_share == 0
+    if share == 0:
+        np.testing.assert_array_equal(w, weight)
+    if share == 1:
+        np.testing.assert_array_equal(w, np.float32(alpha)[:, None, None] * np.float32(codes))
+        expected = straight_through(absmean_codes(weight), alpha, jnp.zeros(3), jnp.float32(a) * dw)
+        for ours, theirs in zip((to_weight, to_alpha), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_soft_weight_knows_no_number_that_is_not_finite():
+    weight = jnp.ones((2, 8, 16)).at[1, 2, 3].set(jnp.nan)
+    assert np.isnan(soften(weight, jnp.ones(2), jnp.float32(0.5))).all((1, 2)).tolist() == [False, True]
 
 
 def test_a_scale_of_zero_has_a_gradient():

@@ -66,6 +66,16 @@ def test_a_sound_configuration_is_taken_and_nothing_written(digits, tmp_path):
         ({"optimizer__weight_decay": float("inf")}, "weight_decay=inf: must be finite and not negative"),
         ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         ({"train__compiler_options": "--xla_no_such=1"}, "No such compile option: 'xla_no_such'"),
+        ({"train__soft_start_steps": 10, "model__ternary": False}, "soft_start_steps=10: ends at ternary weights, and"),
+        (
+            {"train__soft_start_steps": 10},
+            "soft_start_steps=10: ends at alpha T, and config.model.alpha_init='normal'; ",
+        ),
+        (
+            {"train__soft_start_steps": 40, "model__alpha_init": "least_squares"},
+            "soft_start_steps=40: is not over before config.train.num_steps=40; give fewer",
+        ),
+        ({"train__soft_start_steps": -1}, "train.soft_start_steps=-1: must lie in"),
         ({"data__dir": ""}, "config.data.dir is empty"),
         ({"data__dir": "/nowhere/digits"}, "/nowhere/digits"),
         ({"model__in_channels": 3}, r"records of shape \(8, 8, 1\), the model takes \(8, 8, 3\)"),

@@ -11,7 +11,7 @@ import pytest
 from terdit_jax.config_sections import DiffusionConfig, MeshConfig
 from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.errors import UserError
-from terdit_jax.fast.plan import choose_plan
+from terdit_jax.fast.plan import choose_plan, choose_soft_plan
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, make_operands, packed_operands
 from terdit_jax.parallel.mesh import make_mesh, mesh_shape
@@ -42,7 +42,7 @@ def stored_batch(step):
     }
 
 
-def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM, model=MODEL):
+def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM, model=MODEL, share=None):
     """Losses and gradients of three steps of plain gradient descent, which hides no gradient's size as Adam does."""
 
     @jax.jit
@@ -55,7 +55,7 @@ def three_steps(mesh, accumulation_steps=1, plan=PLAIN, objective=DDPM, model=MO
             num_classes=MODEL.num_classes,
             class_dropout_prob=0.1,
         )
-        sums, grads = loss_and_grads(model, objective, params, examples, accumulation_steps, plan)
+        sums, grads = loss_and_grads(model, objective, params, examples, accumulation_steps, plan, share=share)
         scale = 1e-3 / plan.gradient_norm(grads)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), sums, grads
 
@@ -120,6 +120,18 @@ def test_unrolled_layers_on_a_mesh_equal_one_device(one_device):
         seen = three_steps(mesh, plan=choose_plan(dataclasses.replace(MODEL, layers="unrolled"), mesh))
     for ours, expected in zip(seen, one_device, strict=True):
         assert_trees_close(ours, expected)
+
+
+@pytest.mark.parametrize("layers", ["scanned", pytest.param("unrolled", marks=pytest.mark.slow)])
+def test_a_soft_start_on_a_mesh_equals_one_device(layers):
+    model, mesh, share = dataclasses.replace(MODEL, layers=layers), mesh_of(2, 2, 2), jnp.float32(0.4)
+    with jax.default_device(jax.devices()[0]):
+        expected = three_steps(None, model=model, share=share)
+    assert all(np.abs(leaf).max() > 0 for _, grads in expected for leaf in jax.tree.leaves(grads))
+    with jax.set_mesh(mesh):
+        seen = three_steps(mesh, 4, choose_soft_plan(model, mesh), model=model, share=share)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert_trees_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from terdit_jax.config_sections import DiffusionConfig, OptimizerConfig
 from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.fast.plan import FastPlan
+from terdit_jax.interop.published import params_leaves, params_tree
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.ternary.quantize import absmean_codes
@@ -18,6 +19,7 @@ from terdit_jax.training.state import init_state
 from terdit_jax.training.step import apply_gradients, loss_and_grads
 from tests.golden_models import (
     BY_CHANNEL,
+    DIT,
     assert_trees_close,
     golden_arrays,
     golden_config,
@@ -105,6 +107,40 @@ def test_accumulation_changes_nothing_in_flow_matching():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole[1]))
     assert whole[0].keys() == {"loss", "quartile_loss", "quartile_count"}
     assert_trees_close(parts, whole)
+
+
+@pytest.mark.parametrize("fields", [{}, DIT], ids=["TerDiT", "DiT"])
+@pytest.mark.parametrize("plan", [PLAIN, FastPlan(layers="unrolled")], ids=["plain", "fast"])
+def test_a_soft_start_ends_at_the_ternary_step(fields, plan):
+    """To float32's rounding: the last blend is alpha T, its gradient that of the ternary step."""
+    model = tiny_config(depth=2, hidden_size=32, **fields)
+    params, examples = random_params(model), random_examples(model, 4)
+    soft = jax.jit(lambda share: loss_and_grads(model, DDPM, params, examples, plan=plan, share=share))
+    expected, end = jitted(model, plan=plan)(params, examples), soft(jnp.float32(1))
+    np.testing.assert_allclose(end[0]["loss"], expected[0]["loss"], rtol=1e-6)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[1]))
+    assert_trees_close(end, expected, 2e-5)
+    near = soft(jnp.float32(1 - 1e-3))
+    assert 0 < abs(near[0]["loss"] - end[0]["loss"]) < 0.02 * end[0]["loss"]
+
+
+def test_a_soft_start_begins_at_the_full_precision_step():
+    """Each matrix's gradient, times its alpha; that of alpha is zero."""
+    model = tiny_config(depth=2, hidden_size=32, adaln_rms_norm=False)
+    params, examples = random_params(model), random_examples(model, 4)
+    sums, grads = jax.jit(lambda: loss_and_grads(model, DDPM, params, examples, share=jnp.float32(0)))()
+    full = dataclasses.replace(model, ternary=False)
+    masters = params_tree((path, leaf) for path, leaf in params_leaves(params) if not path.endswith("/alpha"))
+    expected_sums, expected = jitted(full)(masters, examples)
+    np.testing.assert_allclose(sums["loss"], expected_sums["loss"], rtol=1e-6)
+    wanted, scales = dict(params_leaves(expected)), dict(params_leaves(params))
+    for path, leaf in params_leaves(grads):
+        if path.endswith("/alpha"):
+            assert not np.asarray(leaf).any()
+            continue
+        alpha = scales.get(path.removesuffix("weight") + "alpha", jnp.ones(1))
+        factor = np.abs(alpha).reshape(-1, *(1,) * (leaf.ndim - 1))
+        np.testing.assert_allclose(leaf, factor * wanted[path], rtol=1e-5, atol=1e-9, err_msg=path)
 
 
 def test_non_finite_update_is_skipped_and_counted():

@@ -16,7 +16,7 @@ from terdit_jax.model.attention import Implementation
 from terdit_jax.model.block import block, modulation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.depth import KEEP_DOTS, Watch, rematerialise
-from terdit_jax.model.layers import trained_linear
+from terdit_jax.model.layers import MakeLinear, trained_linear
 from terdit_jax.model.plan import PLAIN, Plan
 from terdit_jax.model.transformer import make_operands
 from terdit_jax.parallel.mesh import fsdp_rings
@@ -39,9 +39,9 @@ class FastPlan(Plan):
     gather: str | None = None
     rings: tuple[int, ...] = ()
 
-    def make_operands(self, config: DiTConfig, params: dict) -> dict:
-        make_linear = trained_by_layer if self.layers == "unrolled" else trained_linear
-        operands = make_operands(config, params, make_linear)
+    def make_operands(self, config: DiTConfig, params: dict, make_linear: MakeLinear | None = None) -> dict:
+        own = trained_by_layer if self.layers == "unrolled" else trained_linear
+        operands = make_operands(config, params, make_linear or own)
         if self.gather is None and self.matmul_dtype == SAME:
             return operands
         return constrain_tree(make_fast(operands, self.matmul_dtype, self.gather or "codes", self.rings))
@@ -106,6 +106,12 @@ def choose_plan(config: DiTConfig, mesh: Mesh) -> Plan:
         gather=config.gather if cut else None,
         rings=fsdp_rings(mesh) if cut else (),
     )
+
+
+def choose_soft_plan(config: DiTConfig, mesh: Mesh) -> Plan:
+    """The plan of the steps of a soft start (`ternary.quantize.soften`): that of the same model in full precision, for
+    matmuls read weights, which travel and are multiplied by as they are."""
+    return choose_plan(dataclasses.replace(config, ternary=False, matmul_dtype=SAME), mesh)
 
 
 def layers_on(platform: str) -> str:

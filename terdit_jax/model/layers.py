@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.ternary import linear as forms
 from terdit_jax.ternary.packing import pack
-from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, sound_alpha, ternarize
+from terdit_jax.ternary.quantize import absmean_codes, least_squares_alpha, soften, sound_alpha, ternarize
 
 xavier_uniform = nnx.initializers.xavier_uniform(in_axis=-1, out_axis=-2)
 zeros = nnx.initializers.zeros_init()
@@ -70,6 +70,11 @@ def trained_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> for
     if alpha is None:
         return forms.FullLinear(weight.astype(config.activation_dtype))
     return forms.TernaryLinear(*ternarize(weight, alpha, config.grad_dtype, config.rounding))
+
+
+def softened_linear(share: Array, config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:
+    """A map in a soft start, `share` () of the way from its master weight to the ternary one (`quantize.soften`)."""
+    return trained_linear(config, weight if alpha is None else soften(weight, alpha, share, config.rounding), None)
 
 
 def packed_linear(config: DiTConfig, weight: Array, alpha: Array | None) -> forms.Linear:

@@ -8,6 +8,7 @@ import optax
 from terdit_jax.model.attention import Implementation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.depth import Watch, scan_blocks
+from terdit_jax.model.layers import MakeLinear, trained_linear
 from terdit_jax.model.transformer import make_operands
 
 
@@ -22,9 +23,10 @@ class Plan:
     attention: Implementation = "xla"
     layers: str = "scanned"
 
-    def make_operands(self, config: DiTConfig, params: dict) -> dict:
-        """The operands for training; see `model.transformer.make_operands`."""
-        return make_operands(config, params)
+    def make_operands(self, config: DiTConfig, params: dict, make_linear: MakeLinear | None = None) -> dict:
+        """The operands for training; see `model.transformer.make_operands`. `make_linear` takes the place of the
+        plan's own, under a plan of full precision."""
+        return make_operands(config, params, make_linear or trained_linear)
 
     def run_blocks(
         self, config: DiTConfig, operands: dict, x: Array, c: Array, rope: Array | None, watch: Watch | None = None

@@ -149,6 +149,49 @@ def _ternarize_bwd(_, __, residuals: tuple[Array, Array], cotangents: tuple[Arra
 ternarize.defvjp(_ternarize_fwd, _ternarize_bwd)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def soften(weight: Array, alpha: Array, share: Array, rounding: Rounding = PUBLISHED) -> Array:
+    """The weight in use of a soft start, w = (1 - s) W + s alpha T: the master weight at s = 0, the ternary one at 1.
+
+    The gradient is straight-through, and at s = 1 that of `ternarize`: dL/dalpha = s <dL/dw, T>, and
+    dL/dW = ((1 - s) |alpha| + s alpha) dL/dw, which for alpha > 0 is alpha dL/dw at every s. With the factor 1 - s + s
+    alpha of the blend itself W's gradient would shrink by the order of alpha, about a twentieth, on the way, and Adam's
+    second moments, which remember the larger ones for thousands of steps, would hold W still. Adam divides a factor
+    that a matrix has throughout out again.
+
+    Args:
+      weight: (..., out, in) float32.
+      alpha: (...,) or (..., out) float32.
+      share: () s in [0, 1]; it has no gradient.
+      rounding: how the codes are made.
+
+    Returns:
+      (..., out, in) float32. Source: the lambda warm-up of "Fine-tuning LLMs to 1.58bit: extreme quantization made
+      easy" (M. Mekkouri and others, Hugging Face, 2024-09-18), which has no alpha in its gradient.
+    """
+    return _soften_fwd(weight, alpha, share, rounding)[0]
+
+
+def _soften_fwd(weight: Array, alpha: Array, share: Array, rounding: Rounding) -> tuple[Array, tuple[Array, ...]]:
+    codes, alpha, _ = ternarize(weight, alpha, jnp.float32, rounding)
+    return (1 - share) * weight + share * _spread(alpha, weight) * codes, (codes, alpha, share)
+
+
+def _soften_bwd(_, residuals: tuple[Array, ...], dw: Array) -> tuple[Array, Array, Array]:
+    codes, alpha, share = residuals
+    factor = (1 - share) * jnp.abs(alpha) + share * alpha
+    dalpha = share * jnp.sum(dw * codes, axis=tuple(range(alpha.ndim, dw.ndim)))
+    return _spread(factor, dw) * dw, dalpha, jnp.zeros_like(share)
+
+
+def _spread(alpha: Array, weight: Array) -> Array:
+    """The scale with an axis of one for each axis of the weight that shares it."""
+    return jnp.expand_dims(alpha, tuple(range(alpha.ndim, weight.ndim)))
+
+
+soften.defvjp(_soften_fwd, _soften_bwd)
+
+
 def least_squares_alpha(weight: Array, alpha_per: str = "matrix", rounding: Rounding = PUBLISHED) -> Array:
     """The scale that brings alpha * T closest to W, alpha = <W, T> / <T, T>, over each matrix or each of its rows.
 

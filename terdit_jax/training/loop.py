@@ -3,10 +3,14 @@
 `step` holds the mathematics, `actions` what is done after steps; `run` opens and closes what both need.
 """
 
+from functools import partial
+
 import jax
 
+from terdit_jax.fast.plan import choose_soft_plan
 from terdit_jax.training.actions import Actions
 from terdit_jax.training.examples import device_batches
+from terdit_jax.training.metrics import say
 from terdit_jax.training.observers import Observers
 from terdit_jax.training.setup import Setup
 from terdit_jax.training.state import State
@@ -23,21 +27,29 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
       observers: of the run.
     """
     latent_scale = setup.dataset.metadata.latent_scale
-    train_step = make_train_step(
-        setup.config, setup.model, setup.objective, setup.optimizer, setup.mesh, latent_scale, setup.plan
+    make_step = partial(
+        make_train_step, setup.config, setup.model, setup.objective, setup.optimizer, setup.mesh, latent_scale
     )
+    soft_steps = setup.config.train.soft_start_steps
+    train_step = soft_step = make_step(setup.plan)
+    if soft_steps:
+        soft_step = make_step(choose_soft_plan(setup.model, setup.mesh), soft=True)
     start = step = int(state["step"])
     batches = device_batches(setup, start)
     goodput, profiler = observers.goodput, observers.profiler
-    goodput.now("compile")
     while True:
+        compiles = step in (start, soft_steps)  # the first call of a program
+        if compiles:
+            goodput.now("compile")
+            if step == soft_steps > 0:
+                say(f"step {step:,}  the soft start is over: compiling the step of ternary weights")
         with goodput.spent("input"):
             batch = next(batches)
         profiler.before(step + 1)
         with jax.transfer_guard("disallow"):
-            state = train_step(state, batch, setup.teacher)
+            state = (soft_step if step < soft_steps else train_step)(state, batch, setup.teacher)
         step += 1
-        if step == start + 1:  # it has compiled
+        if compiles:
             jax.block_until_ready(state)
             goodput.now("train")
             goodput.lap(step)

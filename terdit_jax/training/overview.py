@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from terdit_jax.config import RunConfig
 from terdit_jax.diffusion.objective import make_objective
-from terdit_jax.fast.plan import choose_plan
+from terdit_jax.fast.plan import choose_plan, choose_soft_plan
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
 from terdit_jax.model.transformer import abstract_params, count_params, packed_bytes
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, chip_bytes
 from terdit_jax.training.optimizer import make_optimizer
-from terdit_jax.training.setup import check_division
+from terdit_jax.training.setup import check_division, check_soft_start
 from terdit_jax.training.state import abstract_state
 from terdit_jax.training.teacher import Teacher
 
@@ -38,6 +38,7 @@ def make_overview(config: RunConfig, find_teacher: Callable[[RunConfig, Mesh], T
     model, mesh = DiTConfig.from_config(config), make_mesh(config.mesh)
     make_objective(config.diffusion, model.learn_sigma)
     check_division(config, model, mesh)
+    check_soft_start(config)
     plan = choose_plan(model, mesh)
     teacher = find_teacher(config, mesh)
     sizes = state_bytes(config, model, mesh, plan) | ({"teacher": chip_bytes(teacher.operands)} if teacher else {})
@@ -56,8 +57,10 @@ def make_overview(config: RunConfig, find_teacher: Callable[[RunConfig, Mesh], T
 def introduction(
     config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan, teacher: Teacher | None = None
 ) -> list[str]:
-    """A line each: the model, the devices, the plan and, if there is one, the teacher."""
+    """A line each for the model, the devices, the plan, and the soft start and the teacher if there are any."""
     lines = [f"{config.name}: {_describe_model(model)}", _describe_devices(mesh), f"plan: {plan}"]
+    if steps := config.train.soft_start_steps:
+        lines.append(f"soft start, before step {steps:,}: {choose_soft_plan(model, mesh)}")
     return [*lines, f"teacher: {teacher}"] if teacher else lines
 
 

@@ -54,6 +54,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     model, objective = DiTConfig.from_config(config), make_objective(config.diffusion, config.model.learn_sigma)
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
+    check_soft_start(config)
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     plan = choose_plan(model, mesh)
@@ -75,6 +76,23 @@ def check_division(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:
             f"{batch_shards(mesh)} devices of mesh axes data and fsdp"
         )
     check_heads(model.num_kv_heads, mesh)
+
+
+def check_soft_start(config: RunConfig) -> None:
+    """Raises UserError for a soft start that has nowhere to go: to no ternary weights, to scales that have nothing to
+    do with the weights, or past the end."""
+    steps, model = config.train.soft_start_steps, config.model
+    if not steps:
+        return
+    if not model.ternary:
+        advice = "ends at ternary weights, and config.model.ternary=False; give 0"
+    elif model.alpha_init != "least_squares" and not config.train.init_from:
+        advice = f"ends at alpha T, and config.model.alpha_init={model.alpha_init!r}; give 'least_squares'"
+    elif steps >= config.train.num_steps:
+        advice = f"is not over before config.train.num_steps={config.train.num_steps}; give fewer"
+    else:
+        return
+    raise UserError(f"config.train.soft_start_steps={steps}: {advice}")
 
 
 def check_memory(config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan, teacher: int = 0) -> None:

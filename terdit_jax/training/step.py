@@ -5,6 +5,7 @@ function of (state, batch). What surrounds it, from reading data to logging, bel
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax import Array
@@ -17,6 +18,7 @@ from terdit_jax.config import RunConfig
 from terdit_jax.config_sections import OptimizerConfig
 from terdit_jax.diffusion.objective import Objective
 from terdit_jax.model.config import DiTConfig
+from terdit_jax.model.layers import softened_linear
 from terdit_jax.model.plan import PLAIN, Plan
 from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.compiler_options import compiler_options
@@ -74,6 +76,7 @@ def loss_and_grads(
     accumulation_steps: int = 1,
     plan: Plan = PLAIN,
     teacher: Teacher | None = None,
+    share: Array | None = None,
 ) -> tuple[dict, dict]:
     """The step's loss terms and the gradient of its mean loss, with a teacher's term.
 
@@ -85,12 +88,14 @@ def loss_and_grads(
       accumulation_steps: microbatches, run one after the other over the same codes.
       plan: how the model is run.
       teacher: what else is learned from; no gradient is taken of its operands.
+      share: () of the way to ternary weights, in a soft start; `plan` is then one of full precision.
 
     Returns:
       () means of the objective's terms, with a teacher of "distillation", and {"quartile_loss", "quartile_count"} (4,)
       sums; gradients shaped as params.
     """
-    operands, to_params = jax.vjp(lambda p: plan.make_operands(model, p), params)
+    make_linear = None if share is None else partial(softened_linear, share)
+    operands, to_params = jax.vjp(lambda p: plan.make_operands(model, p, make_linear), params)
     floats, with_floats = split_floats(operands)
 
     def place(floats: list[Array]) -> list[Array]:
@@ -181,6 +186,8 @@ def make_train_step(
     mesh: Mesh,
     latent_scale: float,
     plan: Plan,
+    *,
+    soft: bool = False,
 ) -> Callable[..., State]:
     """The jitted step (state, global batch, teacher or None) -> state. The given state's memory is reused; do not read
     it again.
@@ -193,6 +200,7 @@ def make_train_step(
       mesh: where state and batch lie.
       latent_scale: factor of stored latents.
       plan: how the model is run.
+      soft: whether it is a step of the soft start, by a plan of `choose_soft_plan`.
 
     Raises:
       UserError: `config.train.compiler_options` is no list of --name=value; when called, a matrix too narrow for
@@ -210,7 +218,8 @@ def make_train_step(
             class_dropout_prob=model.class_dropout_prob,
         )
         steps = config.train.accumulation_steps
-        sums, grads = loss_and_grads(model, objective, state["params"], examples, steps, plan, teacher)
+        share = state["step"] / float(config.train.soft_start_steps) if soft else None
+        sums, grads = loss_and_grads(model, objective, state["params"], examples, steps, plan, teacher, share)
         return apply_gradients(optimizer, config.optimizer, state, sums, grads, plan.gradient_norm(grads))
 
     return on_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(config, mesh)))
