@@ -108,6 +108,7 @@ ACCEPTED = {
     ("*", "*seed", str(2**31)): "a seed like any other: they have 32 bits",
     ("*", "config.*_every", "0"): "0 is never",
     ("*", "config.optimizer.drop_step", "0"): "0 is no drop",
+    ("*", "config.train.soft_start_steps", "0"): "0 is no soft start",
     ("*", "config.model.num_kv_heads", "0"): "0 is as many as num_heads",
     ("*", "config.sample.cfg_channels", "0"): "0 is all",
     ("*", "*cfg_t_min", "0"): "the first timestep",

@@ -69,7 +69,7 @@ def test_a_sound_configuration_is_taken_and_nothing_written(digits, tmp_path):
         ({"train__soft_start_steps": 10, "model__ternary": False}, "soft_start_steps=10: ends at ternary weights, and"),
         (
             {"train__soft_start_steps": 10},
-            "soft_start_steps=10: ends at alpha T, and config.model.alpha_init='normal'; ",
+            "soft_start_steps=10: ends at alpha T, and config.model.alpha_init='normal'",
         ),
         (
             {"train__soft_start_steps": 40, "model__alpha_init": "least_squares"},
