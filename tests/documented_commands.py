@@ -85,6 +85,7 @@ INPUTS = {
     "docs/deployment.md": ("runs/digits", "checkpoints/3B_1180000", "sd-vae-ft-ema"),
     "docs/evaluation.md": ("cifar10", "3B_1180000", "stabilityai/sd-vae-ft-ema"),
     "docs/families.md": ("DiT-XL-2-256x256.pt", "SiT-XL-2-256.pt", "0400000.pt", "sd-vae-ft-ema"),
+    "docs/fine_tuning.md": ("runs/digits", "pictures"),
     "docs/pods.md": ("ILSVRC2012_img_train.tar", "sd-vae-ft-ema"),
     "docs/pytorch.md": ("digits.safetensors",),
     "docs/sampling.md": ("runs/digits", "terdit_4b.safetensors", "sd-vae-ft-ema"),
