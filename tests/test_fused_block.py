@@ -1,6 +1,7 @@
 """A network of fused blocks has the values and gradients of plain ones, up to the rounding of bfloat16 or 8 bits."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from terdit_jax.config_sections import MeshConfig
 from terdit_jax.fast import fused_block
 from terdit_jax.fast.hopper import backward, biased, forward, warpgroup
 from terdit_jax.fast.plan import FastPlan, choose_plan
+from terdit_jax.model.layers import softened_linear
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import abstract_params, activation_rms
 from terdit_jax.model.transformer import forward as run_model
@@ -42,14 +44,14 @@ INPUTS = draws(B, 4, 4, 4, seed=51), jnp.array([20, 700]), jnp.array([1, 10])
 TARGET = draws(B, 4, 4, 8, seed=6)
 
 
-def run(plan, config, params):
-    return run_model(config, plan.make_operands(config, params), *INPUTS, plan.run_blocks)
+def run(plan, config, params, make_linear=None):
+    return run_model(config, plan.make_operands(config, params, make_linear), *INPUTS, plan.run_blocks)
 
 
-def gradients(plan, config=CONFIG):
+def gradients(plan, config=CONFIG, make_linear=None):
     """Every leaf but those that are zero but for rounding: of queries' and keys' alphas, for norms undo what they do,
     and of keys' biases, which move all of a query's scores alike."""
-    loss = lambda params: jnp.mean((run(plan, config, params) - TARGET) ** 2)  # noqa: E731
+    loss = lambda params: jnp.mean((run(plan, config, params, make_linear) - TARGET) ** 2)  # noqa: E731
     params = random_params(config)
     if not config.ternary:  # DiT, without norms of queries and keys, would have each token attend to one other
         params = jax.tree.map(lambda leaf: 0.3 * leaf, params)
@@ -94,6 +96,14 @@ def test_gradients_in_bfloat16_are_no_further_from_float32_than_plain_ones(exact
     if not ternary:
         exact = gradients(PLAIN, dataclasses.replace(config, dtype="float32", grad_dtype="float32"))
     plain, ours = (errors(gradients(plan, config), exact) for plan in (UNFUSED, FUSED))
+    assert ours.max() < 0.2 and ours.mean() < 1.2 * plain.mean()
+
+
+@pytest.mark.slow
+def test_a_soft_start_in_bfloat16_is_no_further_from_float32_than_in_plain_blocks(config):
+    make_linear = partial(softened_linear, jnp.float32(0.4))
+    exact = gradients(PLAIN, dataclasses.replace(config, dtype="float32", grad_dtype="float32"), make_linear)
+    plain, ours = (errors(gradients(plan, config, make_linear), exact) for plan in (UNFUSED, FUSED))
     assert ours.max() < 0.2 and ours.mean() < 1.2 * plain.mean()
 
 
