@@ -48,9 +48,17 @@ def test_a_soft_start_is_another_program_before_its_last_step(monkeypatch, tmp_p
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
     monkeypatch.setattr(loop, "choose_soft_plan", lambda model, mesh: "full precision")
     monkeypatch.setattr(loop, "device_batches", lambda setup, start: itertools.repeat({}))
+    pending, rates = [], []  # figures are written a step late, with the rate since the last ones
+
+    def log(state, batch, step):
+        pending.append(step)
+        return state
+
+    actions = SimpleNamespace(flush=lambda: rates.extend(observers.goodput.lap(pending.pop()) for _ in pending[:]))
+    actions.in_order = (Action("log", lambda step: True, log, waits=False),)
     with observers.watching(start):
-        loop.run_steps(setup, {"step": np.int32(start)}, SimpleNamespace(flush=lambda: None, in_order=()), observers)
-    assert "".join(steps) == made
+        loop.run_steps(setup, {"step": np.int32(start)}, actions, observers)
+    assert "".join(steps) == made and len(rates) == len(made) - 1 and min(rates, default=0) >= 0
     assert capsys.readouterr().out.count("the soft start is over") == (start < 4)
 
 

@@ -40,9 +40,10 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
     while True:
         compiles = step in (start, soft_steps)  # the first call of a program
         if compiles:
-            goodput.now("compile")
             if step == soft_steps > 0:
+                actions.flush()  # before `lap` counts from a later step
                 say(f"step {step:,}  the soft start is over: compiling the step of ternary weights")
+            goodput.now("compile")
         with goodput.spent("input"):
             batch = next(batches)
         profiler.before(step + 1)
