@@ -53,7 +53,8 @@ def gradients(plan, config=CONFIG, make_linear=None):
     and of keys' biases, which move all of a query's scores alike."""
     loss = lambda params: jnp.mean((run(plan, config, params, make_linear) - TARGET) ** 2)  # noqa: E731
     params = random_params(config)
-    if not config.ternary:  # DiT, without norms of queries and keys, would have each token attend to one other
+    # DiT, without norms of queries and keys, would have each token attend to one other.
+    if not config.ternary or config.family == "dit" and config.alpha_per == "channel":
         params = jax.tree.map(lambda leaf: 0.3 * leaf, params)
     leaves = jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params))
     return [

@@ -237,8 +237,8 @@ def queries_keys_values(
         def norm_rotate(which):
             alpha, at = None if by_output else alphas_ref[which], pl.ds(which * width, width)
 
-            def alphas():
-                """For even and for odd features; rows are loaded again at each use, for registers are few."""
+            def halves():
+                """The scales of even and of odd features; rows are loaded at each use, for registers are few."""
                 return warpgroup.split(warpgroup.load(alphas_ref.at[which])) if by_output else (alpha, alpha)
 
             def step(index, sums):
@@ -248,7 +248,7 @@ def queries_keys_values(
                 # What was turned by an angle is turned back by it.
                 d = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
                 scaled = lambda a: a if y_scale_ref is None else a * y_scale_ref[image, token]  # noqa: E731
-                scales = [scaled(half) for half in alphas()] if by_output else [scaled(alpha)] * 2
+                scales = [scaled(half) for half in halves()] if by_output else [scaled(alpha)] * 2
                 y = warpgroup.split(warpgroup.load(y_ref.at[image, token, at]))
                 n = [part * scale for part, scale in zip(y, scales, strict=True)]
                 mean = jnp.sum(n[0] + n[1]) * (1 / width)
@@ -260,7 +260,7 @@ def queries_keys_values(
                 d = [part * factor for part, factor in zip(d, gain, strict=True)]
                 mean = jnp.sum(d[0] + d[1]) * (1 / width)
                 along = jnp.sum(d[0] * n[0] + d[1] * n[1]) * (1 / width)
-                parts = zip(d, n, alphas(), strict=True)
+                parts = zip(d, n, halves(), strict=True)
                 dy = warpgroup.join(*((a - mean - b * along) * (inverse * alpha) for a, b, alpha in parts))
                 dy_out[image, token, at] = dy
                 if eight is not None:  # where the scale will be, the largest magnitude so far

@@ -116,6 +116,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
         image, tokens = jax.lax.axis_index("image"), jax.lax.axis_index("block") * count
         first = jax.lax.axis_index("part") * (together * part)
         alphas = scales_of(alphas_ref, 2, lambda k: pl.ds(first + k * part, part))
+        held = alphas(0) if together == 1 else None  # over all rows; those of a whole row would take its registers
 
         def load(index):
             row = y_ref.at[image, tokens + index]
@@ -126,7 +127,7 @@ def swiglu(y: Array, y_scale: Array | None, alphas: Array, dtype: DTypeLike | St
             scale = 1.0 if y_scale_ref is None else y_scale_ref[image, tokens + index]
             pieces = []
             for k, (a, b) in enumerate(loaded):
-                alpha_a, alpha_b = alphas(k)
+                alpha_a, alpha_b = held or alphas(k)
                 a = a.astype(jnp.float32) * (alpha_a * scale)
                 b = b.astype(jnp.float32) * (alpha_b * scale)
                 pieces.append(a * (1 / (1 + jnp.exp(-a))) * b)  # a reciprocal is one instruction
