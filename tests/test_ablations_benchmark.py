@@ -1,23 +1,42 @@
-"""The ablations' benchmark: variants that exist, a classifier that is the same for all, rows as a table."""
+"""The ablations' benchmark: variants that exist, runs after those they need, one classifier, rows as a table."""
 
 import ml_collections
 import numpy as np
+import pytest
 
 from terdit_jax.config import base_config
 from terdit_jax.evaluation.classifier import make_classifier, train_classifier
 from tests.commands import no_flags
 
 with no_flags():
-    from benchmarks.ablations import QUARTERS, TERNARISED, VARIANTS, table
+    from benchmarks.ablation_report import QUARTERS, plot, table
+    from benchmarks.ablation_variants import FULL, FULL_RUN, REFERENCE, TERNARISED, VARIANTS, needs, overrides
+    from benchmarks.ablations import runs_for
 
 
-def test_variants_set_fields_that_there_are():
-    for name, fields in VARIANTS.items():
-        assert (fields is None) == (name == TERNARISED)
-        config = ml_collections.ConfigDict(base_config())
-        for field, value in (fields or {}).items():
-            section, key = field.split(".")
-            config[section][key] = value  # a locked configuration refuses what it does not know
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_set_fields_that_there_are(name):
+    assert (VARIANTS[name] is None) == (name == TERNARISED)
+    config = ml_collections.ConfigDict(base_config())
+    fields = overrides(name, "runs/full", steps=1000)
+    for field, value in fields.items():
+        section, key = field.split(".")
+        config[section][key] = value  # a locked configuration refuses what it does not know, and values of other types
+    assert FULL_RUN not in fields.values()
+    if name != TERNARISED:
+        assert ("runs/full" in fields.values()) == (needs(name) == [FULL])
+
+
+def test_runs_come_after_those_that_they_need():
+    assert runs_for("ternary", "1") == [("ternary", "1")]
+    assert runs_for(TERNARISED, "0") == [(FULL, "0")]
+    assert runs_for("teacher", "0") == [(FULL, "0"), ("teacher", "0")]
+    expected = [(FULL, "0"), ("teacher", "0"), (REFERENCE, "0"), ("teacher@time", "0")]
+    assert runs_for("teacher@time", "0") == expected
+
+
+def test_a_soft_start_takes_a_quarter_of_the_steps():
+    assert overrides("soft_start", "", steps=1000)["train.soft_start_steps"] == 250
 
 
 def test_a_classifier_is_made_again_from_its_parameters():
@@ -27,11 +46,25 @@ def test_a_classifier_is_made_again_from_its_parameters():
     np.testing.assert_array_equal(again.logits(images), trained.logits(images))
 
 
-def test_a_table_has_means_over_seeds_and_the_end_of_the_curves():
-    curve = {name: [9.0] * 18 + [1.0, 3.0] for name in ("loss", *QUARTERS)}
-    scores = {"frechet_distance": 5.0, "agreement": 0.5}
-    rows = [{"variant": "ternary", "seed": seed, "curve": curve, "heldout_loss_ema": 0.25, **scores} for seed in "01"]
-    rows += [{"variant": TERNARISED, "seed": "0", **scores, "frechet_distance": 7.0}]
-    lines = table(rows).splitlines()
-    assert lines[2].startswith("| ternary | 2 | 2.0000 ± 0.0000 |") and "| 5.00 ± 0.00 | 50.0% ± 0.0% |" in lines[2]
-    assert lines[3] == f"| {TERNARISED} | 1 |  |  |  |  |  |  | 7.00 | 50.0% |  |"
+def rows_of(name, **fields):
+    curve = {key: [9.0] * 18 + [1.0, 3.0] for key in ("loss", *QUARTERS)} | {"step": list(range(20))}
+    heldout = {"step": [10, 20], "loss_ema": [0.5, 0.25]}
+    row = {"steps": 2000, "curve": curve, "heldout": heldout, "heldout_loss_ema": 0.25, "frechet_distance": 5.0}
+    row |= {"precision": 0.75, "recall": 0.5, "agreement": 0.5, "images_per_second": 100.0, "batch_size": 8}
+    return [row | {"variant": name, "seed": seed} | fields for seed in "01"]
+
+
+def test_a_table_has_means_over_seeds_the_end_of_the_curves_and_the_time_a_step():
+    rows = rows_of("teacher", images_per_second=80.0) + rows_of(REFERENCE)
+    rows += [{"variant": TERNARISED, "seed": "0", "frechet_distance": 7.0, "agreement": 0.5}]
+    reference, teacher, ternarised = table(rows).splitlines()[2:]
+    assert reference.startswith(f"| {REFERENCE} | 2 | 2,000 | 2.0000 ± 0.0000 |") and reference.endswith("| 1.00 |")
+    assert "| 0.2500 ± 0.0000 | 5.00 ± 0.00 | 0.750 ± 0.000 | 0.500 ± 0.000 | 50.0% ± 0.0% |" in teacher
+    assert teacher.endswith("| 1.25 |")
+    assert ternarised == f"| {TERNARISED} | 1 |  |  |  |  |  |  |  | 7.00 |  |  | 50.0% |  |"
+
+
+def test_rows_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(rows_of("teacher") + rows_of(REFERENCE), str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,64 @@
+"""The variants of `benchmarks.ablations`: overrides of one configuration, and the samplers of each objective."""
+
+TERNARISED, FULL = "ternarised_afterwards", "full_precision"
+REFERENCE = "least_squares"  # what the others' time a step is compared with
+AT_EQUAL_TIME = "@time"  # after a variant's name: trained for as long as REFERENCE, by the clock
+FULL_RUN = "{full_precision}"  # in a value: the workdir of FULL with the same seed
+
+AS_PUBLISHED, LEAST_SQUARES = ({"model.alpha_init": start} for start in ("normal", "least_squares"))
+NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
+CHANNELS, WARM = {"model.alpha_per": "channel", "model.gamma_per": "channel"}, {"train.init_from": FULL_RUN}
+TEACHER, SOFT = {"train.teacher": FULL_RUN}, {"train.soft_start_steps": "{quarter}"}  # of the steps
+FLOW = {"diffusion.objective": "flow", "model.learn_sigma": False, "sample.method": "heun", "sample.num_steps": 25}
+
+# None: the weights of FULL ternarised as they are, judged beside it.
+VARIANTS: dict[str, dict[str, object] | None] = {
+    FULL: {"model.ternary": False},
+    "ternary": AS_PUBLISHED,
+    "no_adaln_norm": AS_PUBLISHED | NO_NORM,
+    REFERENCE: LEAST_SQUARES,
+    "eight_bit": LEAST_SQUARES | EIGHT_BIT,
+    "no_drop": AS_PUBLISHED | {"optimizer.drop_step": 0},
+    "least_squares_no_adaln_norm": LEAST_SQUARES | NO_NORM,
+    "eight_bit_no_adaln_norm": LEAST_SQUARES | NO_NORM | EIGHT_BIT,
+    "alpha_per_channel": LEAST_SQUARES | {"model.alpha_per": "channel"},
+    "alpha_gamma_per_channel": LEAST_SQUARES | CHANNELS,
+    "threshold_0.7": LEAST_SQUARES | {"model.threshold": 0.7},
+    "soft_start": LEAST_SQUARES | SOFT,
+    "teacher": LEAST_SQUARES | TEACHER,
+    "warm_start": LEAST_SQUARES | WARM,
+    "warm_start_teacher": LEAST_SQUARES | WARM | TEACHER,
+    "channels_teacher": LEAST_SQUARES | CHANNELS | TEACHER,
+    "channels_soft_start": LEAST_SQUARES | CHANNELS | SOFT,
+    "channels_soft_start_teacher": LEAST_SQUARES | CHANNELS | SOFT | TEACHER,
+    "channels_eight_bit": LEAST_SQUARES | CHANNELS | EIGHT_BIT,
+    TERNARISED: None,
+    "flow_full_precision": FLOW | {"model.ternary": False},
+    "flow_least_squares": FLOW | LEAST_SQUARES,
+    "flow_channels": FLOW | LEAST_SQUARES | CHANNELS,
+}
+
+# objective: (sampler, calls of the network a step, fewest calls, most calls)
+SAMPLERS = {
+    "ddpm": (("dpmpp_2m", 1, 1, 100), ("ddpm", 1, 100, 1000)),
+    "flow": (("euler", 1, 1, 1000), ("heun", 2, 1, 100), ("sde", 1, 100, 1000)),
+}
+
+
+def split_name(name: str) -> tuple[str, bool]:
+    """A variant's name in VARIANTS, and whether it trains for as long as REFERENCE instead of for as many steps."""
+    return name.removesuffix(AT_EQUAL_TIME), name.endswith(AT_EQUAL_TIME)
+
+
+def needs(name: str) -> list[str]:
+    """The variants of the same seed whose runs must have ended before this one begins."""
+    variant, at_equal_time = split_name(name)
+    fields = VARIANTS[variant]
+    full = fields is None or FULL_RUN in fields.values()
+    return [FULL] * full + [variant, REFERENCE] * at_equal_time
+
+
+def overrides(name: str, full_run: str, steps: int) -> dict[str, object]:
+    """The fields that a variant sets, with the workdir of FULL and the steps of a soft start in their places."""
+    places = {FULL_RUN: full_run, "{quarter}": steps // 4}
+    return {field: places.get(str(value), value) for field, value in (VARIANTS[split_name(name)[0]] or {}).items()}
