@@ -41,7 +41,7 @@ POSITIVE = Rule(lambda value: 0 < _in_float32(value) < np.inf, "must be positive
 FINITE = Rule(lambda value: value == value and abs(_in_float32(value)) < np.inf, "must be finite in float32")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value and _in_float32(value) < np.inf, "must be finite and not negative")
 SHIFT = Rule(lambda value: 1e-3 <= value <= 1e3, "must lie in [0.001, 1000]")
-THRESHOLD = Rule(lambda value: 1e-3 <= value < 2, "must lie in [0.001, 2): a uniform draw has no weight beyond 2 gamma")
+THRESHOLD = Rule(lambda value: 1e-3 <= value < 1, "must lie in [0.001, 1): from 1 on, weights of one size are all 0")
 SHARE = Rule(lambda value: 0 <= value and _in_float32(value) < 1, "must be in [0, 1), in float32 too")
 AXIS = Rule(lambda value: value == -1 or 1 <= value <= 2**20, "must be -1 (what the others leave) or in [1, 1048576]")
 NAME = Rule(lambda value: 0 < len(value) <= 100 and value.isprintable() and value.strip() == value,

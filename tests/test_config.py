@@ -21,7 +21,7 @@ LIMITS = {
     "model.hidden_size": ((0, -32, 2**31, 2**63), (4, 2**17)),
     "model.depth": ((0, 10**6), (1, 1024)),
     "model.class_dropout_prob": ((-0.1, 1.0, NAN, 1 - 1e-12), (0.0, 0.5)),
-    "model.threshold": ((0, -0.5, NAN, INF, 1e-9, 2, 1e39), (1e-3, 0.7, 1)),
+    "model.threshold": ((0, -0.5, NAN, INF, 1e-9, 1, 1e39), (1e-3, 0.7, 0.999)),
     "diffusion.objective": (("", "sit"), ("ddpm", "flow")),
     "diffusion.path": (("", "vp"), ("linear", "gvp")),
     "diffusion.logit_mean": ((NAN, INF, -INF, 1e39), (-1e38, 0, 1.5)),

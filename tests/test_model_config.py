@@ -118,8 +118,8 @@ POSITIVE = (
         ({"alpha_per": "row"}, "model.alpha_per='row': choose one of matrix, channel"),
         ({"gamma_per": ""}, "model.gamma_per='': choose one of matrix, channel"),
         (
-            {"threshold": 2.0},
-            "model.threshold=2.0: must lie in [0.001, 2): a uniform draw has no weight beyond 2 gamma",
+            {"threshold": 1.0},
+            "model.threshold=1.0: must lie in [0.001, 1): from 1 on, weights of one size are all 0",
         ),
         (
             {**DIT, "ternary": False, "alpha_per": "channel"},
