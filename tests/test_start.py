@@ -1,6 +1,7 @@
 """What a training keeps of another model's weights, what it begins afresh, and how near it then starts."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from terdit_jax.model.embedders import condition
 from terdit_jax.model.transformer import abstract_params, forward, init_params, make_operands
 from terdit_jax.reproducible import make_key
 from terdit_jax.ternary.packing import unpack
-from terdit_jax.ternary.quantize import absmean_codes
+from terdit_jax.ternary.quantize import PUBLISHED, Rounding, absmean_codes
 from terdit_jax.training.examples import example_keys
 from tests.deployed import golden_weights, random_params, random_weights, small_config, weights_of
-from tests.golden_models import DIT, GOLDEN, golden_config
+from tests.golden_models import BY_CHANNEL, DIT, GOLDEN, golden_config
 from tests.torch_files import save_state_dict
 
 DDPM = make_objective(DiffusionConfig(), True)
@@ -50,12 +51,13 @@ def test_master_weights_come_back_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, master_params(small_config(), params_leaves(params)), params)
 
 
-def test_codes_become_master_weights_of_a_fresh_ones_size():
+@pytest.mark.parametrize("rounding", [PUBLISHED, Rounding("channel", 0.95)], ids=["published", "channel"])
+def test_codes_become_master_weights_of_a_fresh_ones_size(rounding):
     """Ternarised they are the same codes; their mean size is a xavier-uniform matrix's, so rates fit them as well."""
     weights = golden_weights("terdit_tiny")
     leaves = dict(weights.leaves())
     params = dict(params_leaves(master_params(weights.model, leaves.items())))
-    codes_of = jax.jit(jax.vmap(absmean_codes))
+    codes_of = jax.jit(jax.vmap(partial(absmean_codes, rounding=rounding)))
     for leaf in model_leaves(weights.model):
         if not leaf.ternary:
             np.testing.assert_array_equal(params[leaf.path], leaves[leaf.path])
@@ -81,6 +83,7 @@ VARIANTS = {
     "without the norm": {"adaln_rms_norm": False},
     "grouped heads": {"num_kv_heads": 1},
     "DiT": DIT,
+    "scales of outputs": BY_CHANNEL,
 }
 
 
@@ -97,8 +100,9 @@ def test_full_precision_becomes_ternary_by_least_squares_and_keeps_the_rest(obje
             np.testing.assert_array_equal(leaf, kept[path], err_msg=path)
         elif path.endswith("alpha"):
             weight = np.float64(kept[path.removesuffix("alpha") + "weight"])
-            codes = np.asarray(absmean_codes(jnp.asarray(weight, jnp.float32)), np.float64)
-            expected = (weight * codes).sum((1, 2)) / np.square(codes).sum((1, 2))
+            codes = np.asarray(absmean_codes(jnp.asarray(weight, jnp.float32), model.rounding), np.float64)
+            shared = (2,) if model.alpha_per == "channel" else (1, 2)
+            expected = (weight * codes).sum(shared) / np.square(codes).sum(shared)
             np.testing.assert_allclose(leaf, expected, rtol=1e-5, err_msg=path)
         else:
             assert path == "blocks/adaLN_modulation/norm/scale"
@@ -113,8 +117,8 @@ def gains_of(model, objective, params, leaves):
     adaln, gains = params["blocks"]["adaLN_modulation"], []
     for layer in range(model.depth):
         weight, bias = np.float64(adaln["weight"][layer]), np.float64(adaln["bias"][layer])
-        codes = np.asarray(absmean_codes(adaln["weight"][layer]), np.float64)
-        out = c @ (leaves["blocks/adaLN_modulation/alpha"][layer] * codes).T + bias
+        codes = np.asarray(absmean_codes(adaln["weight"][layer], model.rounding), np.float64)
+        out = c @ (np.reshape(leaves["blocks/adaLN_modulation/alpha"][layer], (-1, 1)) * codes).T + bias
         normed, wanted = out / np.sqrt(np.square(out).mean(1, keepdims=True) + 1e-5), c @ weight.T + bias
         gains.append(
             [np.linalg.lstsq(n[:, None], m, rcond=None)[0][0] for n, m in zip(normed.T, wanted.T, strict=True)]
@@ -122,7 +126,7 @@ def gains_of(model, objective, params, leaves):
     return np.array(gains)
 
 
-@pytest.mark.parametrize("fields", [{}, DIT], ids=["TerDiT", "DiT"])
+@pytest.mark.parametrize("fields", [{}, DIT, DIT | BY_CHANNEL], ids=["TerDiT", "DiT", "scales of outputs"])
 def test_a_model_that_ternary_weights_can_equal_starts_as_its_equal(fields):
     """Three values a matrix, and a modulation of the same length for every condition: the norm takes that length from
     it and the gain gives it back."""

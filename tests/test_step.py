@@ -109,7 +109,7 @@ def test_accumulation_changes_nothing_in_flow_matching():
     assert_trees_close(parts, whole)
 
 
-@pytest.mark.parametrize("fields", [{}, DIT], ids=["TerDiT", "DiT"])
+@pytest.mark.parametrize("fields", [BY_CHANNEL, DIT], ids=["TerDiT by channel", "DiT"])
 @pytest.mark.parametrize("plan", [PLAIN, FastPlan(layers="unrolled")], ids=["plain", "fast"])
 def test_a_soft_start_ends_at_the_ternary_step(fields, plan):
     """To float32's rounding: the last blend is alpha T, its gradient that of the ternary step."""
