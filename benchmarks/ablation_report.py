@@ -1,4 +1,4 @@
-"""What `benchmarks.ablations` makes of its rows: a table, a picture of curves and distances, and a grid of images."""
+"""Turns the rows of `benchmarks.ablations` into a table, a picture of curves and distances, and a grid of images."""
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def plot(rows: list[dict], path: str) -> None:
         _zoom(panels["hours"], [loss for row in runs for loss in row["heldout"]["loss_ema"]], end)
         _label_ends(panels["steps"], end, colours)
     panels["steps"].set(title="held-out loss of the averaged weights", xlabel="step")
-    panels["hours"].set(title="the same by training time", xlabel="hours, on shared GPUs")
+    panels["hours"].set(title="the same by training time", xlabel="hours")
     for quarter, span in zip(QUARTERS, _SPANS, strict=True):
         for row in rows:
             if "curve" in row:
@@ -113,7 +113,7 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 def _zoom(panel, losses: list[float], end: dict[str, float]) -> None:
-    """Shows the range in which runs end: what lies above twice of it is the start."""
+    """Shows the range in which runs end, and as much again above it; steep starts are cut off."""
     low, high = min(losses), max(end.values())
     panel.set_ylim(low - 0.05 * (high - low + low * 0.02), high + 1.5 * (high - low + low * 0.02))
 

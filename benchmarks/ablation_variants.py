@@ -3,12 +3,13 @@
 TERNARISED, FULL = "ternarised_afterwards", "full_precision"
 REFERENCE = "least_squares"  # what the others' time a step is compared with
 AT_EQUAL_TIME = "@time"  # after a variant's name: trained for as long as REFERENCE, by the clock
-FULL_RUN = "{full_precision}"  # in a value: the workdir of FULL with the same seed
+# Values that stand for the workdir of FULL with the same seed, and for a quarter of the steps.
+FULL_RUN, QUARTER = "{full_precision}", "{quarter}"
 
 AS_PUBLISHED, LEAST_SQUARES = ({"model.alpha_init": start} for start in ("normal", "least_squares"))
 NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
 CHANNELS, WARM = {"model.alpha_per": "channel", "model.gamma_per": "channel"}, {"train.init_from": FULL_RUN}
-TEACHER, SOFT = {"train.teacher": FULL_RUN}, {"train.soft_start_steps": "{quarter}"}  # of the steps
+TEACHER, SOFT = {"train.teacher": FULL_RUN}, {"train.soft_start_steps": QUARTER}
 FLOW = {"diffusion.objective": "flow", "model.learn_sigma": False, "sample.method": "heun", "sample.num_steps": 25}
 
 # None: the weights of FULL ternarised as they are, judged beside it.
@@ -22,11 +23,13 @@ VARIANTS: dict[str, dict[str, object] | None] = {
     "least_squares_no_adaln_norm": LEAST_SQUARES | NO_NORM,
     "eight_bit_no_adaln_norm": LEAST_SQUARES | NO_NORM | EIGHT_BIT,
     "alpha_per_channel": LEAST_SQUARES | {"model.alpha_per": "channel"},
-    "alpha_gamma_per_channel": LEAST_SQUARES | CHANNELS,
+    "gamma_per_channel": LEAST_SQUARES | {"model.gamma_per": "channel"},
+    "channels": LEAST_SQUARES | CHANNELS,
     "threshold_0.7": LEAST_SQUARES | {"model.threshold": 0.7},
     "soft_start": LEAST_SQUARES | SOFT,
     "teacher": LEAST_SQUARES | TEACHER,
     "warm_start": LEAST_SQUARES | WARM,
+    "warm_start_soft": LEAST_SQUARES | WARM | SOFT,
     "warm_start_teacher": LEAST_SQUARES | WARM | TEACHER,
     "channels_teacher": LEAST_SQUARES | CHANNELS | TEACHER,
     "channels_soft_start": LEAST_SQUARES | CHANNELS | SOFT,
@@ -60,5 +63,5 @@ def needs(name: str) -> list[str]:
 
 def overrides(name: str, full_run: str, steps: int) -> dict[str, object]:
     """The fields that a variant sets, with the workdir of FULL and the steps of a soft start in their places."""
-    places = {FULL_RUN: full_run, "{quarter}": steps // 4}
+    places = {FULL_RUN: full_run, QUARTER: steps // 4}
     return {field: places.get(str(value), value) for field, value in (VARIANTS[split_name(name)[0]] or {}).items()}

@@ -6,11 +6,12 @@ python -m benchmarks.ablations --data=data/cifar10 --steps=16000 --seeds=0,1 --d
 
 Every run is `terdit_jax.main` on the configuration with the overrides of `ablation_variants`, in a process of its own
 with a device of its own, and is judged there as `terdit_jax.evaluate` does it, by one classifier for all, on images of
-its averaged weights. Variants train for equal steps; VARIANT@time trains for as long as least_squares, by the clock. A
-run that starts from the full-precision one, or learns from it, begins when that has ended. Rows are written as they
+its averaged weights. Variants train for equal steps; VARIANT@time trains for as long as least_squares, by the rates of
+both, which on shared GPUs are as alike as their neighbours. A run that starts from the full-precision one, or learns
+from it, begins when that has ended, whose time is not counted. Rows are written as they
 come; runs and rows that exist are not made again, and a run that was stopped goes on from its last checkpoint. Further
 overrides for all runs: --set=model.hidden_size=256,model.depth=6. With --calls=10,20,50,250, images are also drawn and
-judged at so many calls of the network, by the samplers of the run's objective.
+judged with these numbers of calls of the network, by the samplers of the run's objective.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,6 @@ from typing import Any
 from absl import flags
 from flax import serialization
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ablation_report import QUARTERS, grid, names_of, plot, table
@@ -45,21 +45,19 @@ from benchmarks.ablation_variants import (
 )
 from benchmarks.machine import locked, on_devices
 from terdit_jax.data.reader import open_dataset
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import Classifier, make_classifier, train_classifier
 from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.manifold import precision_recall
 from terdit_jax.evaluation.proxy import LabelledImages, classifier_steps, proxy_metrics, sample_labels
-from terdit_jax.fast.inference_pass import make_inference_operands
-from terdit_jax.fast.modes import choose_numerics
 from terdit_jax.inference.images import to_uint8
-from terdit_jax.inference.runtime import Denoiser, place_operands
-from terdit_jax.interop.published import Leaves
+from terdit_jax.inference.runtime import Denoiser, describe_denoiser, load_denoiser
+from terdit_jax.interop.published import params_leaves
+from terdit_jax.interop.start import master_params, ternarised_params
 from terdit_jax.interop.weights import open_weights
-from terdit_jax.model.plan import PLAIN
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.paths import define_path
-from terdit_jax.ternary.quantize import least_squares_alpha
 from terdit_jax.versions import versions
 
 _CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "Configuration of a ternary model of images.")
@@ -103,6 +101,9 @@ def main(argv: Sequence[str]) -> None:
     known = {(row["variant"], row["seed"]) for row in content["rows"]}
     wanted = [(name, seed) for seed in _SEEDS.value for name in names if (name, seed) not in known]
     runs = dict.fromkeys(run for name, seed in wanted for run in runs_for(name, seed))
+    # A run that another needs is there already if it has been judged; its workdir may have been lost all the same.
+    needless = known - {(FULL, seed) for name, seed in wanted if name == TERNARISED}
+    runs = [(name, seed) for name, seed in runs if (name, seed) not in needless or not workdir(name, seed).exists()]
     pathlib.Path(_FOLDER.value).mkdir(parents=True, exist_ok=True)
     for rows in run_all(["classifier", *(f"{name}:{seed}" for name, seed in runs)] if runs else []):
         for row in rows:
@@ -201,7 +202,7 @@ def make_rows(job: str) -> Iterator[dict]:
 
 
 def by_calls(model: Denoiser, judge: Callable[..., tuple[dict, np.ndarray]], place: pathlib.Path) -> dict:
-    """Scores of images drawn with each number of --calls, by each sampler that is made for so many. They are written
+    """Scores of images drawn with each number of --calls, by each sampler that is made for it. They are written
     to `place` as they come; those that are there already are not made again."""
     scores = json.loads(place.read_text()) if place.exists() else {}
     for calls in map(int, _CALLS.value):
@@ -266,7 +267,7 @@ def _measured(name: str, seed: str) -> dict:
         },
         "heldout_loss": last.get("heldout_loss"),
         "heldout_loss_ema": last.get("heldout_loss_ema"),
-        "images_per_second": float(np.median(rates)) if rates else None,
+        "images_per_second": float(1 / np.mean(1 / np.array(rates))) if rates else None,
         "batch_size": json.loads((workdir(name, seed) / "config.json").read_text())["train"]["batch_size"],
     }
 
@@ -275,25 +276,14 @@ def load(name: str, seed: str) -> Denoiser:
     """The averaged weights of a run, or those of the full-precision one ternarised as they are, as `load_model` has
     them by itself: the trained model's function in bfloat16, whatever the variant; float32 on CPUs."""
     weights = open_weights(workdir(FULL if name == TERNARISED else name, seed))
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config, leaves = dataclasses.replace(weights.model, dtype=dtype), weights.leaves()
+    description, leaves = weights.description, weights.leaves()
     if name == TERNARISED:
-        config, leaves = dataclasses.replace(config, ternary=True, adaln_rms_norm=False), ternarised(leaves)
-    mesh = single_device_mesh()
-    numerics = choose_numerics("auto", config, mesh)
-    operands = place_operands(config, leaves, mesh)
-    if numerics:
-        operands = make_inference_operands(config, numerics, operands)
-    return Denoiser(config, weights.description, mesh, PLAIN, numerics, operands)
-
-
-def ternarised(leaves: Leaves) -> Leaves:
-    """A full-precision model's leaves as a ternary model's without an RMSNorm after adaLN: alpha by least squares."""
-    matrices = ("attention/w", "feed_forward/w", "adaLN_modulation")
-    for path, leaf in leaves:
-        yield path, leaf
-        if path.startswith("blocks/") and path.endswith("/weight") and any(part in path for part in matrices):
-            yield path.removesuffix("weight") + "alpha", np.asarray(jax.vmap(least_squares_alpha)(jnp.asarray(leaf)))
+        model = dataclasses.replace(description.model, ternary=True, adaln_rms_norm=False)
+        objective = make_objective(description.diffusion, model.learn_sigma)
+        params = ternarised_params(model, model.num_classes, objective, master_params(description.model, leaves))
+        description, leaves = dataclasses.replace(description, model=model), params_leaves(params)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return load_denoiser(describe_denoiser(description, single_device_mesh(), dtype, "auto"), leaves)
 
 
 def make_judge():

@@ -94,7 +94,7 @@ class ModelConfig:
     )
     gamma_per: str = setting(
         "matrix",
-        "Over what gamma is the mean of abs(W). `matrix`: all of it, as published. `channel`: each row.",
+        "Weights that share a gamma, the mean of abs(W). `matrix`: all of a matrix, as published. `channel`: each row.",
         one_of("matrix", "channel"),
         added=True,
         omitted=True,
@@ -299,14 +299,14 @@ class TrainConfig:
     soft_start_steps: int = setting(
         0,
         "Steps over which the weight in use moves from the master weight W to the ternary alpha T, in equal parts "
-        "([training.md](training.md#soft-start)). 0: ternary from the first step, as published.",
+        "([training.md](training.md#a-soft-start)). 0: ternary from the first step, as published.",
         whole(0),
     )
     teacher: str = setting(
         "",
-        "A trained model, ternary or not, whose predictions a run learns beside its data: whatever `train.init_from` "
-        "takes, of the same data and objective ([training.md](training.md#a-teacher)). A resumed run needs the same "
-        "weights, which may have moved. Empty: none.",
+        "A trained model, ternary or not, whose predictions a run learns beside its data: whatever `sample --model` "
+        "opens without further flags, of the same data and objective ([training.md](training.md#a-teacher)). On resume "
+        "the file may have moved, its weights must be the same. Empty: none.",
         PATH,
         free=True,
     )

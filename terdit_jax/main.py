@@ -5,7 +5,6 @@ Any field is overridden with --config.section.field=value; the same command resu
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from functools import partial
 
 from absl import flags
 from etils import epath
@@ -21,7 +20,7 @@ from terdit_jax.inference.decoding import to_images
 from terdit_jax.inference.images import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.inference.teacher import abstract_teacher, load_teacher
-from terdit_jax.interop.start import open_source
+from terdit_jax.interop.start import Source, open_source
 from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
@@ -83,7 +82,16 @@ def _starter(setup: Setup) -> Callable[[], dict] | None:
     if not fields.init_from:
         return None
     objective = setup.objective.name
-    opened = partial(open_source, fields.init_from, setup.model, objective, keep_labels=fields.init_labels)
+
+    def opened() -> Source:
+        source = open_source(fields.init_from, setup.model, objective, keep_labels=fields.init_labels)
+        if fields.soft_start_steps and not source.ternarises:
+            raise UserError(
+                f"config.train.soft_start_steps={fields.soft_start_steps}: begins at master weights, and "
+                f"config.train.init_from={fields.init_from} is ternary already; give 0"
+            )
+        return source
+
     early = None if (setup.workdir / "checkpoints").exists() else opened()
 
     def load() -> dict:

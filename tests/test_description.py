@@ -12,7 +12,6 @@ from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
 from terdit_jax.interop.description import Description, describe_run
 from terdit_jax.training import resume
-from terdit_jax.training.teacher import Teacher
 from tests.deployed import VARIANTS, describe, small_config
 
 ENORMOUS, GONE = 10**400, "gone"
@@ -95,7 +94,7 @@ def test_a_run_describes_itself():
 
 def test_a_run_names_its_teacher():
     metadata = make_synthetic((32, 32, 4), 1000).metadata
-    run = resume.describe_run(RunConfig(), 1, metadata, Teacher({}, lambda *_: None, 1.0, "f" * 64))
+    run = resume.describe_run(RunConfig(), 1, metadata, "f" * 64)
     assert describe_run(run, ema=True, source="runs/a").provenance["teacher"] == "f" * 64
     for forged in (3, None, "f" * 201, "\n"):
         with pytest.raises(UserError, match="runs/a: its newest checkpoint does not describe a run"):

@@ -122,6 +122,9 @@ def test_a_warm_and_soft_start_killed_and_resumed_equals_uninterrupted(places, t
     assert_same_run(killed, whole)
     _, err = resume(places, killed, **start | {"train__soft_start_steps": 20}, status=2)
     assert "holds a run with train.soft_start_steps=30, not 20" in err
+    _, err = resume(places, tmp_path / "again", **start | {"train__init_from": whole}, status=2)
+    message = f"soft_start_steps=30: begins at master weights, and config.train.init_from={whole} is ternary already"
+    assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "again").exists()
 
 
 def test_a_sampler_of_the_other_objective_is_refused_before_anything_is_written(places, tmp_path):

@@ -37,13 +37,13 @@ def done(monkeypatch, tmp_path):
 def test_a_soft_start_is_another_program_before_its_last_step(monkeypatch, tmp_path, capsys, start, made):
     config = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=3))
     setup = SimpleNamespace(config=config, dataset=SimpleNamespace(metadata=SimpleNamespace(latent_scale=1.0)))
-    for name in ("model", "objective", "optimizer", "mesh"):
+    for name in ("model", "objective", "optimizer", "mesh", "teacher"):
         setattr(setup, name, None)
     setup.plan, steps, observers = "ternary", [], Observers(tmp_path)
 
     def make_train_step(*arguments, soft=False):
         assert arguments[-1] == ("full precision" if soft else "ternary")
-        return lambda state, batch: steps.append("S" if soft else "T") or {"step": state["step"] + 1}
+        return lambda state, *_: steps.append("S" if soft else "T") or {"step": state["step"] + 1}
 
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
     monkeypatch.setattr(loop, "choose_soft_plan", lambda model, mesh: "full precision")

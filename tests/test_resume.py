@@ -78,7 +78,7 @@ def test_a_teacher_may_move_but_not_become_another():
     """Without weight it is not read, and says nothing."""
     there, moved = changed(**{"train.teacher": "runs/full"}), changed(**{"train.teacher": "runs/moved"})
     teacher = Teacher({}, lambda *_: None, 1.0, FINGERPRINT)
-    run = json.loads(json.dumps(describe_run(there, 120, DATA, teacher)))
+    run = json.loads(json.dumps(describe_run(there, 120, DATA, FINGERPRINT)))
     for given in (teacher, None):
         changes = check_resumable(run, moved, FINGERPRINT, "runs/a", given)
         assert changes == ["config.train.teacher: 'runs/full' -> 'runs/moved'"]

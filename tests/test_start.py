@@ -189,6 +189,8 @@ def test_a_line_says_what_begins_afresh(tmp_path):
     ):
         line = f"weights from {path}, step 7, averaged; begun afresh: {afresh}"
         assert str(open_source(path, model)) == line
+    export(random_weights(small_config()), tmp_path / "packed.safetensors", "packed")
+    assert str(open_source(tmp_path / "packed.safetensors", small_config())).endswith(": master weights, of the codes")
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,8 @@ def test_zero_weight_equals_no_teacher_from_the_start_or_from_the_middle_on(taug
     out, _ = execute("main", *arguments(taught, "weaned", "gone", 20, train__teacher_weight=0))
     assert "config.train.teacher_weight: 0.7 -> 0.0" in out and "\nteacher: " not in out
     assert "distillation" not in metrics_without_timing(taught / "weaned")[-1]
+    runs = [Checkpoints(taught / name).newest_run() for name in ("run", "weaned")]
+    assert runs[0]["teacher"] == runs[1]["teacher"] and len(runs[1]["teacher"]) == 64
     out, _ = execute("main", *arguments(taught, "weaned", num_steps=24))
     assert metrics_without_timing(taught / "weaned")[-1]["distillation"] > 0
 

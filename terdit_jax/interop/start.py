@@ -23,7 +23,7 @@ from terdit_jax.model.layers import linear, rms_norm
 from terdit_jax.model.transformer import init_params
 from terdit_jax.reproducible import make_key
 from terdit_jax.ternary.packing import CODES_PER_BYTE, unpack
-from terdit_jax.ternary.quantize import Rounding, absmean_codes, least_squares_alpha
+from terdit_jax.ternary.quantize import Rounding, absmean_codes, least_squares_alpha, spread
 from terdit_jax.training.examples import example_keys
 
 # What weights must have in common with the model that starts from them: all that shapes or moves their numbers, but
@@ -59,7 +59,7 @@ class Source:
         """
         source, description = self.weights.model, self.weights.description
         params = master_params(source, self.weights.leaves())
-        if self._ternarises:
+        if self.ternarises:
             objective = make_objective(description.diffusion, source.learn_sigma)
             params = ternarised_params(self.model, source.num_classes, objective, params)
         if self._fresh_labels:
@@ -69,7 +69,9 @@ class Source:
     def __str__(self) -> str:
         """One line: where the weights come from and what is begun afresh beside the optimizer."""
         description, fresh = self.weights.description, []
-        if self._ternarises:
+        if self.model.ternary and not self.ternarises and not self.weights.masters:
+            fresh.append("master weights, of the codes")
+        if self.ternarises:
             fresh.append("alpha, by least squares")
             fresh += ["the gain after adaLN, by least squares"] if self.model.adaln_rms_norm else []
         if self._fresh_labels:
@@ -79,7 +81,8 @@ class Source:
         return f"weights from {self.weights.source}{step}, {which}; begun afresh: {'; '.join(fresh) or 'nothing'}"
 
     @property
-    def _ternarises(self) -> bool:
+    def ternarises(self) -> bool:
+        """Whether full-precision weights become a ternary model's."""
         return self.model.ternary and not self.weights.model.ternary
 
     @property
@@ -183,7 +186,7 @@ def _conditions(num_classes: int, objective: Objective, params: dict) -> Array:
 def _fit_gain(rounding: Rounding, c: Array, weight: Array, bias: Array, alpha: Array) -> Array:
     """The gain (6 D,) of one layer; 1, as in a fresh model, where the normalised modulation is always zero."""
     codes = absmean_codes(weight, rounding)
-    in_use = jnp.expand_dims(alpha, range(alpha.ndim, 2)) * codes
+    in_use = spread(alpha, codes) * codes
     target = linear(c, {"weight": weight, "bias": bias})
     normed = rms_norm(linear(c, {"weight": in_use, "bias": bias}), jnp.float32(1))
     power = jnp.sum(jnp.square(normed), axis=0)

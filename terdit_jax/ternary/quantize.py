@@ -156,8 +156,8 @@ def soften(weight: Array, alpha: Array, share: Array, rounding: Rounding = PUBLI
     The gradient is straight-through, and at s = 1 that of `ternarize`: dL/dalpha = s <dL/dw, T>, and
     dL/dW = ((1 - s) |alpha| + s alpha) dL/dw, which for alpha > 0 is alpha dL/dw at every s. With the factor 1 - s + s
     alpha of the blend itself W's gradient would shrink by the order of alpha, about a twentieth, on the way, and Adam's
-    second moments, which remember the larger ones for thousands of steps, would hold W still. Adam divides a factor
-    that a matrix has throughout out again.
+    second moments, which remember the larger ones for thousands of steps, would hold W still. A constant
+    factor on a matrix's gradient cancels in Adam.
 
     Args:
       weight: (..., out, in) float32.
@@ -174,17 +174,17 @@ def soften(weight: Array, alpha: Array, share: Array, rounding: Rounding = PUBLI
 
 def _soften_fwd(weight: Array, alpha: Array, share: Array, rounding: Rounding) -> tuple[Array, tuple[Array, ...]]:
     codes, alpha, _ = ternarize(weight, alpha, jnp.float32, rounding)
-    return (1 - share) * weight + share * _spread(alpha, weight) * codes, (codes, alpha, share)
+    return (1 - share) * weight + share * spread(alpha, weight) * codes, (codes, alpha, share)
 
 
 def _soften_bwd(_, residuals: tuple[Array, ...], dw: Array) -> tuple[Array, Array, Array]:
     codes, alpha, share = residuals
     factor = (1 - share) * jnp.abs(alpha) + share * alpha
     dalpha = share * jnp.sum(dw * codes, axis=tuple(range(alpha.ndim, dw.ndim)))
-    return _spread(factor, dw) * dw, dalpha, jnp.zeros_like(share)
+    return spread(factor, dw) * dw, dalpha, jnp.zeros_like(share)
 
 
-def _spread(alpha: Array, weight: Array) -> Array:
+def spread(alpha: Array, weight: Array) -> Array:
     """The scale with an axis of one for each axis of the weight that shares it."""
     return jnp.expand_dims(alpha, tuple(range(alpha.ndim, weight.ndim)))
 

@@ -78,8 +78,11 @@ class Actions:
         draw_grid: DrawGrid,
         judge: Judge | None = None,
         best: BestCheckpoint | None = None,
+        teacher: str = "",
     ):
-        """Takes what the actions write to: `writer` is None on all processes but the first."""
+        """Takes what the actions write to: `writer` is None on all processes but the first. `teacher`: fingerprint of
+        the one that the run has or had."""
+        self.teacher = teacher
         self.setup, self.goodput, self.writer, self.checkpoints = setup, observers.goodput, writer, checkpoints
         config, reached = setup.config, observers.interruption.reached
         self.in_order = (
@@ -222,7 +225,7 @@ class Actions:
         return state
 
     def _describe(self, step: int) -> dict[str, Any]:
-        return describe_run(self.setup.config, step, self.setup.dataset.metadata, self.setup.teacher)
+        return describe_run(self.setup.config, step, self.setup.dataset.metadata, self.teacher)
 
 
 def _summarize(setup: Setup, state: State, batch: Batch) -> tuple[dict[str, Array], State]:

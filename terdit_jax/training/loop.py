@@ -41,6 +41,7 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
         compiles = step in (start, soft_steps)  # the first call of a program
         if compiles:
             if step == soft_steps > 0:
+                jax.block_until_ready(state)
                 actions.flush()  # before `lap` counts from a later step
                 say(f"step {step:,}  the soft start is over: compiling the step of ternary weights")
             goodput.now("compile")

@@ -19,10 +19,10 @@ from terdit_jax.training.teacher import Teacher
 from terdit_jax.untrusted import printable, reading, short, short_json
 
 
-def describe_run(config: RunConfig, step: int, data: Metadata, teacher: Teacher | None = None) -> dict[str, Any]:
-    """The JSON saved beside a state: its step, seed, whole configuration, and what sampling must know of the data."""
-    taught = {"teacher": teacher.fingerprint} if teacher else {}
-    return taught | {
+def describe_run(config: RunConfig, step: int, data: Metadata, teacher: str = "") -> dict[str, Any]:
+    """The JSON saved beside a state: its step, seed, whole configuration, the fingerprint of a teacher it has or had,
+    and what sampling must know of the data."""
+    return ({"teacher": teacher} if teacher else {}) | {
         "step": step,
         "seed": config.seed,
         "data_fingerprint": data.fingerprint,

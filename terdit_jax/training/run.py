@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import shlex
+from typing import Any
 
 from absl import logging
 from clu import parameter_overview
@@ -60,7 +61,8 @@ def train(
         opened.enter_context(WorkdirLock(workdir))
         observers = Observers(workdir, heartbeat, profile)
         checkpoints = CheckpointWriter(workdir, config.checkpoint)
-        state = _resume(setup, checkpoints, observers.goodput) or _begin(setup, load_start)
+        before = checkpoints.newest_run() or {}
+        state = _resume(setup, before, checkpoints, observers.goodput) or _begin(setup, load_start)
         start = step = int(state["step"])
         _introduce(setup, start)
         if start >= num_steps:
@@ -77,7 +79,8 @@ def train(
             best = open_best(workdir, start) if judge else None
             if best:
                 opened.callback(best.close)
-            actions = Actions(setup, observers, writer, checkpoints, draw_grid, judge, best)
+            teacher = setup.teacher.fingerprint if setup.teacher else before.get("teacher", "")
+            actions = Actions(setup, observers, writer, checkpoints, draw_grid, judge, best, teacher)
             step = run_steps(setup, state, actions, observers)
             observers.complete = step == num_steps
     if start >= num_steps:
@@ -91,11 +94,11 @@ def train(
         _say_what_to_do_next(setup)
 
 
-def _resume(setup: Setup, checkpoints: CheckpointWriter, goodput: Goodput) -> State | None:
-    """The state to go on from, or None for a run that has saved nothing."""
-    if run := checkpoints.newest_run():
+def _resume(setup: Setup, before: dict[str, Any], checkpoints: CheckpointWriter, goodput: Goodput) -> State | None:
+    """The state to go on from, or None for a run that has saved nothing; `before` describes its newest checkpoint."""
+    if before:
         fingerprint, workdir = setup.dataset.metadata.fingerprint, str(setup.workdir)
-        for change in check_resumable(run, setup.config, fingerprint, workdir, setup.teacher):
+        for change in check_resumable(before, setup.config, fingerprint, workdir, setup.teacher):
             say(f"continuing with a changed configuration: {change}")
     with goodput.spent("restore"):
         taught = bool(setup.config.train.teacher)

@@ -21,7 +21,7 @@ from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
 from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.compiler_options import check_options, compiler_options
-from terdit_jax.parallel.mesh import make_mesh
+from terdit_jax.parallel.mesh import make_mesh, on_mesh
 from terdit_jax.parallel.sharding import AnyMesh, abstract_sharded, batch_shards, check_heads
 from terdit_jax.paths import as_path
 from terdit_jax.training.optimizer import make_optimizer
@@ -55,9 +55,13 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     mesh = make_mesh(config.mesh)
     check_division(config, model, mesh)
     check_soft_start(config)
+    if not (config.train.init_labels or config.train.init_from):
+        raise UserError("config.train.init_labels=False: is about config.train.init_from, which is empty; give True")
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     plan = choose_plan(model, mesh)
+    if config.train.soft_start_steps:  # what the ternary step would refuse only when it is reached
+        on_mesh(mesh, partial(jax.eval_shape, partial(plan.make_operands, model)))(abstract_params(model))
     check_memory(config, model, mesh, plan)
     check_arrays(model, mesh, plan)
     check_options(compiler_options(config, mesh), jax.local_devices()[0])
@@ -89,7 +93,7 @@ def check_soft_start(config: RunConfig) -> None:
     elif model.alpha_init != "least_squares" and not config.train.init_from:
         advice = f"ends at alpha T, and config.model.alpha_init={model.alpha_init!r}; give 'least_squares'"
     elif steps >= config.train.num_steps:
-        advice = f"is not over before config.train.num_steps={config.train.num_steps}; give fewer"
+        advice = f"is not over before config.train.num_steps={config.train.num_steps}; give fewer, or more of those"
     else:
         return
     raise UserError(f"config.train.soft_start_steps={steps}: {advice}")
