@@ -146,6 +146,17 @@ def test_a_model_that_ternary_weights_can_equal_starts_as_its_equal(fields):
     np.testing.assert_allclose(*outputs, atol=2e-5 * np.abs(outputs[0]).max())
 
 
+@pytest.mark.parametrize("fields", [{}, DIT], ids=["TerDiT", "DiT"])
+def test_the_alpha_of_a_matrix_becomes_that_of_each_output(tmp_path, fields):
+    model = small_config(**fields)
+    path, channel = saved(tmp_path / "a.safetensors", model), dataclasses.replace(model, alpha_per="channel")
+    params = open_source(path, channel).params(0)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(channel))
+    for name, leaf in params_leaves(open_source(path, model).params(0)):
+        spread = dict(params_leaves(params))[name]
+        np.testing.assert_array_equal(spread, leaf[:, None] + np.zeros_like(spread) if "/alpha" in name else leaf)
+
+
 def test_a_start_that_has_learned_no_modulation_has_a_fresh_norm():
     model = small_config()
     params = full_precision(model)

@@ -28,7 +28,7 @@ def test_given_parameters_start_a_sharded_state():
     jax.tree.map(np.testing.assert_array_equal, state["window"]["codes"], packed_codes(model, params))
 
 
-@pytest.mark.parametrize("fields", [{}, BY_CHANNEL, {"threshold": 1.9}], ids=str)
+@pytest.mark.parametrize("fields", [{}, BY_CHANNEL, {"threshold": 0.95}], ids=str)
 def test_a_start_from_a_packed_file_ternarises_to_its_codes(tmp_path, fields):
     model = small_config(**fields)
     weights = random_weights(model)
@@ -44,6 +44,9 @@ def test_a_start_from_another_model_is_refused(tmp_path):
     export(random_weights(small_config()), tmp_path / "packed.safetensors", "packed")
     with pytest.raises(UserError, match="init_from=.*has depth=2, config.model has 3"):
         open_source(tmp_path / "packed.safetensors", small_config(depth=3))
-    for field, value in BY_CHANNEL.items():
-        with pytest.raises(UserError, match=f"has {field}=.*, config.model has {value}"):
-            open_source(tmp_path / "packed.safetensors", small_config(**{field: value}))
+    for field in ("gamma_per", "threshold"):
+        with pytest.raises(UserError, match=f"has {field}=.*, config.model has {BY_CHANNEL[field]}"):
+            open_source(tmp_path / "packed.safetensors", small_config(**{field: BY_CHANNEL[field]}))
+    export(random_weights(small_config(alpha_per="channel")), tmp_path / "channel.safetensors", "packed")
+    with pytest.raises(UserError, match="has alpha_per=channel, config.model has matrix"):
+        open_source(tmp_path / "channel.safetensors", small_config())

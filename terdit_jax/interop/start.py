@@ -3,6 +3,7 @@
 `weights` opens the source, `training.state` makes a state of the parameters.
 """
 
+from collections.abc import Iterator
 import dataclasses
 from functools import partial
 
@@ -62,6 +63,8 @@ class Source:
         if self.ternarises:
             objective = make_objective(description.diffusion, source.learn_sigma)
             params = ternarised_params(self.model, source.num_classes, objective, params)
+        elif self.model.alpha_per != source.alpha_per:
+            params = params_tree(_spread_alphas(self.model, params))
         if self._fresh_labels:
             params["y_embedder"]["embedding_table"] = _fresh_labels(self.model, seed, params)
         return params
@@ -106,8 +109,10 @@ def open_source(path: epath.PathLike, model: DiTConfig, objective: str = "flow",
     weights = open_told(path, Told(model.num_heads, objective))
     given = weights.model
     for field in ("ternary", "adaln_rms_norm", *QUANTISER) if given.ternary else ():
-        # Full precision has no norm after adaLN, and three values a matrix are no start that it could use.
-        _check(path, field, given, model)
+        # Full precision has no norm after adaLN, and three values a matrix are no start that it could use. A matrix's
+        # alpha may become that of each of its outputs.
+        if field != "alpha_per" or model.alpha_per == "matrix":
+            _check(path, field, given, model)
     for field in _MUST_AGREE:
         _check(path, field, given, model)
     return Source(weights, model, keep_labels)
@@ -142,6 +147,13 @@ def _unpack_masters(packed: np.ndarray) -> np.ndarray:
         share = max(np.abs(codes).mean(), 1e-3)
         layers.append(codes * np.float32(mean_abs / share))
     return np.stack(layers)
+
+
+def _spread_alphas(model: DiTConfig, params: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves in which every output has the alpha of its matrix."""
+    shapes = {leaf.path: leaf.shape for leaf in model_leaves(model)}
+    for path, leaf in params_leaves(params):
+        yield path, np.broadcast_to(leaf[:, None], shapes[path]) if path.endswith("/alpha") else leaf
 
 
 def ternarised_params(model: DiTConfig, num_classes: int, objective: Objective, params: dict) -> dict:
