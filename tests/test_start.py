@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from terdit_jax.config_sections import DiffusionConfig
 from terdit_jax.diffusion.objective import make_objective
@@ -24,7 +24,7 @@ from terdit_jax.ternary.quantize import PUBLISHED, Rounding, absmean_codes
 from terdit_jax.training.examples import example_keys
 from tests.deployed import golden_weights, random_params, random_weights, small_config, weights_of
 from tests.golden_models import BY_CHANNEL, DIT, GOLDEN, golden_config
-from tests.torch_files import save_state_dict
+from tests.torch_files import save_tensors
 
 DDPM = make_objective(DiffusionConfig(), True)
 FULL = small_config(ternary=False)
@@ -229,16 +229,10 @@ def dit():
     return load_file(GOLDEN / "dit_tiny.safetensors")
 
 
-def save_dit(tensors, path):
-    """A file as other software writes it."""
-    save_file(tensors, path) if path.suffix == ".safetensors" else save_state_dict(tensors, path)
-    return path
-
-
 @pytest.mark.parametrize("name", ["DiT-XL-2.safetensors", "SiT-XL-2.safetensors", "other.safetensors"])
 def test_a_training_starts_from_a_dit_whatever_it_predicted(tmp_path, dit, name):
     """Heads are the run's own where the file does not tell, and so is adaLN's norm, which only ternary models have."""
-    path, model = save_dit(dit, tmp_path / name), golden_config("dit_tiny")
+    path, model = save_tensors(dit, tmp_path / name), golden_config("dit_tiny")
     expected = params_tree(golden_weights("dit_tiny").leaves())
     jax.tree.map(np.testing.assert_array_equal, open_source(path, model).params(0), expected)
 
@@ -252,14 +246,14 @@ def test_a_training_starts_from_a_dit_whatever_it_predicted(tmp_path, dit, name)
     ],
 )
 def test_a_training_starts_from_no_other_dit(tmp_path, dit, fields, message):
-    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
+    path = save_tensors(dit, tmp_path / "DiT-XL-2.safetensors")
     model = small_config(**{"ternary": False, "hidden_size": 64, "num_heads": 4, **DIT, **fields})
     with pytest.raises(UserError, match=f"config.train.init_from={path} has {message}"):
         open_source(path, model)
 
 
 def test_a_training_of_one_family_starts_from_no_other(tmp_path, dit):
-    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
+    path = save_tensors(dit, tmp_path / "DiT-XL-2.safetensors")
     model = small_config(ternary=False, hidden_size=64)
     with pytest.raises(UserError, match="has family='?dit'?, config.model has '?large_dit'?"):
         open_source(path, model)
@@ -267,6 +261,6 @@ def test_a_training_of_one_family_starts_from_no_other(tmp_path, dit):
 
 def test_a_training_at_another_image_size_starts_from_a_dit(tmp_path, dit):
     """The table of positions is no parameter."""
-    path = save_dit(dit, tmp_path / "DiT-XL-2.safetensors")
+    path = save_tensors(dit, tmp_path / "DiT-XL-2.safetensors")
     model = small_config(ternary=False, hidden_size=64, num_heads=4, input_size=16, **DIT)
     assert open_source(path, model).weights.masters

@@ -28,7 +28,7 @@ from tests.deployed import (
     weights_of,
 )
 from tests.golden_models import GOLDEN
-from tests.torch_files import as_tensor, save_state_dict
+from tests.torch_files import as_tensor, save_tensors
 
 TOLD = {"num_heads": 4, "objective": "flow"}
 
@@ -167,17 +167,11 @@ def dit():
     return load_file(GOLDEN / "dit_tiny.safetensors")
 
 
-def save_dit(tensors, path):
-    """A file as other software writes it."""
-    save_file(tensors, path) if path.suffix == ".safetensors" else save_state_dict(tensors, path)
-    return path
-
-
 @pytest.mark.parametrize(
     "name", ["SiT-XL-2-256.pt", "SiT-XL-2-256x256.pth", "SiT-XL-2-256x256.safetensors", "0400000.pt"]
 )
 def test_a_published_dit_or_sit_is_a_bare_state_dict(tmp_path, dit, name):
-    path = save_dit(dit, tmp_path / name)
+    path = save_tensors(dit, tmp_path / name)
     weights = open_weights(path, **(TOLD if name.startswith("0") else {"num_heads": 4}))
     description = weights.description
     assert (description.name, description.diffusion.objective) == (path.stem, "flow")
@@ -190,7 +184,7 @@ def test_a_published_dit_or_sit_is_a_bare_state_dict(tmp_path, dit, name):
 def test_model_args_of_other_weights_do_not_speak_for_a_published_file(tmp_path, dit):
     pytest.importorskip("torch")
     export(random_weights(small_config()), tmp_path / "folder", "torch")
-    description = open_weights(save_dit(dit, tmp_path / "folder" / "DiT-S-2.pt"), num_heads=4).description
+    description = open_weights(save_tensors(dit, tmp_path / "folder" / "DiT-S-2.pt"), num_heads=4).description
     assert (description.name, description.model.family) == ("DiT-S-2", "dit")
 
 
@@ -210,7 +204,7 @@ def test_a_training_checkpoint_gives_averaged_and_raw_weights(tmp_path, dit):
 
 def test_what_is_given_must_not_contradict_the_file(tmp_path, workdir, dit):
     export(random_weights(small_config()), tmp_path / "model.safetensors", "packed")
-    named = save_dit(dit, tmp_path / "DiT-S-2-mine.safetensors")
+    named = save_tensors(dit, tmp_path / "DiT-S-2-mine.safetensors")
     for path, given, message in (
         (tmp_path / "model.safetensors", {"num_heads": 4}, "has num_heads=2, but num_heads=4 was given: leave it out"),
         (tmp_path / "model.safetensors", {"objective": "flow"}, "has objective=ddpm, but objective=flow was given"),
@@ -241,7 +235,7 @@ def test_what_is_given_must_not_contradict_the_file(tmp_path, workdir, dit):
 def test_tensors_that_make_no_dit_are_named_before_one_is_read(tmp_path, dit, name, change, message):
     tensors = dit | {key: np.zeros(shape or (), np.float32) for key, shape in change.items()}
     tensors = {key: array for key, array in tensors.items() if change.get(key, 0) is not None}
-    path = save_dit(tensors, tmp_path / name)
+    path = save_tensors(tensors, tmp_path / name)
     with pytest.raises(UserError, match=message) as caught:
         open_weights(path, **TOLD)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
@@ -252,14 +246,14 @@ def test_tensors_that_make_no_dit_are_named_before_one_is_read(tmp_path, dit, na
 )
 def test_values_that_no_dit_has_are_named_with_their_file(tmp_path, dit, tensor, message):
     dit[tensor] = np.full_like(dit[tensor], np.inf if message == "finite" else 0)
-    path = save_dit(dit, tmp_path / "a.safetensors")
+    path = save_tensors(dit, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=f"a.safetensors: checkpoint tensor '{tensor}' .*{message}"):
         list(open_weights(path, **TOLD).leaves())
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_a_dit_that_is_cut_off_is_one_line(tmp_path, dit, share):
-    path = save_dit(dit, tmp_path / "DiT-S-2.pt")
+    path = save_tensors(dit, tmp_path / "DiT-S-2.pt")
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match="DiT-S-2.pt cannot be read as a file of torch.save") as caught:
         open_weights(path, **TOLD)

@@ -6,12 +6,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 
 def save_state_dict(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Writes arrays as `torch.save` does with tensors."""
     torch = pytest.importorskip("torch")
     torch.save({name: as_tensor(array) for name, array in arrays.items()}, path)
+
+
+def save_tensors(arrays: Mapping[str, np.ndarray], path: Path) -> Path:
+    """Writes arrays by the path's suffix, as safetensors or as PyTorch does, and returns the path."""
+    save_file(dict(arrays), path) if path.suffix == ".safetensors" else save_state_dict(arrays, path)
+    return path
 
 
 def as_tensor(array: np.ndarray):
