@@ -107,6 +107,7 @@ def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from
         assert images["arr_0"].shape == (2, 8, 8, 3) and images["arr_0"].std() > 0
 
 
+@pytest.mark.slow
 def test_a_warm_and_soft_start_killed_and_resumed_equals_uninterrupted(places, tmp_path):
     """From full precision, which is not there any more when the run goes on in the middle of its soft start."""
     full, whole, killed = tmp_path / "full", tmp_path / "whole", tmp_path / "killed"

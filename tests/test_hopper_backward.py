@@ -64,7 +64,9 @@ def layer_norm(x, gain, shift):
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain[:, None] + shift[:, None]
 
 
-by_output = pytest.mark.parametrize("by_output", [False, True], ids=["a scale a map", "a scale an output"])
+by_output = pytest.mark.parametrize(
+    "by_output", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a scale a map", "a scale an output"]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [None, EIGHT_BIT], ids=["bfloat16", "8 bits"])
 
 
