@@ -14,7 +14,9 @@ B, T, D, HEADS = 2, 4, 256, 4
 OPERANDS = ("bfloat16", "float8_e4m3fn")
 
 
-by_output = pytest.mark.parametrize("by_output", [False, True], ids=["a scale a map", "a scale an output"])
+by_output = pytest.mark.parametrize(
+    "by_output", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a scale a map", "a scale an output"]
+)
 widths = pytest.mark.parametrize("width", [256, 384, 1152])
 
 

@@ -233,6 +233,7 @@ def arguments(root, run, teacher="full0.safetensors", num_steps=16, **fields):
     return train_arguments(root / "digits", root / run, **{"train__teacher": root / teacher} | fields)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit_and_its_teacher_may_move(taught):
     """From within a window of the log, whose sums the state holds."""
     shutil.copytree(taught / "run", taught / "killed")
@@ -245,6 +246,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_its_teacher_may_move(taught):
     assert all(line["distillation"] > 0 for line in metrics_without_timing(taught / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_and_its_exports_say_who_taught_it(taught, tmp_path):
     run = Checkpoints(taught / "run").newest_run()
     assert run["config"]["train"]["teacher"] == str(taught / "full0.safetensors")
@@ -254,6 +256,7 @@ def test_a_run_and_its_exports_say_who_taught_it(taught, tmp_path):
     assert open_weights(tmp_path / "model.safetensors").description.provenance == leaves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher", "fields", "words"),
     [
@@ -270,6 +273,7 @@ def test_a_run_without_its_teacher_is_refused_in_one_line(taught, teacher, field
     assert sorted((taught / "run").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_new_run_with_no_teacher_to_be_found_leaves_nothing(taught):
     _, err = execute("main", *arguments(taught, "new", "gone"), status=2)
     assert err.startswith(f"error: config.train.teacher={taught / 'gone'}: ") and len(err.splitlines()) == 1
@@ -295,6 +299,7 @@ def test_zero_weight_equals_no_teacher_from_the_start_or_from_the_middle_on(taug
     assert metrics_without_timing(taught / "weaned")[-1]["distillation"] > 0
 
 
+@pytest.mark.slow
 def test_a_configuration_is_printed_with_its_teacher(taught):
     out, _ = execute("main", *arguments(taught, "new"), "--print_config")
     assert f"teacher: {taught / 'full0.safetensors'}, " in out and not (taught / "new").exists()
