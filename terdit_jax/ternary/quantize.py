@@ -66,13 +66,7 @@ def sound_alpha(weight: Array, alpha: Array, rounding: Rounding = PUBLISHED) -> 
       alpha: (...,) or (..., out) float32.
       rounding: that of the codes.
     """
-    gamma = _absmean(weight, rounding)
-    if _by_channel(weight, alpha):
-        sound = gamma[..., 0] <= LARGEST
-    elif rounding.gamma_per == "matrix":
-        sound = gamma[..., 0, 0] <= LARGEST
-    else:
-        sound = jnp.all(gamma <= LARGEST, axis=(-2, -1))
+    sound = jnp.all(_absmean(weight, rounding) <= LARGEST, axis=_shared_axes(weight, alpha))
     return jnp.where(sound & (jnp.abs(alpha) <= LARGEST), alpha, jnp.nan)
 
 
@@ -80,13 +74,13 @@ def _absmean(weight: Array, rounding: Rounding) -> Array:
     return jnp.mean(jnp.abs(weight), axis=_SHARING[rounding.gamma_per], keepdims=True)
 
 
-# Axes of (..., out, in) whose weights share a gamma or an alpha.
+# Axes of (..., out, in) whose weights share a gamma or an alpha, by the field's word.
 _SHARING: dict[str, tuple[int, ...]] = {"matrix": (-2, -1), "channel": (-1,)}
 
 
-def _by_channel(weight: Array, alpha: Array) -> bool:
-    """Whether each output has a scale of its own."""
-    return alpha.ndim == weight.ndim - 1
+def _shared_axes(weight: Array, alpha: Array) -> tuple[int, ...]:
+    """The axes of a weight over which a scale is shared, by its shape: those that it lacks."""
+    return tuple(range(alpha.ndim, weight.ndim))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -131,8 +125,7 @@ def straight_through(codes: Array, alpha: Array, dalpha: Array, dsink: Array) ->
       to millions of terms.
     """
     dweight = dsink.astype(jnp.float32)
-    shared = _SHARING["channel" if _by_channel(codes, alpha) else "matrix"]
-    return dweight, dalpha + jnp.sum(dweight * codes, axis=shared) / alpha
+    return dweight, dalpha + jnp.sum(dweight * codes, axis=_shared_axes(codes, alpha)) / alpha
 
 
 def _ternarize_fwd(
@@ -180,13 +173,13 @@ def _soften_fwd(weight: Array, alpha: Array, share: Array, rounding: Rounding) -
 def _soften_bwd(_, residuals: tuple[Array, ...], dw: Array) -> tuple[Array, Array, Array]:
     codes, alpha, share = residuals
     factor = (1 - share) * jnp.abs(alpha) + share * alpha
-    dalpha = share * jnp.sum(dw * codes, axis=tuple(range(alpha.ndim, dw.ndim)))
+    dalpha = share * jnp.sum(dw * codes, axis=_shared_axes(dw, alpha))
     return spread(factor, dw) * dw, dalpha, jnp.zeros_like(share)
 
 
 def spread(alpha: Array, weight: Array) -> Array:
     """The scale with an axis of one for each axis of the weight that shares it."""
-    return jnp.expand_dims(alpha, tuple(range(alpha.ndim, weight.ndim)))
+    return jnp.expand_dims(alpha, _shared_axes(weight, alpha))
 
 
 soften.defvjp(_soften_fwd, _soften_bwd)
