@@ -81,7 +81,14 @@ def test_master_weights_get_the_codes_that_jax_gives_them(gamma_per, threshold):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("alpha_per", "row"), ("gamma_per", None), ("threshold", 0), ("threshold", float("nan")), ("threshold", "0.7")],
+    [
+        ("alpha_per", "row"),
+        ("gamma_per", None),
+        ("threshold", 0),
+        ("threshold", 1.0),
+        ("threshold", float("nan")),
+        ("threshold", "0.7"),
+    ],
 )
 def test_a_quantiser_that_there_is_not_is_refused(tiny, field, value):
     with pytest.raises(ValueError, match=f"^the model's field {field}="):

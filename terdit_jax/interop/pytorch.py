@@ -381,8 +381,8 @@ def _check_fields(fields: Mapping) -> None:
     for name in ("alpha_per", "gamma_per"):
         if fields[name] not in ("matrix", "channel"):
             raise ValueError(f"the model's field {name}={fields[name]!r}: choose one of matrix, channel")
-    if type(fields["threshold"]) not in (int, float) or not 1e-3 <= fields["threshold"] < 2:
-        raise ValueError(f"the model's field threshold={fields['threshold']!r}: must lie in [0.001, 2)")
+    if type(fields["threshold"]) not in (int, float) or not 1e-3 <= fields["threshold"] < 1:
+        raise ValueError(f"the model's field threshold={fields['threshold']!r}: must lie in [0.001, 1)")
     size, patch, width = fields["input_size"], fields["patch_size"], fields["hidden_size"]
     heads, kv_heads, is_dit = fields["num_heads"], fields["num_kv_heads"], fields["family"] == "dit"
     if is_dit and (fields["qk_norm"] or heads != kv_heads):
