@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, object] | None] = {
     "channels_teacher": LEAST_SQUARES | CHANNELS | TEACHER,
     "channels_soft_start": LEAST_SQUARES | CHANNELS | SOFT,
     "channels_soft_start_teacher": LEAST_SQUARES | CHANNELS | SOFT | TEACHER,
+    "channels_warm_start": LEAST_SQUARES | CHANNELS | WARM,
+    "channels_warm_start_teacher": LEAST_SQUARES | CHANNELS | WARM | TEACHER,
     "channels_eight_bit": LEAST_SQUARES | CHANNELS | EIGHT_BIT,
     TERNARISED: None,
     "flow_full_precision": FLOW | {"model.ternary": False},
