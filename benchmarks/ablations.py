@@ -11,7 +11,8 @@ both, which on shared GPUs are as alike as their neighbours. A run that starts f
 from it, begins when that has ended, whose time is not counted. Rows are written as they
 come; runs and rows that exist are not made again, and a run that was stopped goes on from its last checkpoint. Further
 overrides for all runs: --set=model.hidden_size=256,model.depth=6. With --calls=10,20,50,250, images are also drawn and
-judged with these numbers of calls of the network, by the samplers of the run's objective.
+judged with these numbers of calls of the network, by the samplers of the run's objective. Distances of different days
+compare only if one judge gave them: keep FOLDER/classifier.msgpack and give it as --classifier.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -73,9 +75,11 @@ _FOLDER = define_path("folder", "runs/ablations", "Where the runs' workdirs are.
 _DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that runs are spread over.", lower_bound=1)
 _RUNS_PER_DEVICE = flags.DEFINE_integer("runs_per_device", 1, "Runs that share a GPU.", lower_bound=1)
 _MINUTES = flags.DEFINE_float("minutes", 0, "After which no run is begun; 0: no limit.", lower_bound=0)
+_CLASSIFIER = define_path("classifier", None, "Trained judge, from an earlier --folder; trained anew if left out.")
 _PLOT = define_path("plot", None, "PNG to draw of all rows.")
 _GRID = define_path("grid", None, "PNG of images of each variant's first seed, one a class.")
 _OUTPUT = define_path("output", "ablations.json", "JSON file.")
+_CLASSIFIER_FILE = "classifier.msgpack"
 _ONE = flags.DEFINE_string("one", None, "VARIANT:SEED, in this process; prints its rows. Or classifier.")
 
 
@@ -104,7 +108,10 @@ def main(argv: Sequence[str]) -> None:
     # A run that another needs is there already if it has been judged; its workdir may have been lost all the same.
     needless = known - {(FULL, seed) for name, seed in wanted if name == TERNARISED}
     runs = [(name, seed) for name, seed in runs if (name, seed) not in needless or not workdir(name, seed).exists()]
-    pathlib.Path(_FOLDER.value).mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(_FOLDER.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    if _CLASSIFIER.value:
+        take_classifier(pathlib.Path(_CLASSIFIER.value), folder / _CLASSIFIER_FILE)
     for rows in run_all(["classifier", *(f"{name}:{seed}" for name, seed in runs)] if runs else []):
         for row in rows:
             if "failed" not in row and (row["variant"], row["seed"]) not in known:
@@ -118,6 +125,20 @@ def main(argv: Sequence[str]) -> None:
         grid({name: np.load(file) for name, file in files.items() if file.exists()}, _GRID.value)
     if _PLOT.value:
         plot(content["rows"], _PLOT.value)
+
+
+def take_classifier(given: pathlib.Path, place: pathlib.Path) -> None:
+    """Copies a trained judge to where all runs look for theirs.
+
+    Raises:
+      UserError: there is none, or the runs there have been judged by another.
+    """
+    if not given.is_file():
+        raise UserError(f"--classifier={given}: no such file")
+    if not place.exists():
+        shutil.copyfile(given, place)
+    elif place.read_bytes() != given.read_bytes():
+        raise UserError(f"--classifier={given}: runs in {place.parent} have another judge, give a new --folder")
 
 
 def runs_for(name: str, seed: str) -> list[tuple[str, str]]:
@@ -311,7 +332,7 @@ def make_judge():
 
 def _shared_classifier(train: LabelledImages, num_classes: int) -> Classifier:
     """Trained by the first who asks: two trainings on a GPU do not give the same bits."""
-    path = pathlib.Path(_FOLDER.value) / "classifier.msgpack"
+    path = pathlib.Path(_FOLDER.value) / _CLASSIFIER_FILE
     with locked(f"{path}.lock"):
         if not path.exists():
             steps = classifier_steps(len(train.images))

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from terdit_jax.config import base_config
+from terdit_jax.errors import UserError
 from terdit_jax.evaluation.classifier import make_classifier, train_classifier
 from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.ablation_report import QUARTERS, plot, table
     from benchmarks.ablation_variants import FULL, FULL_RUN, REFERENCE, TERNARISED, VARIANTS, needs, overrides
-    from benchmarks.ablations import runs_for
+    from benchmarks.ablations import runs_for, take_classifier
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -44,6 +45,20 @@ def test_a_classifier_is_made_again_from_its_parameters():
     trained = train_classifier(images, np.arange(20) % 3, 3, num_steps=2)
     again = make_classifier((8, 8, 1), 3, trained.params)
     np.testing.assert_array_equal(again.logits(images), trained.logits(images))
+
+
+def test_a_given_judge_is_taken_and_never_replaces_another(tmp_path):
+    given, place = tmp_path / "given.msgpack", tmp_path / "classifier.msgpack"
+    with pytest.raises(UserError, match="no such file"):
+        take_classifier(given, place)
+    given.write_bytes(b"one")
+    take_classifier(given, place)
+    take_classifier(given, place)
+    assert place.read_bytes() == b"one"
+    given.write_bytes(b"two")
+    with pytest.raises(UserError, match="another judge"):
+        take_classifier(given, place)
+    assert place.read_bytes() == b"one"
 
 
 def rows_of(name, **fields):
