@@ -57,6 +57,7 @@ def test_what_cannot_run_is_refused_in_one_line():
     for flags, words in (
         (["--config=configs/digits.py", "--config.mesh.fsdp=3"], "does not multiply out to the 1 devices"),
         (["--config=configs/digits.py", "--config.model.num_heads=5"], "is not divisible by model.num_heads=5"),
+        (["--config=configs/digits.py", "--config.train.init_labels=False"], "init_labels=False: is about"),
         ([], "--config and --workdir are both needed"),
     ):
         out, err = execute("main", *flags, "--print_config", status=2)

@@ -30,7 +30,7 @@ from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
 from terdit_jax.training.examples import example_keys
 from terdit_jax.training.optimizer import make_optimizer
-from terdit_jax.training.setup import check_division, check_soft_start
+from terdit_jax.training.setup import check_run
 from terdit_jax.training.state import abstract_state
 from terdit_jax.training.step import make_train_step, mean_loss, split_floats
 
@@ -79,8 +79,7 @@ def lower_train(config: RunConfig, topology: Topology, devices: list[jax.Device]
       UserError: a configuration that is not sound, or that the machine does not divide.
     """
     config, model, mesh = _prepare(config, topology, devices)
-    check_division(config, model, mesh)
-    check_soft_start(config)
+    check_run(config, model, mesh)
     options = compiler_options(config, mesh)
     check_options(options, devices[0])
     optimizer = make_optimizer(config.optimizer)

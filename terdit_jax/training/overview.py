@@ -19,7 +19,7 @@ from terdit_jax.model.transformer import abstract_params, count_params, packed_b
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, chip_bytes
 from terdit_jax.training.optimizer import make_optimizer
-from terdit_jax.training.setup import check_division, check_soft_start
+from terdit_jax.training.setup import check_run
 from terdit_jax.training.state import abstract_state
 from terdit_jax.training.teacher import Teacher
 
@@ -37,8 +37,7 @@ def make_overview(config: RunConfig, find_teacher: Callable[[RunConfig, Mesh], T
     """
     model, mesh = DiTConfig.from_config(config), make_mesh(config.mesh)
     make_objective(config.diffusion, model.learn_sigma)
-    check_division(config, model, mesh)
-    check_soft_start(config)
+    check_run(config, model, mesh)
     plan = choose_plan(model, mesh)
     teacher = find_teacher(config, mesh)
     sizes = state_bytes(config, model, mesh, plan) | ({"teacher": chip_bytes(teacher.operands)} if teacher else {})

@@ -53,10 +53,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     """
     model, objective = DiTConfig.from_config(config), make_objective(config.diffusion, config.model.learn_sigma)
     mesh = make_mesh(config.mesh)
-    check_division(config, model, mesh)
-    check_soft_start(config)
-    if not (config.train.init_labels or config.train.init_from):
-        raise UserError("config.train.init_labels=False: is about config.train.init_from, which is empty; give True")
+    check_run(config, model, mesh)
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     plan = choose_plan(model, mesh)
@@ -71,6 +68,14 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     return Setup(config, workdir, model, mesh, dataset, objective, make_optimizer(config.optimizer), plan)
 
 
+def check_run(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:
+    """Raises UserError for fields that no run can have together, on this mesh."""
+    check_division(config, model, mesh)
+    if not (config.train.init_labels or config.train.init_from):
+        raise UserError("config.train.init_labels=False: is about config.train.init_from, which is empty; give True")
+    _check_soft_start(config)
+
+
 def check_division(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:
     """Raises UserError if batch or heads do not divide over the mesh."""
     batch_size, accumulation = config.train.batch_size, config.train.accumulation_steps
@@ -82,7 +87,7 @@ def check_division(config: RunConfig, model: DiTConfig, mesh: AnyMesh) -> None:
     check_heads(model.num_kv_heads, mesh)
 
 
-def check_soft_start(config: RunConfig) -> None:
+def _check_soft_start(config: RunConfig) -> None:
     """Raises UserError for a soft start that has nowhere to go: to no ternary weights, to scales that have nothing to
     do with the weights, or past the end."""
     steps, model = config.train.soft_start_steps, config.model
