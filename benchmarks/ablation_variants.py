@@ -6,15 +6,16 @@ AT_EQUAL_TIME = "@time"  # after a variant's name: trained for as long as REFERE
 # Values that stand for the workdir of FULL with the same seed, and for a quarter of the steps.
 FULL_RUN, QUARTER = "{full_precision}", "{quarter}"
 
-AS_PUBLISHED, LEAST_SQUARES = ({"model.alpha_init": start} for start in ("normal", "least_squares"))
+MATRIX, CHANNELS = ({"model.alpha_per": share, "model.gamma_per": share} for share in ("matrix", "channel"))
+AS_PUBLISHED, LEAST_SQUARES = (MATRIX | {"model.alpha_init": start} for start in ("normal", "least_squares"))
 NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
-CHANNELS, WARM = {"model.alpha_per": "channel", "model.gamma_per": "channel"}, {"train.init_from": FULL_RUN}
-TEACHER, SOFT = {"train.teacher": FULL_RUN}, {"train.soft_start_steps": QUARTER}
+WARM, TEACHER = {"train.init_from": FULL_RUN}, {"train.teacher": FULL_RUN}
+SOFT = {"train.soft_start_steps": QUARTER}
 FLOW = {"diffusion.objective": "flow", "model.learn_sigma": False, "sample.method": "heun", "sample.num_steps": 25}
 
 # None: the weights of FULL ternarised as they are, judged beside it.
 VARIANTS: dict[str, dict[str, object] | None] = {
-    FULL: {"model.ternary": False},
+    FULL: MATRIX | {"model.ternary": False},
     "ternary": AS_PUBLISHED,
     "no_adaln_norm": AS_PUBLISHED | NO_NORM,
     REFERENCE: LEAST_SQUARES,
@@ -38,7 +39,7 @@ VARIANTS: dict[str, dict[str, object] | None] = {
     "channels_warm_start_teacher": LEAST_SQUARES | CHANNELS | WARM | TEACHER,
     "channels_eight_bit": LEAST_SQUARES | CHANNELS | EIGHT_BIT,
     TERNARISED: None,
-    "flow_full_precision": FLOW | {"model.ternary": False},
+    "flow_full_precision": FLOW | MATRIX | {"model.ternary": False},
     "flow_least_squares": FLOW | LEAST_SQUARES,
     "flow_channels": FLOW | LEAST_SQUARES | CHANNELS,
 }
