@@ -40,7 +40,9 @@ from terdit_jax.inference.image_set import make_labels
 from terdit_jax.inference.images import in_color, to_uint8
 from terdit_jax.inference.runtime import Denoiser, load_model
 from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS
+from terdit_jax.interop.hub import is_name
 from terdit_jax.interop.vae_weights import load_vae
+from terdit_jax.interop.weights import HUB_WEIGHTS
 from terdit_jax.memory import check_host
 from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, refuse_unused
 from terdit_jax.parallel.mesh import local_mesh, make_mesh
@@ -55,7 +57,7 @@ _DRAWN_AT_ONCE = 256
 
 _WORKDIR = define_path("workdir", None, "Directory of the run that a classifier of its data judges.")
 _SAMPLES = define_path(
-    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of images, or workdir of a run that draws them."
+    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of images, or a model that draws them."
 )
 _REFERENCE = define_path("reference", None, "npz of statistics or images, folder of images, or data set.")
 _SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the reference's statistics.")
@@ -67,7 +69,7 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's
 _METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
-_VAE = define_path("vae", None, "Folder of the autoencoder, for a run that draws latents.")
+_VAE = define_path("vae", None, "Folder of the autoencoder, for a model that draws latents.")
 _OUTPUT = define_path("output", None, "JSON file to write; a new one.")
 
 
@@ -101,8 +103,8 @@ def _judge_by_suite(reference_path: str) -> None:
         )
     if _SAMPLES.value:
         refuse_unused([_WORKDIR], "beside --samples, which --reference judges")
-    if not samples_path or not (epath.Path(samples_path) / "checkpoints").is_dir():
-        refuse_unused(_HOW_TO_DRAW, "where no run draws the samples")
+    if not samples_path or not _is_model(samples_path):
+        refuse_unused(_HOW_TO_DRAW, "where no model draws the samples")
     initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
     stored = find_reference(reference_path)
@@ -134,14 +136,22 @@ def _judge_by_suite(reference_path: str) -> None:
     print(f"written to {_OUTPUT.value}")
 
 
+def _is_model(path: str) -> bool:
+    """Whether --samples names what draws them: a run, a folder or a file of weights, a name on the Hub."""
+    place = epath.Path(path)
+    if not place.exists():
+        return is_name(path) and place.suffix != ".npz"
+    return place.suffix == ".safetensors" or any((place / name).exists() for name in ("checkpoints", HUB_WEIGHTS))
+
+
 def _open_samples(path: str) -> ImageSource:
-    if not (epath.Path(path) / "checkpoints").is_dir():
+    if not _is_model(path):
         return open_images(path)
     vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(path, mesh=local_mesh(), ema=_WEIGHTS.value == "ema")
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if not (pixels or vae):
-        raise UserError(f"--samples={path}: this run draws latents: give --vae")
+        raise UserError(f"--samples={path}: this model draws latents: give --vae")
     labels = make_labels(range(model.config.num_classes), _NUM_SAMPLES.value, "balanced", _SEED.value)
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 python -m terdit_jax.export --workdir=runs/digits --format=packed --output=digits.safetensors
 python -m terdit_jax.export --model=checkpoints/3B_1180000 --format=packed --output=terdit_4b.safetensors
 python -m terdit_jax.export --model=digits.safetensors --report
+python -m terdit_jax.export --workdir=runs/digits --format=hub --output=digits_hub --push_to=organisation/digits
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import jax
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.files import check_output
 from terdit_jax.interop.exports import FORMATS, check_options, export
+from terdit_jax.interop.hub import check_push, push
+from terdit_jax.interop.model_card import CardFacts, read_scores
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights, open_weights
 from terdit_jax.options import define_num_heads, define_objective, refuse_unused
@@ -29,9 +32,12 @@ _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newes
 _EMA = flags.DEFINE_bool("ema", True, "The averaged weights; --noema for those of the last step.")
 _NUM_HEADS = define_num_heads()
 _OBJECTIVE = define_objective()
-_FORMAT = flags.DEFINE_enum("format", "packed", FORMATS, "packed: the artifact of docs/format.md; torch: a folder.")
+_FORMAT = flags.DEFINE_enum("format", "packed", FORMATS, "packed: the artifact of docs/format.md; torch, hub: folders.")
 _MASTERS = flags.DEFINE_bool("masters", False, "float32 master weights instead of ternary ones (torch, safetensors).")
 _COMPRESS = flags.DEFINE_bool("compress", False, "Deflate the 2-bit planes (packed).")
+_PUSH_TO = flags.DEFINE_string("push_to", None, "Upload the folder to this ORGANISATION/NAME of Hugging Face (hub).")
+_SCORES = define_path("scores", None, "JSON that terdit_jax.evaluate wrote, for the model card (hub).")
+_LICENSE = flags.DEFINE_string("license", None, "Of the weights, such as apache-2.0, for the model card (hub).")
 _OUTPUT = define_path("output", None, "What to write; must not exist.")
 _REPORT = flags.DEFINE_bool("report", False, "Print how large the model is, part by part, and write nothing.")
 
@@ -47,10 +53,19 @@ def main(argv: Sequence[str]) -> None:
     if output and _REPORT.value:
         raise UserError("--report writes nothing: leave out --output")
     if not output:
-        refuse_unused((_FORMAT, _MASTERS, _COMPRESS), "with --report")
+        refuse_unused((_FORMAT, _MASTERS, _COMPRESS, _PUSH_TO, _SCORES, _LICENSE), "with --report")
     else:
         check_output(output)
+        if _FORMAT.value != "hub":
+            refuse_unused((_PUSH_TO, _SCORES, _LICENSE), "without --format=hub")
         check_options(_FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value)
+    if _PUSH_TO.value is not None:
+        check_push(_PUSH_TO.value)
+    facts = CardFacts(
+        name=_PUSH_TO.value or epath.Path(output or "").name,
+        licence=_LICENSE.value or "",
+        scores=read_scores(_SCORES.value) if _SCORES.value else None,
+    )
     if _WORKDIR.value and not (epath.Path(_WORKDIR.value) / "checkpoints").is_dir():
         raise UserError(f"--workdir={_WORKDIR.value} holds no run: give the --workdir of a training run that has saved")
     jax.config.update("jax_platforms", "cpu")  # conversion is host work, also where there are accelerators
@@ -67,9 +82,12 @@ def main(argv: Sequence[str]) -> None:
     if not output:
         print(size_report(weights.model, file.stat().length if (file := epath.Path(source)).is_file() else None))
         return
-    for remark in export(weights, output, _FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value):
+    masters, compress = _MASTERS.value, _COMPRESS.value
+    for remark in export(weights, output, _FORMAT.value, masters=masters, compress=compress, facts=facts):
         print(remark)
     print(_say_what(weights, epath.Path(output)), flush=True)
+    if _PUSH_TO.value:
+        print(f"pushed to {push(output, _PUSH_TO.value)}")
 
 
 def _return_freed_memory() -> None:

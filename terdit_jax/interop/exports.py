@@ -1,37 +1,50 @@
-"""Writes weights in every format that we read: the packed artifact, PyTorch's published layout, plain safetensors.
+"""Writes weights in every format that we read: the packed artifact, PyTorch's published layout, plain safetensors, and
+the folder that a model is on the Hugging Face Hub.
 
 All take the stream of an opened model, leaf by leaf; `torch` is needed to write a .pth and for nothing else.
 """
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from terdit_jax.errors import UserError
-from terdit_jax.files import new_folder, refuse_existing, refusing
+from terdit_jax.files import new_folder, refuse_existing, refusing, write_json, write_text
 from terdit_jax.interop.artifact import write_artifact, write_plain
+from terdit_jax.interop.description import Description
 from terdit_jax.interop.known import public_model_args, public_remark
+from terdit_jax.interop.model_card import CardFacts, make_card
 from terdit_jax.interop.published import published_layout, published_tensors
-from terdit_jax.interop.weights import MODEL_ARGS, Weights, consolidated_name, packed_leaves
+from terdit_jax.interop.weights import HUB_WEIGHTS, MODEL_ARGS, Weights, consolidated_name, packed_leaves
 from terdit_jax.paths import as_path
 from terdit_jax.ternary.quantize import PUBLISHED
 
-FORMATS = ("packed", "torch", "safetensors")
+FORMATS = ("packed", "torch", "safetensors", "hub")
+_HUB_MODULE = "terdit"  # of the code in a folder for the Hub, a copy of `pytorch`
 
 
 def export(
-    weights: Weights, path: str | os.PathLike, kind: str, *, masters: bool = False, compress: bool = False
+    weights: Weights,
+    path: str | os.PathLike,
+    kind: str,
+    *,
+    masters: bool = False,
+    compress: bool = False,
+    facts: CardFacts | None = None,
 ) -> list[str]:
     """Writes weights; the path appears when everything is on disk.
 
     Args:
-      path: must not exist: a file, or with "torch" the folder to make.
+      path: must not exist: a file, or with "torch" and "hub" the folder to make.
       kind: one of FORMATS.
       masters: float32 master weights instead of ternary ones, from which a training could go on; not with "packed".
       compress: deflate the 2-bit planes; with "packed" only.
+      facts: for the card, with "hub" only; the name of the folder if left out.
 
     Returns:
       Remarks for the user, a line each.
@@ -42,7 +55,7 @@ def export(
     model, path = weights.model, Path(as_path(path, "--output"))
     check_options(kind, masters=masters, compress=compress)
     if kind == "packed" and not model.ternary:
-        raise UserError(f"{weights.source} is full precision, nothing to pack: give --format=torch or safetensors")
+        raise UserError(f"{weights.source} is full precision, nothing to pack: give --format=torch, safetensors or hub")
     if masters and model.ternary and not weights.masters:
         raise UserError(f"{weights.source} holds ternary weights only, there are no master weights to export")
     if kind == "torch":
@@ -52,12 +65,24 @@ def export(
     layout = published_layout(model, packed=ternary)
     if kind == "torch":
         return _write_torch(path, weights, ternary)
-    tensors = _tensors(weights, ternary)
-    if kind == "packed":
-        write_artifact(path, weights.description, layout, tensors, compress=compress)
-    else:
-        write_plain(path, weights.description, layout, tensors)
+    write = partial(write_artifact, compress=compress) if kind != "safetensors" and ternary else write_plain
+    if kind != "hub":
+        write(path, weights.description, layout, _tensors(weights, ternary))
+        return []
+    with refusing(path), new_folder(path) as folder:
+        write(folder / HUB_WEIGHTS, weights.description, layout, _tensors(weights, ternary))
+        card = make_card(weights, facts or CardFacts(path.name), (folder / HUB_WEIGHTS).stat().length)
+        write_json(folder / "config.json", _hub_config(weights.description), indent=2)
+        write_text(folder / f"{_HUB_MODULE}.py", Path(__file__).with_name("pytorch.py").read_text(encoding="utf-8"))
+        write_text(folder / "README.md", card)
     return []
+
+
+def _hub_config(description: Description) -> dict[str, Any]:
+    """What `AutoModel` of diffusers reads: a class and where its code is. The architecture is there for people: code
+    reads the description in the file of weights."""
+    code = {"_class_name": "TerDiT", "auto_map": {"AutoModel": f"{_HUB_MODULE}.TerDiT"}}
+    return code | description.to_dict()["model"]
 
 
 def check_options(kind: str, *, masters: bool, compress: bool) -> None:

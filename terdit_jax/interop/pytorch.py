@@ -43,6 +43,9 @@ _ADDED: dict[str, Any] = {  # what files without these fields are
 }  # fmt: skip
 _POSITIONS = {"large_dit": ("rope_1d", "rope_1d_sincos_2d"), "dit": ("sincos_2d",)}  # of each family
 _MAX_TOKENS, _MAX_FIELD = 2**16, 2**20  # a description is not to be trusted with our memory
+_SD_SCALE = 0.18215  # what published models' latents are multiplied by
+_HUB_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DOWNLOAD = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
 _SHIFTS = (6, 4, 2, 0)  # the first quarter of a weight's rows lies in the highest bits of its planes
 
 
@@ -62,6 +65,38 @@ class TerDiT(nn.Module):
     pos_embed: Tensor
     blocks: nn.ModuleList
     layers: nn.ModuleList
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        packed: bool = True,
+        device_map: str | torch.device | None = None,
+        subfolder: str | None = None,
+        **download: Any,
+    ) -> "TerDiT":
+        """`load` as diffusers calls it, in `AutoModel.from_pretrained(path, trust_remote_code=True)`.
+
+        Args:
+          path: a folder written by `python -m terdit_jax.export --format=hub`, or the name of such a one on the Hub.
+          torch_dtype: torch.float32, the default, or torch.bfloat16; `dtype` is the same.
+          packed: as for `TerDiT`.
+          device_map: one device.
+          subfolder: where in the folder the model lies.
+          download: cache_dir, force_download, local_files_only, proxies, revision, token: of huggingface_hub.
+        """
+        if unknown := download.keys() - _DOWNLOAD:
+            raise TypeError(f"from_pretrained() has no argument {min(unknown)!r}")
+        file = Path(path, subfolder or "", _HUB_WEIGHTS)
+        if not file.parent.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            given = {name: value for name, value in download.items() if value is not None}
+            file = hf_hub_download(str(path), _HUB_WEIGHTS, subfolder=subfolder, **given)
+        return load(file, device=device_map or "cpu", dtype=torch_dtype or dtype or torch.float32, packed=packed)
 
     def __init__(self, fields: Mapping, *, dtype: torch.dtype = torch.bfloat16, packed: bool = True):
         """Args:
@@ -103,6 +138,27 @@ class TerDiT(nn.Module):
         }
         self.final_layer = nn.ModuleDict(head)
         self._make_tables(torch.get_default_device())
+
+    @property
+    def device(self) -> torch.device:
+        return self.frequencies.device
+
+    def draw(self, labels: Iterable[int] | Tensor, *, vae: Any = None, **settings: Any) -> Tensor:
+        """Draws an image for each label, all in one batch: `sample`, decoded.
+
+        Args:
+          labels: N classes.
+          vae: of a model of latents, diffusers' AutoencoderKL that made them, on the model's device.
+          settings: of `sample`.
+
+        Returns:
+          (N, H, W, 1 or 3) uint8 on the CPU. Raises ValueError as `sample` and `to_images` do.
+        """
+        x, scale = sample(self, labels, **settings), (self.description or {}).get("latent_scale", _SD_SCALE)
+        if vae is not None:
+            with torch.no_grad():
+                x, scale = vae.decode((x / scale).to(vae.dtype)).sample, 1.0
+        return to_images(x, scale).cpu()
 
     def _make_tables(self, device: torch.device | str) -> None:
         """Fixed tables that no file holds: frequencies of the timestep, angles of RoPE, absolute positions."""
@@ -407,7 +463,8 @@ def load(
     """Reads a model, checking every byte that has a checksum and every name, shape and value.
 
     Args:
-      path: an artifact (.safetensors); a plain safetensors export with its description; a PyTorch export or published
+      path: an artifact (.safetensors); a plain safetensors export with its description; a folder for the Hugging Face
+        Hub, which holds one of the two; a PyTorch export or published
         checkpoint, as a directory or as one .pth file beside its model_args.pth; a published checkpoint of DiT or SiT,
         or of their training, as one .pt file. Averaged weights come before the others, and in a directory ternary
         files before full precision. Nothing in a file is ever run.
@@ -427,6 +484,8 @@ def load(
       OSError: a path that cannot be read.
     """
     path = Path(os.path.expanduser(path))
+    if (path / _HUB_WEIGHTS).exists():
+        path /= _HUB_WEIGHTS
     try:
         tensors, fields, description = _read(path, num_heads, objective)
         depth = _depth(tensors)
@@ -656,7 +715,7 @@ def _describe_dit(path: Path, tensors: dict[str, Tensor], num_heads: int | None,
         "num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
         "learn_sigma": learn_sigma, "adaln_rms_norm": "blocks.0.adaLN_modulation.2.weight" in tensors,
     }  # fmt: skip
-    codec, scale = ("sd-vae-ft-ema", 0.18215) if channels == 4 else ("none", 1.0)
+    codec, scale = ("sd-vae-ft-ema", _SD_SCALE) if channels == 4 else ("none", 1.0)
     about = {"name": path.stem, "model": fields, "codec": codec, "latent_scale": scale}
     return tensors, fields, about | {"diffusion": {"objective": objective}}
 

@@ -1,11 +1,11 @@
 """The Stable Diffusion autoencoder as diffusers writes it, config.json and the weights beside it: a folder or a name.
 
-Every field, name, shape and value is checked. `model.vae` has the network; huggingface_hub downloads.
+Every field, name, shape and value is checked. `model.vae` has the network; `hub` downloads.
 """
 
 from collections.abc import Mapping
+from functools import partial
 import hashlib
-import logging
 import os
 from pathlib import Path
 import re
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from terdit_jax.errors import UserError
+from terdit_jax.interop.hub import fetch, is_name
 from terdit_jax.interop.published import FLOATS, params_leaves, params_tree
 from terdit_jax.interop.safetensors import open_container
 from terdit_jax.interop.torch_file import load_state_dict
@@ -40,7 +41,6 @@ _FIXED = {
 }  # fmt: skip
 _IGNORED = ("force_upcast",)  # of half precision in PyTorch
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OLD_ATTENTION_NAME = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 
 
@@ -51,8 +51,8 @@ def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
     to_out.0), and be matrices or 1x1 convolutions.
 
     Args:
-      path: the folder; or "organisation/name", such as stabilityai/sd-vae-ft-ema, where there is no such folder, to
-        `download_vae`.
+      path: the folder; or, where there is no such folder, a name on the Hub (`hub.fetch`), such as
+        stabilityai/sd-vae-ft-ema.
 
     Returns:
       The configuration and the parameters, a nested dict of float32 NumPy arrays as `abstract_params` describes.
@@ -63,9 +63,9 @@ def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
     """
     folder = local_path(path)
     if not folder.is_dir():
-        if not _HUB_NAME.fullmatch(str(path)) or folder.exists():
+        if folder.exists() or not is_name(path):
             raise UserError(f"{folder} is no folder: give the one that holds the autoencoder's {CONFIG}")
-        folder = download_vae(str(path))
+        folder = fetch(os.fspath(path), partial(_choose, os.fspath(path))).parent
     config = _read_config(folder / CONFIG)
     if (folder / SAFETENSORS).exists():
         source, arrays = folder / SAFETENSORS, open_container(folder / SAFETENSORS).arrays
@@ -76,39 +76,12 @@ def load_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict]:
     return config, _convert(config, arrays, str(source))
 
 
-def download_vae(name: str) -> Path:
-    """The folder of an autoencoder of the Hugging Face Hub in huggingface_hub's cache, fetched if it is not there.
-
-    Two files are fetched: `config.json` and the safetensors, or the `.bin` where there are none.
-
-    Args:
-      name: "organisation/name".
-
-    Raises:
-      UserError: huggingface_hub is not installed, or it cannot give the files.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise UserError(
-            f"there is no folder {name}, and downloading takes huggingface_hub:"
-            ' pip install "terdit-jax[hub]", or give a local folder'
-        ) from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry; the last one is told below
-    try:
-        config = Path(hf_hub_download(name, CONFIG))
-        try:
-            hf_hub_download(name, SAFETENSORS)
-        except EntryNotFoundError:
-            hf_hub_download(name, TORCH)
-    except Exception as error:  # its own, its validator's or its network library's
-        reason = (str(error).split("\n")[0] or type(error).__name__)[:160]
-        raise UserError(
-            f"there is no folder {name}, and the Hugging Face Hub does not give it: check the name and the network, or"
-            f" give a local folder ({type(error).__name__}: {reason})"
-        ) from error
-    return config.parent
+def _choose(source: str, names: list[str], asked: str) -> list[str]:
+    """The files of an autoencoder on the Hub, of those in its folder."""
+    weights = TORCH if TORCH in names and SAFETENSORS not in names else SAFETENSORS
+    if missing := {CONFIG, weights} - {*names}:
+        raise UserError(f"{source} has no {min(missing)} on the Hugging Face Hub: is it an autoencoder?")
+    return [CONFIG, weights]
 
 
 def vae_identity(config: VAEConfig, params: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ All become the same thing, a description and a stream of parameter leaves; `infe
 makes of them what a training starts with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 from functools import partial
+import os
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 import jax
@@ -18,6 +20,7 @@ from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.errors import UserError
 from terdit_jax.interop.artifact import is_artifact, open_artifact, read_description
 from terdit_jax.interop.description import Description, describe_run
+from terdit_jax.interop.hub import fetch, is_name
 from terdit_jax.interop.known import Told, describe_published
 from terdit_jax.interop.published import (
     Leaves,
@@ -39,6 +42,7 @@ from terdit_jax.ternary.quantize import Rounding, absmean_codes
 
 _ITEMS = {True: "ema_params", False: "params"}
 MODEL_ARGS = "model_args.pth"
+HUB_WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Weights:
     leaves: opens a stream of (path, leaf), one leaf in memory at a time; ternary weights are float32 master weights,
       or (L, out, in / 4) uint8 of `terdit_jax.ternary.packing.pack` where the source holds no more than that.
     masters: whether there are master weights, as always for a full-precision model.
+    run: of a workdir, what its checkpoint says of the run (`training.resume.describe_run`), which may be forged.
     """
 
     source: str
     description: Description
     leaves: Callable[[], Iterator[tuple[str, np.ndarray]]]
     masters: bool
+    run: Mapping[str, Any] | None = None
 
     @property
     def model(self) -> DiTConfig:
@@ -74,9 +80,10 @@ def open_weights(
     """Finds out what is at a path and opens it; little is read before `leaves` is.
 
     Args:
-      path: a workdir; an artifact or another safetensors file of published names; a folder of published
-        `consolidated*.pth`, or one such file, with `model_args.pth` beside it; a `.pt` or `.pth` of DiT or SiT, a state
-        dict or their training's checkpoint.
+      path: a workdir; an artifact or another safetensors file of published names; a folder for the Hub (`exports`);
+        a folder of published `consolidated*.pth`, or one such file, with `model_args.pth` beside it; a `.pt` or `.pth`
+        of DiT or SiT, a state dict or their training's checkpoint; a folder with one `.safetensors` or `.pt`. Where
+        there is nothing of that name, any of these on the Hugging Face Hub (`hub.fetch`), but for a workdir.
       ema: which weights, where there are both.
       step: which checkpoint of a workdir; the newest sound one if left out.
       masters: prefer master weights where a folder holds both those and ternary ones.
@@ -107,11 +114,15 @@ def _open(path: epath.PathLike, ema: bool, step: int | None, masters: bool, told
         return _open_workdir(place, ema, step)
     if step is not None:
         raise UserError(f"step {step} was asked for, but {place} is no workdir with checkpoints")
-    if not place.exists():
+    choose = partial(_choose, os.fspath(place), ema, masters)
+    if place.exists():
+        local = local_path(place)
+        if local.is_dir():
+            local /= choose(sorted(os.listdir(local)))[0]
+    elif is_name(place):
+        local = fetch(os.fspath(place), choose)
+    else:
         raise UserError(f"{place} does not exist: give a workdir, an artifact or a published checkpoint")
-    local = local_path(place)
-    if local.is_dir():
-        return _open_torch(_find_consolidated(local, ema, masters), ema, told)
     is_torch = local.suffix in (".pth", ".pt")
     weights = _open_torch(local, ema, told) if is_torch else _open_container(local, told)
     if weights.description.ema and not ema:
@@ -149,7 +160,7 @@ def _open_workdir(place: epath.Path, ema: bool, step: int | None) -> Weights:
         check_values(array, f"{place}, step {run['step']}: {path}")
         return leaf
 
-    return Weights(str(place), description, lambda: map(checked, read(paths)), masters=True)
+    return Weights(str(place), description, lambda: map(checked, read(paths)), masters=True, run=run)
 
 
 def _open_container(path: Path, told: Told) -> Weights:
@@ -203,17 +214,24 @@ def _named(source: str) -> Iterator[None]:
         raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from error
 
 
-def _find_consolidated(folder: Path, ema: bool, masters: bool) -> Path:
-    names = sorted(path.name for path in folder.glob("consolidated*.pth"))
-    if any(not name.endswith(".00-of-01.pth") for name in names):
-        raise UserError(f"{folder} holds a checkpoint cut into several parts ({names[-1]}): only 00-of-01 can be read")
+def _choose(source: str, ema: bool, masters: bool, names: list[str], asked: str = "") -> list[str]:
+    """The files that are needed of a folder with these names, that with the weights first; `asked` may name it."""
+    arguments = [MODEL_ARGS] * (MODEL_ARGS in names)
     kinds = [consolidated_name(ema, ternary) for ternary in ((False, True) if masters else (True, False))]
-    for name in kinds:
-        if name in names:
-            return folder / name
-    there = names or sorted(path.name for path in folder.iterdir())[:5]
-    wanted, found = " nor ".join(kinds), ", ".join(there) or "nothing"
-    raise UserError(f"{folder} holds neither a run's checkpoints/ nor {wanted}: there is {found}")
+    if chosen := asked or next((name for name in (HUB_WEIGHTS, *kinds) if name in names), ""):
+        return [chosen, *arguments]
+    consolidated = [name for name in names if name.startswith("consolidated") and name.endswith(".pth")]
+    if any(not name.endswith(".00-of-01.pth") for name in consolidated):
+        part = consolidated[-1]
+        raise UserError(f"{source} holds a checkpoint cut into several parts ({part}): only 00-of-01 can be read")
+    alone = [name for name in names if name.endswith((".safetensors", ".pt"))]
+    if len(alone) == 1:
+        return alone
+    there = consolidated or [name for name in names if not name.startswith(".")][:5] or ["nothing"]
+    wanted, found = " nor ".join(kinds), ", ".join(there)
+    raise UserError(
+        f"{source} holds neither a run's checkpoints/ nor {wanted}: there is {found}; give {source}/NAME for one of it"
+    )
 
 
 def consolidated_name(ema: bool, ternary: bool) -> str:
