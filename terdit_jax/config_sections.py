@@ -286,9 +286,9 @@ class TrainConfig:
     )
     init_from: str = setting(
         "",
-        "Weights that a new run starts from: another workdir, an artifact, a published checkpoint or safetensors "
-        "([format.md](format.md)); full-precision ones for a ternary model too ([fine_tuning.md]"
-        "(fine_tuning.md)). Empty: a fresh start.",
+        "Weights that a new run starts from: another workdir, an artifact, a published checkpoint, safetensors "
+        "or a name on the [Hub](hub.md#names) ([format.md](format.md)); full-precision ones for a ternary model too "
+        "([fine_tuning.md](fine_tuning.md)). Empty: a fresh start.",
         PATH,
     )
     init_labels: bool = setting(

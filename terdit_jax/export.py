@@ -22,12 +22,14 @@ from terdit_jax.interop.model_card import CardFacts, read_scores
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights, open_weights
 from terdit_jax.options import define_num_heads, define_objective, refuse_unused
-from terdit_jax.paths import define_path
+from terdit_jax.paths import define_path, local_path
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 _WORKDIR = define_path("workdir", None, "A training run.")
-_MODEL = define_path("model", None, "In its place: an artifact, a published checkpoint, or safetensors.")
+_MODEL = define_path(
+    "model", None, "In its place: an artifact, a published checkpoint, safetensors, a name on the Hub."
+)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; the newest sound one if left out.", 0)
 _EMA = flags.DEFINE_bool("ema", True, "The averaged weights; --noema for those of the last step.")
 _NUM_HEADS = define_num_heads()
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
         check_options(_FORMAT.value, masters=_MASTERS.value, compress=_COMPRESS.value)
     if _PUSH_TO.value is not None:
         check_push(_PUSH_TO.value)
+        local_path(output, "--output")
     facts = CardFacts(
         name=_PUSH_TO.value or epath.Path(output or "").name,
         licence=_LICENSE.value or "",

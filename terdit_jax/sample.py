@@ -38,7 +38,7 @@ from terdit_jax.parallel.mesh import local_mesh
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 
-_MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, or safetensors.")
+_MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, safetensors, a name on the Hub.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.", 0)
 _NUM_HEADS = define_num_heads()
 _OBJECTIVE = define_objective()

@@ -20,6 +20,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.forked import programs  # noqa: E402
+from tests.stub_hub import hub  # noqa: E402, F401
 
 programs()  # made before pytest-xdist starts its workers, so that they share it
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -70,6 +70,8 @@ NOT_RUN = {
     "curl *": "needs a network",
     "gcloud *": CLOUD,
     "JAX_COORDINATOR_ADDRESS=host0:1234 *": "is typed on eight hosts",
+    "python -m terdit_jax.* --push_to=*": "needs a network and an account",
+    "python -m terdit_jax.* --model=*lucky-lance/TerDiT*": "needs a network",
     "python -m tests.faults *": "kills runs for an hour; test_faults.py does it a few times",
 }
 
@@ -86,11 +88,15 @@ INPUTS = {
     "docs/evaluation.md": ("cifar10", "3B_1180000", "stabilityai/sd-vae-ft-ema"),
     "docs/families.md": ("DiT-XL-2-256x256.pt", "SiT-XL-2-256.pt", "0400000.pt", "sd-vae-ft-ema"),
     "docs/fine_tuning.md": ("runs/digits", "pictures"),
+    "docs/hub.md": ("runs/digits", "scores.json"),
     "docs/pods.md": ("ILSVRC2012_img_train.tar", "sd-vae-ft-ema"),
     "docs/pytorch.md": ("digits.safetensors",),
     "docs/sampling.md": ("runs/digits", "terdit_4b.safetensors", "sd-vae-ft-ema"),
     "docs/training.md": ("pictures",),
 }
 
-# What snippets and commands need beyond the package: without it they are left out.
-NEEDS_TORCH = ("terdit_jax.interop.pytorch", "--format=torch", "3B_1180000", "-XL-2-", "0400000.pt")
+# What snippets and commands need beyond the package, by what is in them: without it they are left out.
+NEEDS = {
+    "torch": ("terdit_jax.interop.pytorch", "--format=torch", "3B_1180000", "-XL-2-", "0400000.pt", "from diffusers"),
+    "diffusers": ("from diffusers",),
+}

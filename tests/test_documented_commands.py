@@ -126,7 +126,7 @@ class User:
         """Runs a command as the tables say, then, in a copy of the folder, what it prints as `next:`, once a kind."""
         assert (found := entry(command)), f"no entry of tests/documented_commands.py covers: {command}"
         table, pattern, value = found
-        if table == "NOT_RUN" or _lacks_torch(command):
+        if table == "NOT_RUN" or _lacks_package(command):
             return
         if table == "ONLY_READ":
             self.types(f"{command} --only_check_args")
@@ -149,14 +149,17 @@ class User:
         return True
 
     def runs(self, snippet: str) -> None:
-        if _lacks_torch(snippet) or any(part in snippet for part in tables.SNIPPETS_NOT_RUN):
+        if _lacks_package(snippet) or any(part in snippet for part in tables.SNIPPETS_NOT_RUN):
             return
         (self.folder / "snippet.py").write_text(snippet)
         self.types("python snippet.py")
 
 
-def _lacks_torch(text: str) -> bool:
-    return any(part in text for part in tables.NEEDS_TORCH) and importlib.util.find_spec("torch") is None
+def _lacks_package(text: str) -> bool:
+    return any(
+        any(part in text for part in parts) and importlib.util.find_spec(package) is None
+        for package, parts in tables.NEEDS.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +220,7 @@ def test_relative_paths_and_home_beyond_the_pages(environment, digits, tmp_path)
         f" {tables.TRAINING} --heartbeat=~/beat.json"
     )
     assert {"my runs", "beat.json"} <= {path.name for path in (user.folder / "home").iterdir()}
-    for kind in FORMATS if importlib.util.find_spec("torch") else ("packed", "safetensors"):
+    for kind in FORMATS if importlib.util.find_spec("torch") else {*FORMATS} - {"torch"}:
         user.types(f"python -m terdit_jax.export --workdir=~/'my runs'/second --format={kind} --output=~/{kind}")
         user.types(f"python -m terdit_jax.export --model=~/{kind} --format={kind} --output=out/{kind}")
     user.types("python -m terdit_jax.sample --model=~/packed --num_samples=2 --output=~/'my images'/two.npz")

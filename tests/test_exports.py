@@ -12,7 +12,7 @@ from terdit_jax.config_sections import DiffusionConfig
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import FORMATS, export
 from terdit_jax.interop.published import published_layout
-from terdit_jax.interop.weights import Weights, consolidated_name, open_weights, packed_leaves
+from terdit_jax.interop.weights import HUB_WEIGHTS, Weights, consolidated_name, open_weights, packed_leaves
 from tests.deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config
 from tests.golden_models import BY_CHANNEL, DIT, GOLDEN, tiny_config
 from tests.torch_files import save_state_dict
@@ -24,7 +24,7 @@ def golden(name):
     return golden_weights(name, tiny_config(depth=2) if name == "train_init" else None)
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=[kind for kind in FORMATS if kind != "hub"])
 def kind(request):
     if request.param == "torch":
         pytest.importorskip("torch")
@@ -84,12 +84,33 @@ def test_every_kind_of_model_goes_from_format_to_format(tmp_path, overrides, kin
     assert_same_leaves(last, expected)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "masters", "as_kind"),
+    [({}, False, "packed"), ({}, True, "safetensors"), ({**DIT, "ternary": False}, False, "safetensors")],
+)
+def test_a_folder_for_the_hub_holds_the_file_of_another_format(tmp_path, overrides, masters, as_kind):
+    weights = random_weights(small_config(**overrides))
+    export(weights, tmp_path / "hub", "hub", masters=masters)
+    export(weights, tmp_path / "other", as_kind, masters=masters)
+    assert (tmp_path / "hub" / HUB_WEIGHTS).read_bytes() == (tmp_path / "other").read_bytes()
+    again = open_weights(tmp_path / "hub", masters=masters)
+    assert again.description == weights.description
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {
+        HUB_WEIGHTS,
+        "README.md",
+        "config.json",
+        "terdit.py",
+    }
+    with pytest.raises(UserError, match="exists already"):
+        export(weights, tmp_path / "hub", "hub")
+
+
 def test_a_model_that_the_public_sampler_cannot_build_gets_a_remark(tmp_path):
     pytest.importorskip("torch")
     (remark,) = export(random_weights(small_config()), tmp_path / "out", "torch")
     assert remark.startswith("note: the public sampler knows three shapes only") and "\n" not in remark
     assert export(random_weights(small_config()), tmp_path / "other", "packed") == []
-    with pytest.raises(UserError, match="--format=onnx: choose one of packed, torch, safetensors"):
+    with pytest.raises(UserError, match="--format=onnx: choose one of packed, torch, safetensors, hub"):
         export(random_weights(small_config()), tmp_path / "third", "onnx")
 
 

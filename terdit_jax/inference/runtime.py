@@ -219,7 +219,8 @@ def load_model(
     """Loads a model to run it; its weights pass through host memory leaf by leaf and reach the devices packed.
 
     Args:
-      path: a workdir, an artifact or other safetensors file, or a published checkpoint (`interop.weights`).
+      path: a workdir, an artifact or other safetensors file, a published checkpoint, or a name on the Hugging Face Hub,
+        "organisation/name" (`interop.weights`).
       mesh: devices to spread it over, of `terdit_jax.parallel.mesh`; the first device alone if left out.
       ema: the averaged weights, where there are both.
       step: which checkpoint of a workdir; the newest sound one if left out.

@@ -5,6 +5,7 @@ Nothing else is said: what is not known is named as such. Format: https://huggin
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import json
 import os
 from pathlib import PurePath
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 from terdit_jax.config import FIELDS, PATHS
 from terdit_jax.config_rules import flatten, shown
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, printable
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights
 from terdit_jax.untrusted import is_number, parse_json, reading, short
@@ -24,16 +25,26 @@ _TERDIT, _DIT, _SIT = (
     f"[{name}](https://arxiv.org/abs/{number})"
     for name, number in (("TerDiT", "2405.14854"), ("DiT", "2212.09748"), ("SiT", "2401.08740"))
 )
-_DIFFUSERS = """\
-from diffusers import AutoModel
+_USE = """\
+In PyTorch with diffusers, which runs `terdit.py` of this repository:
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-"""
-_JAX = """\
-import terdit_jax
+```python
+from diffusers import AutoModel{and_vae}
 
-model = terdit_jax.load_model("{name}")
-"""
+model = AutoModel.from_pretrained({name}, trust_remote_code=True){torch_vae}
+images = model.draw([0, 1]{vae}{method})  # (2, H, W, C) uint8, of classes 0 and 1
+```
+
+In JAX with terdit_jax:
+
+```python
+import terdit_jax{and_load}
+
+model = terdit_jax.load_model({name})
+images = model.draw([0, 1]{jax_vae})  # (2, H, W, C) float32 in [-1, 1]
+```"""
+_STABILITY = ("sd-vae-ft-ema", "sd-vae-ft-mse")
+_TORCH_METHODS = ("ddpm", "ddim", "sde", "euler", "heun")  # of `pytorch.sample`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +97,7 @@ def make_card(weights: Weights, facts: CardFacts, file_bytes: int) -> str:
         "Size": f"```text\n{size_report(weights.model, file_bytes)}\n```",
         "Licence": _licence(facts.licence),
     }
-    title = f"{_front(weights, facts.licence)}\n# {_plain(weights.description.name)}\n"
+    title = f"{_front(weights, facts.licence)}\n# {_plain(weights.description.name) or 'A model'}\n"
     return "\n".join([title, *(f"## {heading}\n\n{text}\n" for heading, text in sections.items())])
 
 
@@ -106,26 +117,20 @@ def _front(weights: Weights, licence: str) -> str:
 
 
 def _use(weights: Weights, facts: CardFacts) -> str:
-    name, labels = facts.name.replace("\\", "\\\\").replace('"', '\\"'), [0] * 4
-    pixels = weights.description.codec == "none" and weights.model.in_channels in (1, 3)
-    if pixels:
-        torch = f"images = model.draw({labels})  # (4, H, W, C) uint8, of class 0"
-        jax = f"images = model.draw({labels})  # (4, H, W, C) float32 in [-1, 1]"
-    else:
-        torch = (
-            "from diffusers import AutoencoderKL\n\n"
-            'vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema")  # or what Data says\n'
-            f"images = model.draw({labels}, vae=vae)  # (4, H, W, 3) uint8, of class 0"
-        )
-        jax = (
-            "from terdit_jax.interop.vae_weights import load_vae\n\n"
-            f'images = model.draw({labels}, vae=load_vae("stabilityai/sd-vae-ft-ema"))  # or what Data says'
-        )
-    return (
-        "In PyTorch with diffusers, which runs `terdit.py` of this repository:\n\n"
-        f"```python\n{_DIFFUSERS.format(name=name)}{torch}\n```\n\n"
-        f"In JAX with terdit_jax:\n\n```python\n{_JAX.format(name=name)}{jax}\n```"
-    )
+    description = weights.description
+    method = "" if description.sample.method in _TORCH_METHODS else ', method="ddim", num_steps=50'
+    words = dict.fromkeys(("and_vae", "and_load", "torch_vae", "vae", "jax_vae"), "")
+    if description.codec != "none" or weights.model.in_channels not in (1, 3):
+        codec = _plain(description.codec)
+        vae = f"stabilityai/{codec}" if codec in _STABILITY else f"FOLDER_OF_THE_AUTOENCODER_{codec}"
+        words = {
+            "and_vae": ", AutoencoderKL",
+            "and_load": "\nfrom terdit_jax.interop.vae_weights import load_vae",
+            "torch_vae": f'\nvae = AutoencoderKL.from_pretrained("{vae}")',
+            "vae": ", vae=vae",
+            "jax_vae": f', vae=load_vae("{vae}")',
+        }
+    return _USE.format(name=json.dumps(facts.name), method=method, **words)
 
 
 def _model(weights: Weights) -> Iterator[tuple[str, str]]:
@@ -138,11 +143,7 @@ def _model(weights: Weights) -> Iterator[tuple[str, str]]:
     yield "Classes", f"{model.num_classes:,}"
     yield "Predicts", "the velocity of a flow" if flow else "the noise (DDPM)"
     yield "Weights", "averaged (EMA)" if description.ema else "of the last step"
-    sample = description.sample
-    yield (
-        "Drawn by",
-        f"{sample.method}, {sample.num_steps} steps, guidance {sample.cfg_scale:g}, unless asked otherwise",
-    )
+    yield "Drawn by", f"{sample.method}, {sample.num_steps} steps, guidance {sample.cfg_scale:g}, or as asked for"
     yield "Papers", ", ".join([_TERDIT] * model.ternary + [_DIT] + [_SIT] * flow)
 
 
@@ -201,7 +202,7 @@ def _run_field(weights: Weights, name: str) -> str:
         return ""
     with reading(f"{weights.source}: its checkpoint does not describe a run"):
         value = dict(flatten(weights.run["config"])).get(name, FIELDS[name].default)
-        FIELDS[name].check_type(value, name)
+        FIELDS[name].check_type(value, f"{weights.source}: its checkpoint's config.{name}")
     return _base(value) if name in PATHS else shown(value)
 
 
@@ -216,8 +217,8 @@ def _table(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
 
 def _code(text: str) -> str:
     """Text of others as Markdown shows it, in a table too."""
-    return f"`{text.replace('`', chr(39)).replace('|', '/')}`" if text else ""
+    return f"`{printable(text[:300]).replace('`', chr(39)).replace('|', '/')}`" if text else ""
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[^\w .,+/()-]", "", text)
+    return re.sub(r"[^\w .,+/()-]", "", text)[:100].strip()

@@ -119,8 +119,8 @@ def _open(path: epath.PathLike, ema: bool, step: int | None, masters: bool, told
         local = local_path(place)
         if local.is_dir():
             local /= choose(sorted(os.listdir(local)))[0]
-    elif is_name(place):
-        local = fetch(os.fspath(place), choose)
+    elif is_name(path):
+        local = fetch(os.fspath(path), choose)
     else:
         raise UserError(f"{place} does not exist: give a workdir, an artifact or a published checkpoint")
     is_torch = local.suffix in (".pth", ".pt")
@@ -227,11 +227,9 @@ def _choose(source: str, ema: bool, masters: bool, names: list[str], asked: str 
     alone = [name for name in names if name.endswith((".safetensors", ".pt"))]
     if len(alone) == 1:
         return alone
-    there = consolidated or [name for name in names if not name.startswith(".")][:5] or ["nothing"]
-    wanted, found = " nor ".join(kinds), ", ".join(there)
-    raise UserError(
-        f"{source} holds neither a run's checkpoints/ nor {wanted}: there is {found}; give {source}/NAME for one of it"
-    )
+    there = consolidated or [name for name in names if not name.startswith(".")][:5]
+    wanted, found = " nor ".join(kinds), f"{', '.join(there)}: give {source}/NAME" if there else "nothing"
+    raise UserError(f"{source} holds neither a run's checkpoints/ nor {wanted}: there is {found}")
 
 
 def consolidated_name(ema: bool, ternary: bool) -> str:
