@@ -40,9 +40,8 @@ from terdit_jax.inference.image_set import make_labels
 from terdit_jax.inference.images import in_color, to_uint8
 from terdit_jax.inference.runtime import Denoiser, load_model
 from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS
-from terdit_jax.interop.hub import is_name
 from terdit_jax.interop.vae_weights import load_vae
-from terdit_jax.interop.weights import HUB_WEIGHTS
+from terdit_jax.interop.weights import is_model
 from terdit_jax.memory import check_host
 from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, refuse_unused
 from terdit_jax.parallel.mesh import local_mesh, make_mesh
@@ -103,7 +102,7 @@ def _judge_by_suite(reference_path: str) -> None:
         )
     if _SAMPLES.value:
         refuse_unused([_WORKDIR], "beside --samples, which --reference judges")
-    if not samples_path or not _is_model(samples_path):
+    if not samples_path or not is_model(samples_path):
         refuse_unused(_HOW_TO_DRAW, "where no model draws the samples")
     initialize_processes()
     begin, mesh = time.perf_counter(), local_mesh()
@@ -136,16 +135,8 @@ def _judge_by_suite(reference_path: str) -> None:
     print(f"written to {_OUTPUT.value}")
 
 
-def _is_model(path: str) -> bool:
-    """Whether --samples names what draws them: a run, a folder or a file of weights, a name on the Hub."""
-    place = epath.Path(path)
-    if not place.exists():
-        return is_name(path) and place.suffix != ".npz"
-    return place.suffix == ".safetensors" or any((place / name).exists() for name in ("checkpoints", HUB_WEIGHTS))
-
-
 def _open_samples(path: str) -> ImageSource:
-    if not _is_model(path):
+    if not is_model(path):
         return open_images(path)
     vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(path, mesh=local_mesh(), ema=_WEIGHTS.value == "ema")

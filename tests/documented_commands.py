@@ -95,6 +95,8 @@ INPUTS = {
     "docs/training.md": ("pictures",),
 }
 
+SLOW_PAGES = ("docs/hub.md",)
+
 # What snippets and commands need beyond the package, by what is in them: without it they are left out.
 NEEDS = {
     "torch": ("terdit_jax.interop.pytorch", "--format=torch", "3B_1180000", "-XL-2-", "0400000.pt", "from diffusers"),

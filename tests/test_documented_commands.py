@@ -177,7 +177,14 @@ def digits(environment, tmp_path_factory):
     return user.folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(page == block.page for block, _ in all_commands())])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page in tables.SLOW_PAGES))
+        for page in PAGES
+        if any(page == block.page for block, _ in all_commands())
+    ],
+)
 def test_page(page, environment, request, tmp_path):
     user = User(tmp_path / "terdit-jax", environment)
     for name in tables.INPUTS.get(page, ()):

@@ -1,5 +1,6 @@
 """The export command from its flags: what it says, what it writes, and that bad input is one line and nothing else."""
 
+from pathlib import Path
 import shutil
 
 from absl import flags
@@ -65,6 +66,21 @@ def test_a_torch_folder_is_remarked_upon(sources, tmp_path, capsys):
     assert open_weights(tmp_path / "out").description == open_weights(sources["packed"]).description
 
 
+def test_a_folder_is_pushed_with_its_scores(workdir, hub, capsys):
+    Path("scores.json").write_text('{"fid": 12.5}')
+    options = ["--format=hub", "--scores=scores.json", "--license=mit", "--push_to=me/tiny"]
+    run(f"--workdir={workdir}", "--output=out", *options)
+    written, pushed = capsys.readouterr().out.splitlines()
+    assert written.endswith("MB in out") and pushed == "pushed to https://hub/me/tiny"
+    card = (hub.folder / "me/tiny/README.md").read_text()
+    assert "\nlicense: mit\n" in card and "| `fid` | 12.5000 |" in card and 'load_model("me/tiny")' in card
+    assert open_weights("me/tiny").description == open_weights("out").description == open_weights(workdir).description
+    hub.fails = ConnectionError("refused")
+    with pytest.raises(UserError, match="^again is written, but was not pushed to me/tiny: .* hf upload me/tiny again"):
+        run(f"--workdir={workdir}", "--output=again", *options)
+    assert {path.name for path in Path("again").iterdir()} == {path.name for path in Path("out").iterdir()}
+
+
 @pytest.mark.parametrize("source", ["run", "packed", "full"])
 def test_the_report_writes_nothing(sources, tmp_path, capsys, source):
     path = sources[source]
@@ -105,8 +121,16 @@ BAD = {
     "masters of a packed source": (["--model={packed}", "--masters", "--format=safetensors"], "no master weights"),
     **{
         f"compressing {kind}": (["--workdir={run}", "--compress", f"--format={kind}"], "--compress: only")
-        for kind in ("torch", "safetensors")
+        for kind in ("torch", "safetensors", "hub")
     },
+    **{
+        f"{flag} of another format": (["--workdir={run}", flag], f"{flag}: takes no part without --format=hub")
+        for flag in ("--push_to=a/b", "--scores=a.json", "--license=mit")
+    },
+    "no repository": (["--workdir={run}", "--format=hub", "--push_to=digits"], "must be ORGANISATION/NAME"),
+    "no scores": (["--workdir={run}", "--format=hub", "--scores={empty}/a"], "--scores=.*/a: cannot be read"),
+    "no licence": (["--workdir={run}", "--format=hub", "--license=My own"], "--license=My own: give one as the Hub"),
+    "masters of a packed source, for the Hub": (["--model={packed}", "--masters", "--format=hub"], "no master weights"),
     "packing a SiT": (
         ["--model={bare}", "--num_heads=4", "--objective=flow"],
         "bare.safetensors is full precision, nothing to pack",

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.hub import check_push, is_name, push
-from terdit_jax.interop.weights import HUB_WEIGHTS, MODEL_ARGS, consolidated_name, open_weights
+from terdit_jax.interop.weights import HUB_WEIGHTS, MODEL_ARGS, consolidated_name, is_model, open_weights
 from tests.deployed import assert_same_leaves, random_weights, small_config
 from tests.golden_models import GOLDEN
 from tests.torch_files import save_state_dict
@@ -88,6 +88,21 @@ def test_what_is_no_name_is_not_asked_for(hub, path):
     if path and "gs" not in path:
         with pytest.raises(UserError, match="does not exist: give a workdir|holds neither"):
             open_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        (NAME, True), ("model.safetensors", True), ("folder", True), ("run", True),
+        (f"{NAME}.npz", False), ("pictures", False), ("nothing", False),
+    ],
+)  # fmt: skip
+def test_what_is_a_model_is_told_from_images(tmp_path, monkeypatch, path, model):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/checkpoints/1", f"folder/{HUB_WEIGHTS}", "pictures/0.png", "model.safetensors"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert is_model(path) == model
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):

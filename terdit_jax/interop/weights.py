@@ -101,6 +101,15 @@ def open_weights(
     return weights
 
 
+def is_model(path: epath.PathLike) -> bool:
+    """Whether `open_weights` would look for a model there, and not a reader of images: a run, a folder or file of
+    safetensors, or what is not on this machine and could be a name on the Hub."""
+    place = as_path(path)
+    if not place.exists():
+        return is_name(path) and place.suffix != ".npz"
+    return place.suffix == ".safetensors" or any((place / name).exists() for name in ("checkpoints", HUB_WEIGHTS))
+
+
 def open_told(path: epath.PathLike, told: Told) -> Weights:
     """Opens averaged weights, or raw ones where there are no others, with master weights if there are; `told` is used
     where a file is silent, and may say something else than the file."""
