@@ -15,7 +15,7 @@ from types import ModuleType
 from terdit_jax.errors import UserError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_NAME = re.compile(rf"({_REPOSITORY.pattern})(?:@([\w.-]+))?(?:/(.*))?", re.ASCII)
+_NAME = re.compile(rf"(?!.*\.\.)({_REPOSITORY.pattern})(?:@([\w.-]+))?(?:/(.*))?", re.ASCII)
 
 
 def is_name(path: str | os.PathLike) -> bool:
