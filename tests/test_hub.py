@@ -83,7 +83,7 @@ def test_what_the_hub_does_not_give_is_one_line(hub, failure):
 
 
 @pytest.mark.parametrize(
-    "path", ["model", "/a/b", "./a/b", "../a/b", "~/a", "a/", "a/.b", "a b/c", "a/b/../c", "gs://a/b", ""]
+    "path", ["model", "/a/b", "./a/b", "../a/b", "~/a", "a/", "a/.b", "a b/c", "a/b/../c", "gs://a/b"]
 )
 def test_what_is_no_name_is_not_asked_for(hub, path):
     assert not is_name(path)
