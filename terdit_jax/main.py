@@ -5,6 +5,7 @@ Any field is overridden with --config.section.field=value; the same command resu
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 
 from absl import flags
 from etils import epath
@@ -119,11 +120,14 @@ def _drawer(setup: Setup) -> DrawImages:
 
 
 def _grid_drawer(setup: Setup, draw: DrawImages) -> DrawGrid:
-    count, num_classes = setup.config.sample.num_images, setup.model.num_classes
-    labels = np.arange(count) * max(1, num_classes // count) % num_classes
+    """Draws a column a class: of all classes, or of as many, evenly spaced, as make the grid a square."""
+    count, names = setup.config.sample.num_images, setup.dataset.metadata.class_names
+    columns = len(names) if 1 < len(names) <= min(count, 10) else math.ceil(math.sqrt(count))
+    labels = np.arange(count) % columns * max(1, len(names) // columns) % len(names)
+    titles = [names[label] for label in labels[:columns]]
 
     def draw_grid(step: int, params: dict) -> tuple[epath.Path, np.ndarray]:
-        grid = make_grid(to_uint8(draw(params, labels)))
+        grid = make_grid(to_uint8(draw(params, labels)), columns, titles)
         path = setup.workdir / "samples" / f"step_{step:08d}.png"
         if jax.process_index() == 0:
             with going_on("no grid"):  # a disk without room is no reason to stop training

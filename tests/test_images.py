@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from terdit_jax.errors import UserError
-from terdit_jax.inference.images import GAP, make_grid, save_npz, save_png, to_uint8
+from terdit_jax.inference.images import GAP, LINE, make_grid, save_npz, save_png, to_uint8
 
 
 def pictures(count, side=64, channels=3):
@@ -42,6 +42,14 @@ def test_grid_layout(count, columns, rows_and_columns):
         np.testing.assert_array_equal(grid[top : top + 64, left : left + 64], image)
         rest[top : top + 64, left : left + 64] = False
     assert np.all(grid[rest] == 255), "gaps and empty cells are white"
+
+
+def test_titles_stand_above_the_columns_and_change_no_image():
+    images = pictures(4)
+    plain, titled = make_grid(images, 2), make_grid(images, 2, ["cat", "a very long name of a class"])
+    np.testing.assert_array_equal(titled[LINE:], plain)
+    left, right = titled[:LINE, : 64 + GAP], titled[:LINE, 64 + 2 * GAP :]
+    assert (left < 128).any() and (right < 128).any() and (titled[:LINE, -GAP:] == 255).all(), "cut to the column"
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor_without_smoothing():

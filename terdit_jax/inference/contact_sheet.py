@@ -4,11 +4,12 @@ from collections.abc import Sequence
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from terdit_jax.inference.images import LINE, write_caption
 
 MIN_SIDE = 96  # small images are enlarged by a whole factor to at least this
 GAP = 6
-LINE = 14  # height of a line of text
 
 
 def make_contact_sheet(views: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
@@ -28,19 +29,10 @@ def make_contact_sheet(views: Sequence[np.ndarray], captions: Sequence[str]) -> 
     columns = max(1, min(count, round(math.sqrt(count * cell_height / cell_width))))
     rows = math.ceil(count / columns)
     sheet = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, caption in enumerate(captions):
         left, top = GAP + i % columns * cell_width, GAP + i // columns * cell_height
         for k, view in enumerate(views):
             image = np.broadcast_to(view[i], (*view.shape[1:3], 3)).repeat(factor, axis=0).repeat(factor, axis=1)
             sheet.paste(Image.fromarray(image), (left + k * (width + 1), top))
-        draw.text((left, top + height), _cut(caption, font, cell_width - GAP), fill="black", font=font)
+        write_caption(sheet, (left, top + height), caption, cell_width - GAP)
     return np.asarray(sheet)
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."

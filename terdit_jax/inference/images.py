@@ -3,17 +3,19 @@
 It takes images in [-1, 1]; decoding latents into them comes before.
 """
 
+from collections.abc import Sequence
 import io
 import math
 
 from etils import epath
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from terdit_jax.errors import UserError
 from terdit_jax.files import refusing, write_bytes
 
 GAP = 2  # pixels between the images of a grid
+LINE = 14  # height of a line of text
 MIN_SIDE = 64  # small images are enlarged by a whole factor to at least this
 
 
@@ -37,28 +39,44 @@ def in_color(images: np.ndarray) -> np.ndarray:
     return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def make_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+def make_grid(images: np.ndarray, columns: int = 0, titles: Sequence[str] = ()) -> np.ndarray:
     """Lays (N, H, W, C) uint8 images out in rows on white, small ones enlarged without smoothing.
 
     Args:
       images: C is 1 or 3.
       columns: images a row; 0: a square, or rows of ten where N is a multiple of ten.
+      titles: texts above the columns, cut to their width; none if left out.
 
     Returns:
       (height, width, 3) uint8.
     """
     count, height, width, channels = images.shape
     columns = columns or (10 if count % 10 == 0 else math.ceil(math.sqrt(count)))
-    rows = math.ceil(count / columns)
+    rows, head = math.ceil(count / columns), LINE if titles else 0
     factor = max(1, math.ceil(MIN_SIDE / height))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     images = np.broadcast_to(images, (*images.shape[:3], 3)) if channels == 1 else images
     cell_height, cell_width = height * factor + GAP, width * factor + GAP
-    grid = np.full((rows * cell_height + GAP, columns * cell_width + GAP, 3), 255, np.uint8)
+    grid = np.full((head + rows * cell_height + GAP, columns * cell_width + GAP, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = GAP + i // columns * cell_height, GAP + i % columns * cell_width
+        top, left = head + GAP + i // columns * cell_height, GAP + i % columns * cell_width
         grid[top : top + cell_height - GAP, left : left + cell_width - GAP] = image
+    if titles:
+        sheet = Image.fromarray(grid)
+        for i, title in enumerate(titles):
+            write_caption(sheet, (GAP + i * cell_width, 0), title, cell_width - GAP)
+        grid = np.asarray(sheet)
     return grid
+
+
+def write_caption(sheet: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
+    """Writes a line of text, LINE high, from this (left, top) on, cut to a width in pixels."""
+    font = ImageFont.load_default(11)
+    if font.getlength(text) > width:
+        while text and font.getlength(text + "...") > width:
+            text = text[:-1]
+        text += "..."
+    ImageDraw.Draw(sheet).text(place, text, fill="black", font=font)
 
 
 def encode_png(image: np.ndarray) -> bytes:
