@@ -252,7 +252,7 @@ def train(name: str, seed: str) -> dict:
         "log.every": max(1, steps // 40),
         "log.samples_every": 0,
         "log.heldout_every": max(1, steps // 8),
-        "log.tensorboard": False,
+        "log.writers": "",
         **dict(setting.split("=", 1) for setting in _SET.value if setting),
         **overrides(name, str(workdir(FULL, seed)), steps),
     }

@@ -29,6 +29,11 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda value: value in choices, f"choose one of {', '.join(choices)}")
 
 
+def any_of(*choices: str) -> Rule:
+    words = f"must be any of {', '.join(choices)}, separated by commas, or empty"
+    return Rule(lambda value: all(name in choices for name in value.split(",") if value), words)
+
+
 def _in_float32(value: float) -> float:
     """The value as devices hold it: infinite above float32's range, 0 below its normal range."""
     with np.errstate(over="ignore", under="ignore"):

@@ -15,6 +15,7 @@ from terdit_jax.config_rules import (
     SHIFT,
     TEXT,
     THRESHOLD,
+    any_of,
     one_of,
     setting,
     whole,
@@ -376,7 +377,13 @@ class LogConfig:
         whole(0),
     )
     score_samples: int = setting(500, "Images drawn for a score.", whole(1))
-    tensorboard: bool = setting(True, "Also write TensorBoard events.")
+    writers: str = setting(
+        "tensorboard",
+        "What follows `metrics.jsonl`: any of `tensorboard`, `wandb` and `mlflow`, separated by commas "
+        "([training.md](training.md#trackers)).",
+        any_of("tensorboard", "wandb", "mlflow"),
+    )
+    tensorboard: bool = setting(True, "`False`: `log.writers` without `tensorboard`, as older files say it.")
 
 
 @dataclasses.dataclass(frozen=True)

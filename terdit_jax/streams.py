@@ -9,16 +9,28 @@ from typing import Any
 
 
 class SteadyStream:
-    """A text stream whose writes do not fail. What a full disk refuses waits in the buffer and is tried again."""
+    """A text stream whose writes do not fail. What a full disk refuses waits in the buffer and is tried again.
+
+    Attribute `bar`, of the class: the stream to which `progress` draws a bar, which makes way for text of the others.
+    """
+
+    bar: "SteadyStream | None" = None
 
     def __init__(self, stream: Any, name: str):
-        self._stream, self._name, self._said = stream, name, False
+        self._stream, self._name, self._said, self._drawn = stream, name, False, False
         with contextlib.suppress(AttributeError, ValueError, OSError):
             # Under an ASCII locale, a character that it lacks is written as \xNN rather than raised as an error.
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         """Writes text, or drops it where the stream takes none; returns its length."""
+        bar = SteadyStream.bar
+        if bar is self:
+            self._drawn = True
+        elif bar and bar._drawn:
+            bar.write("\r\x1b[K")
+            bar.flush()
+            bar._drawn = False
         try:
             self._stream.write(text)
         except (OSError, ValueError) as error:  # ValueError: closed

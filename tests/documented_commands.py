@@ -14,7 +14,7 @@ STEPS = (
 )
 # The quickstart logs everything there is; the others leave out what costs compiling.
 EVERYTHING = f"{STEPS} --config.log.heldout_every=2 --config.log.samples_every=2"
-TRAINING = f"{STEPS} --config.log.heldout_every=0 --config.log.samples_every=0 --config.log.tensorboard=False"
+TRAINING = f"{STEPS} --config.log.heldout_every=0 --config.log.samples_every=0 --config.log.writers="
 ARCHIVE = "--image_size=64 --heldout_share=0.5"  # of four images
 GPU_RUN = "measures an accelerator, for minutes to hours"
 CLOUD = "needs an account, its tools and a network"

@@ -48,7 +48,7 @@ SHRUNKEN = {
     "log.heldout_every": 20,
     "log.heldout_batches": 1,
     "log.samples_every": 0,
-    "log.tensorboard": False,
+    "log.writers": "",
     "sample.num_steps": 5,
     "sample.num_images": 4,
 }

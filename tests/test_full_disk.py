@@ -10,8 +10,8 @@ import time
 import jax.numpy as jnp
 import pytest
 
+from terdit_jax.config import RunConfig
 from terdit_jax.errors import UserError
-from terdit_jax.training import metrics
 from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
 from tests.runs import (
     assert_same_run,
@@ -88,7 +88,7 @@ def test_an_error_that_is_not_the_disks_is_raised(tmp_path):
 
 
 def test_lines_wait_for_room(tmp_path, caplog, monkeypatch):
-    writer = MetricsWriter(tmp_path, 0, tensorboard=True)
+    writer = MetricsWriter(tmp_path, 0, RunConfig())
     writer.write(1, {"loss": 0.5})
     with full_disk((tmp_path / METRICS_FILE).stat().st_size + 5):
         writer.write(2, {"loss": 0.25})
@@ -97,7 +97,7 @@ def test_lines_wait_for_room(tmp_path, caplog, monkeypatch):
     writer.close()
     assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [1, 2, 3, 4]
     assert caplog.text.count("its lines wait") == 1
-    assert metrics.METRICS_FILE in caplog.text
+    assert METRICS_FILE in caplog.text
 
 
 def test_a_run_whose_disk_fills_trains_to_its_end_and_ends_there_once_there_is_room(tmp_path):

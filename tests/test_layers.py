@@ -14,8 +14,8 @@ LAYERS = (
 )  # fmt: skip
 # Imported by anyone, and by those after them.
 FOUNDATIONS = (
-    "versions", "streams", "interrupts", "reproducible", "errors", "paths", "files", "untrusted", "labels", "options",
-    "memory", "batches", "config_rules", "config_sections", "config", "config_file",
+    "versions", "streams", "progress", "interrupts", "reproducible", "errors", "paths", "files", "untrusted", "labels",
+    "options", "memory", "batches", "config_rules", "config_sections", "config", "config_file",
 )  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -4,14 +4,13 @@ import errno
 import json
 import os
 
-import numpy as np
 import pytest
 
-from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter, format_duration
+from terdit_jax.training.metrics import METRICS_FILE, MetricsWriter
 
 
-def open_writer(workdir, start_step=0, tensorboard=False):
-    return MetricsWriter(workdir, start_step, tensorboard=tensorboard)
+def open_writer(workdir, start_step=0):
+    return MetricsWriter(workdir, start_step)
 
 
 def read(workdir):
@@ -145,32 +144,3 @@ def test_a_whole_line_without_its_newline_is_kept(tmp_path):
     (tmp_path / METRICS_FILE).write_text('{"step": 10}')
     open_writer(tmp_path, start_step=10).write(20, {})
     assert [line["step"] for line in parse(tmp_path)] == [10, 20]
-
-
-def test_tensorboard_gets_the_same_figures_and_the_images(tmp_path):
-    writer = open_writer(tmp_path, tensorboard=True)
-    writer.write(1, {"loss": 0.5}, {"images_per_second": 12.0})
-    writer.write_image(1, "samples", np.zeros((4, 4, 3), np.uint8))
-    writer.close()
-    (events,) = tmp_path.glob("events.out.tfevents*")
-    content = events.read_bytes()
-    assert all(tag in content for tag in (b"loss", b"images_per_second", b"samples"))
-
-
-def test_without_tensorboard_there_are_no_events(tmp_path):
-    writer = open_writer(tmp_path)
-    writer.write(1, {"loss": 0.5})
-    writer.write_image(1, "samples", np.zeros((4, 4, 3), np.uint8))
-    writer.close()
-    assert not list(tmp_path.glob("events*"))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"), (45.2, "45s"), (59.6, "1m00s"), (750, "12m30s"), (3600, "1h00m"), (11_100, "3h05m"),
-        (86_399.6, "1d00h"), (198_000, "2d07h"), (float("nan"), "?"), (float("inf"), "?"),
-    ],
-)  # fmt: skip
-def test_format_duration(seconds, text):
-    assert format_duration(seconds) == text

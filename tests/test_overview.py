@@ -1,5 +1,7 @@
 """`main --print_config` says what a run would be, with the bytes its arrays take, and does nothing else."""
 
+import re
+
 import jax
 import pytest
 
@@ -49,6 +51,8 @@ def test_a_configuration_is_printed_and_nothing_is_started(tmp_path):
     assert "digits: 728,896 parameters (663,552 ternary, 0.4 MB packed)" in lines
     assert "1 x cpu, 1 process(es), mesh data=1, fsdp=1, tensor=1" in lines
     assert any(line.startswith("plan: ") for line in lines)
+    assert "7 steps of 128 images from data/digits, learning rate 0.002, seed 0" in lines
+    assert any(re.match(r"\| blocks/\S+ *\| \(4, ", line) for line in lines), "the table of parameters"
     assert f"parameters {4 * 728_896:,}" in lines and f"EMA {4 * 728_896:,}" in lines
     assert err == "" and not list(tmp_path.iterdir())
 

@@ -29,12 +29,14 @@ from terdit_jax.data.sources import Item, Source
 from terdit_jax.data.unfinished import FinishedShard, Unfinished, check_free, totals
 from terdit_jax.errors import UserError
 from terdit_jax.paths import as_path
+from terdit_jax.progress import Progress
 from terdit_jax.untrusted import difference
 
 SHARD_BYTES = 256 * 2**20  # of arrays, before compression
 SKIPPED_FILE = "skipped.json"  # by split, and under IGNORED what the source ignored: names and reasons
 IGNORED = "ignored"
 POLL_SECONDS = 2.0
+REPORT_SECONDS = 60.0  # between lines of progress within a shard
 
 Decoded = tuple[Item, futures.Future]  # the future holds an image and its class, or raises ImageError
 
@@ -86,7 +88,7 @@ def build(
       shard_bytes: size of a shard's arrays before compression.
       worker: k and n.
       wait: do not return before the other workers are done too.
-      report: receives a line for each finished shard.
+      report: receives a line for each finished shard, and on long ways in between.
 
     Returns:
       The metadata; None where shards of other workers are still missing.
@@ -146,6 +148,9 @@ class _Run:
         if already := sum(shard is not None for shard in finished):
             self.report(f"{already} of {len(shards)} shards are there already")
         mine = list(zip(shards, finished, strict=True))[worker::num_workers]
+        count = sum(len(items) for (_, items), found in mine if not found)
+        # Several workers may share a terminal, and two bars would draw over each other.
+        self.progress = Progress(count, self.report, seconds=REPORT_SECONDS, show=num_workers == 1)
         with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 for (file, items), found in mine:
@@ -270,6 +275,7 @@ class _Run:
         self, chunk: list[Decoded], skipped: list[tuple[str, str]]
     ) -> Iterator[tuple[Item, np.ndarray, int]]:
         for item, decoded in chunk:
+            self.progress.reached(self.progress.done + 1)
             try:
                 image, label = decoded.result()
             except ImageError as error:

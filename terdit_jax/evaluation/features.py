@@ -4,7 +4,6 @@ With several processes each takes a part, and all get the whole. The network bel
 """
 
 from collections.abc import Callable
-import time
 from typing import NamedTuple
 
 import jax
@@ -18,10 +17,9 @@ from terdit_jax.errors import UserError
 from terdit_jax.evaluation.image_source import ImageSource
 from terdit_jax.evaluation.statistics import CHUNK, Moments
 from terdit_jax.parallel.mesh import AXES
-from terdit_jax.training.metrics import format_duration
+from terdit_jax.progress import Progress
 
 BATCH_SIZE = 64  # of each device
-REPORT_SECONDS = 10
 
 
 class FeatureNetwork(NamedTuple):
@@ -83,12 +81,11 @@ class _Rows:
     """Takes portions of features, keeps the pool features, turns all into moments and tells how far it is."""
 
     def __init__(self, name: str, count: int, say: Callable[[str], None]):
-        self._name, self._count, self._say = name, count, say
+        self._count = count
         self._pool: list[np.ndarray] = []
         self._waiting: dict[str, list[np.ndarray]] = {}
         self._moments: dict[str, Moments] = {}
-        self._done, self._begin = 0, time.monotonic()
-        self._last = self._begin
+        self._progress = Progress(count, say, name=f"{name}: features of ", show=jax.process_index() == 0)
 
     def add(self, features: dict[str, Array], count: int) -> None:
         """The first `count` rows of each."""
@@ -102,14 +99,8 @@ class _Rows:
                 self._take(name)
             if name == "pool":
                 self._pool.append(rows)
-        self._done += count
-        if time.monotonic() - self._last >= REPORT_SECONDS or self._done == self._count:
-            self._last = time.monotonic()
-            rate = self._done / max(1e-9, self._last - self._begin)
-            left = format_duration((self._count - self._done) / rate)
-            self._say(
-                f"{self._name}: features of {self._done:,}/{self._count:,} images  {rate:,.1f} a second  {left} left"
-            )
+        done = self._progress.done + count
+        self._progress.reached(done, now=done == self._count)
 
     def finish(self) -> ImageFeatures:
         """The features of everything taken."""

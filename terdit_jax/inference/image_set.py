@@ -16,12 +16,11 @@ from terdit_jax.errors import UserError
 from terdit_jax.inference.images import to_uint8
 from terdit_jax.inference.shards import Shards
 from terdit_jax.labels import check_labels
+from terdit_jax.progress import Progress
 from terdit_jax.reproducible import make_key
-from terdit_jax.training.metrics import format_duration
 
 LABEL_ORDERS = ("balanced", "random")
 SHARD_SIZE = 1024  # images, of which a kill costs one shard a process
-REPORT_SECONDS = 5
 _MAX_CLASSES = 2**31  # labels are int32 on devices
 _LABELS = 0x1ABE1  # keeps their draws apart from the noise, whose keys are folded with the number of a step
 
@@ -74,7 +73,7 @@ def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[
     index, count = jax.process_index(), jax.process_count()
     mine = [number for number in range(index, len(shards.sizes), count) if shards.read(number) is None]
     _meet("image set opened")  # none may finish and clear away what another has not looked at yet
-    progress = _Progress(shards, say) if index == 0 else None
+    progress = Progress(len(labels), say, start=_count(shards)) if index == 0 else None
     for number in mine:
         _draw_shard(shards, number, labels, draw, progress)
     while index and not shards.is_complete():
@@ -87,42 +86,18 @@ def draw_set(shards: Shards, labels: np.ndarray, draw: DrawShard, say: Callable[
                 _draw_shard(shards, number, labels, draw, progress)
 
 
-def _draw_shard(shards: Shards, number: int, labels: np.ndarray, draw: DrawShard, progress: "_Progress | None") -> None:
-    first = sum(shards.sizes[:number])
+def _draw_shard(shards: Shards, number: int, labels: np.ndarray, draw: DrawShard, progress: Progress | None) -> None:
+    first, written = sum(shards.sizes[:number]), progress.done if progress else 0
     of_shard = labels[first : first + shards.sizes[number]]
-    images = to_uint8(draw(of_shard, first, progress.report if progress else lambda done: None))
-    shards.write(number, images, of_shard)
+    images = draw(of_shard, first, lambda done: progress.reached(written + done) if progress else None)
+    shards.write(number, to_uint8(images), of_shard)
     if progress:
-        progress.shard_done()
+        progress.reached(_count(shards), now=True)
 
 
-class _Progress:
-    """Lines such as `2,048/50,000 images  31.2 a second  25m37s left`, of all processes together."""
-
-    def __init__(self, shards: Shards, say: Callable[[str], None]):
-        self._shards, self._say = shards, say
-        self._begin = self._last = time.monotonic()
-        self._written = self._start = self._count()
-
-    def report(self, done: int) -> None:
-        """So many images of the shard at hand are drawn; now and then a line says so."""
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._print(self._written + done)
-
-    def shard_done(self) -> None:
-        """Another shard is on disk, and others may be by other processes."""
-        self._written = self._count()
-        self._print(self._written)
-
-    def _count(self) -> int:
-        return sum(size for number, size in enumerate(self._shards.sizes) if self._shards.is_written(number))
-
-    def _print(self, done: int) -> None:
-        self._last, total = time.monotonic(), sum(self._shards.sizes)
-        done = min(done, total)
-        rate = (done - self._start) / max(1e-9, self._last - self._begin)
-        left = format_duration((total - done) / rate) if rate else "?"
-        self._say(f"{done:,}/{total:,} images  {rate:,.1f} a second  {left} left")
+def _count(shards: Shards) -> int:
+    """The images on disk, of all processes."""
+    return sum(size for number, size in enumerate(shards.sizes) if shards.is_written(number))
 
 
 def _meet(name: str) -> None:

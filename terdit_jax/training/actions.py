@@ -28,8 +28,9 @@ from terdit_jax.model.transformer import activation_rms
 from terdit_jax.parallel.chips import peak_flops
 from terdit_jax.parallel.mesh import on_mesh
 from terdit_jax.parallel.sharding import batch_shards, constrain, local_block
+from terdit_jax.progress import Bar, format_duration
 from terdit_jax.training.examples import example_keys, make_examples, to_devices
-from terdit_jax.training.metrics import MetricsWriter, format_duration, say
+from terdit_jax.training.metrics import MetricsWriter, say
 from terdit_jax.training.observers import Observers
 from terdit_jax.training.optimizer import learning_rate_schedule
 from terdit_jax.training.resume import check_finite, describe_run
@@ -67,6 +68,7 @@ class Actions:
     """The actions of one run. Attributes:
 
     in_order: those that may be due after a step; saving is the last, for a resumed run goes on where the metrics end.
+    bar: of the steps, on a terminal.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Actions:
         """Takes what the actions write to: `writer` is None on all processes but the first. `teacher`: fingerprint of
         the one that the run has or had."""
         self.teacher = teacher
+        self.bar = Bar(setup.config.train.num_steps, "steps", timed=False, show=writer is not None)
         self.setup, self.goodput, self.writer, self.checkpoints = setup, observers.goodput, writer, checkpoints
         config, reached = setup.config, observers.interruption.reached
         self.in_order = (
@@ -133,12 +136,13 @@ class Actions:
         spiked = int(figures["spiked_steps"])
         figures["learning_rate"] = float(self._learning_rate(step - 1 - skipped - spiked))
         timing = self._timing(step) | self.goodput.figures()
-        line = [f"step {step:,}/{self.setup.config.train.num_steps:,}", f"loss {figures['loss']:.4f}"]
+        line = [f"loss {figures['loss']:.4f}"]
         line += [f"distillation {figures['distillation']:.4f}"] if "distillation" in figures else []
         line.append(f"{timing['images_per_second']:,.1f} images/s")
         line += [f"MFU {timing['mfu']:.1%}"] if "mfu" in timing else []
         line += [f"{format_duration(timing['eta_seconds'])} left"] if "eta_seconds" in timing else []
-        self._write(step, figures, "  ".join(line), timing)
+        self._write(step, figures, "  ".join([f"step {step:,}/{self.setup.config.train.num_steps:,}", *line]), timing)
+        self.bar.tell("  ".join(line))
         self.goodput.write()
         if skipped:
             logging.warning("%d non-finite updates have been skipped so far", skipped)

@@ -4,10 +4,12 @@
 """
 
 from functools import partial
+import time
 
 import jax
 
 from terdit_jax.fast.plan import choose_soft_plan
+from terdit_jax.progress import format_duration
 from terdit_jax.training.actions import Actions
 from terdit_jax.training.examples import device_batches
 from terdit_jax.training.metrics import say
@@ -30,7 +32,7 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
     make_step = partial(
         make_train_step, setup.config, setup.model, setup.objective, setup.optimizer, setup.mesh, latent_scale
     )
-    soft_steps = setup.config.train.soft_start_steps
+    soft_steps, num_steps = setup.config.train.soft_start_steps, setup.config.train.num_steps
     train_step = soft_step = make_step(setup.plan)
     if soft_steps:
         soft_step = make_step(choose_soft_plan(setup.model, setup.mesh), soft=True)
@@ -44,7 +46,10 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
                 jax.block_until_ready(state)
                 actions.flush()  # before `lap` counts from a later step
                 say(f"step {step:,}  the soft start is over: compiling the step of ternary weights")
+            else:
+                say("compiling the first step ...")
             goodput.now("compile")
+        began = time.perf_counter()
         with goodput.spent("input"):
             batch = next(batches)
         profiler.before(step + 1)
@@ -55,6 +60,15 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
             jax.block_until_ready(state)
             goodput.now("train")
             goodput.lap(step)
+            say(f"step {step:,}  compiled and made in {time.perf_counter() - began:.1f} s")
+        elif step == start + 2 < num_steps:  # long before the first figures of a large model
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - began
+            pace = f"{setup.config.train.batch_size / seconds:,.1f} images/s"
+            left = f"{pace}  about {format_duration((num_steps - step) * seconds)} left"
+            say(f"step {step:,}/{num_steps:,}  {left}")
+            actions.bar.tell(left)
+        actions.bar.reached(step)
         observers.heartbeat.beat(step)
         profiler.after(step, state)
         actions.flush()  # figures of the step before: the devices are already at work on this one
@@ -65,5 +79,5 @@ def run_steps(setup: Setup, state: State, actions: Actions, observers: Observers
                     actions.flush()
                 with goodput.spent(action.kind), jax.profiler.TraceAnnotation(action.name):
                     state = action.do(state, batch, step)
-        if step == setup.config.train.num_steps or observers.interruption.agreed:
+        if step == num_steps or observers.interruption.agreed:
             return step

@@ -1,15 +1,12 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard's events, and the lines that it says.
+"""Where a run's figures go: metrics.jsonl, the trackers that follow it, and the lines that it says.
 
-Figures come in as plain floats; `actions` has them computed. tensorboardX is imported where events are written:
-it imports PyTorch where that is installed, for seconds.
+Figures come in as plain floats; `actions` has them computed. What a tracker is belongs to `trackers`.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import json
 import math
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -17,11 +14,10 @@ import jax
 import numpy as np
 
 from terdit_jax.checkpoints import disk
+from terdit_jax.config import RunConfig
 from terdit_jax.files import set_aside, write_text
 from terdit_jax.paths import is_remote
-
-if TYPE_CHECKING:
-    from tensorboardX.proto.summary_pb2 import Summary
+from terdit_jax.training.trackers import open_trackers, tagged
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -30,10 +26,10 @@ class MetricsWriter:
     """Appends a run's figures; opening it at a step drops what an earlier, lost continuation wrote after it.
 
     A disk that takes or gives nothing does not end a run: lines are kept and written with the next one that it takes,
-    and a file that is not ours to continue is set aside.
+    and a file that is not ours to continue is set aside. The trackers of `config.log`, if one is given, follow.
     """
 
-    def __init__(self, workdir: epath.PathLike, start_step: int, *, tensorboard: bool):
+    def __init__(self, workdir: epath.PathLike, start_step: int, config: RunConfig | None = None):
         self._path = epath.Path(workdir) / METRICS_FILE
         self._waiting = False
         lines, whole = self._read()
@@ -41,32 +37,26 @@ class MetricsWriter:
             self._set_aside()
         self._lines = [line for step, line in lines if step <= start_step]
         self._try(self._rewrite)
-        self._events: Events | None = None
-        if tensorboard:
-            with self._giving_up_events():
-                self._events = Events(workdir, start_step)
+        self._trackers = open_trackers(config, workdir, start_step, self._lines, say) if config else []
 
     def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """Writes one line, on disk when this returns if there is room; only `timing` may differ between reruns."""
-        line = {"step": step, **figures, **({"timing": timing} if timing else {})}
-        self._lines.append(json.dumps(_finite(line)))
+        line = _finite({"step": step, **figures, **({"timing": timing} if timing else {})})
+        self._lines.append(json.dumps(line))
         # Object stores cannot append: there the whole file, a few megabytes at most, is written again.
         self._try(self._rewrite if self._waiting or is_remote(self._path) else self._append)
-        with self._giving_up_events():
-            if self._events:
-                self._events.write(step, figures | (timing or {}))
+        for tracker in self._trackers:
+            tracker.put(step, tagged(line))
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes an image, (H, W, 3) uint8, to TensorBoard."""
-        with self._giving_up_events():
-            if self._events:
-                self._events.write_image(step, name, image)
+        """Hands an image, (H, W, 3) uint8, to the trackers: the file has figures only."""
+        for tracker in self._trackers:
+            tracker.put(step, images={name: image})
 
     def close(self) -> None:
-        """Releases the files."""
-        with self._giving_up_events():
-            if self._events:
-                self._events.close()
+        """Lets the trackers end."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def _read(self) -> tuple[list[tuple[int, str]], bool]:
         """The lines on disk that are whole, and whether all are but one at the end, cut short by a kill."""
@@ -105,14 +95,6 @@ class MetricsWriter:
     def _rewrite(self) -> None:
         write_text(self._path, "".join(line + "\n" for line in self._lines))
 
-    @contextlib.contextmanager
-    def _giving_up_events(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ImportError) as error:  # ImportError: an object store without TensorBoard's package for it
-            logging.error("TensorBoard events cannot be written (%s): none until the next start", disk.reason(error))
-            self._events = None
-
 
 def _decode(line: bytes) -> tuple[int, str] | None:
     """A line's step and text, or None if it is not one of ours."""
@@ -131,64 +113,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Events:
-    """One file of TensorBoard's events; methods raise OSError where it cannot be written, and then it is of no use.
-
-    It is written as events come: the library's own thread would die of a full disk unseen.
-    """
-
-    def __init__(self, workdir: epath.PathLike, start_step: int):
-        """Opens a new file, which tells TensorBoard to drop what an earlier one holds after `start_step`."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        self._file = EventsWriter(str(epath.Path(workdir) / "events"))
-        self._append(start_step + 1, file_version="brain.Event:2")
-        self._append(start_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._file.flush()
-
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Writes figures by name."""
-        from tensorboardX import summary
-
-        self._write(step, [summary.scalar(name, value) for name, value in figures.items()])
-
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes an image, (H, W, 3) uint8."""
-        from tensorboardX import summary
-
-        self._write(step, [summary.image(name, image, dataformats="HWC")])
-
-    def close(self) -> None:
-        """Releases the file."""
-        self._file.close()
-
-    def _write(self, step: int, summaries: "list[Summary]") -> None:
-        for one in summaries:
-            self._append(step, summary=one)
-        self._file.flush()
-
-    def _append(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
-
-
 def say(line: str) -> None:
     """Prints a line of the run, on its first process."""
     if jax.process_index() == 0:
         print(line, flush=True)
-
-
-def format_duration(seconds: float) -> str:
-    """45s, 12m30s, 3h05m or 2d07h."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

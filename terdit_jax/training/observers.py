@@ -23,7 +23,8 @@ from terdit_jax.checkpoints import disk
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.files import check_output, set_aside, write_json
 from terdit_jax.interrupts import STATUS, SignalWatch
-from terdit_jax.training.metrics import format_duration, say
+from terdit_jax.progress import format_duration
+from terdit_jax.training.metrics import say
 
 GOODPUT_FILE, HEARTBEAT_FILE, PROFILE_FOLDER = "goodput.json", "heartbeat.json", "profile"
 # start: from a command's start to its first step, less restore and compile; input: waiting for a batch; evaluate:

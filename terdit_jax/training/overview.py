@@ -6,6 +6,7 @@ Everything follows from shapes; nothing is allocated, written or compiled. What 
 from collections.abc import Callable
 from functools import partial
 
+from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -46,6 +47,7 @@ def make_overview(config: RunConfig, find_teacher: Callable[[RunConfig, Mesh], T
         [
             str(config),
             "",
+            parameter_overview.get_parameter_overview(abstract_params(model), include_stats=False),
             *introduction(config, model, mesh, plan, teacher),
             "bytes a device holds, without activations and what the compiler adds:",
             *(f"  {kind:<11} {size:>19,}" for kind, size in sizes.items()),
@@ -56,8 +58,12 @@ def make_overview(config: RunConfig, find_teacher: Callable[[RunConfig, Mesh], T
 def introduction(
     config: RunConfig, model: DiTConfig, mesh: Mesh, plan: Plan, teacher: Teacher | None = None
 ) -> list[str]:
-    """A line each for the model, the devices, the plan, and the soft start and the teacher if there are any."""
-    lines = [f"{config.name}: {_describe_model(model)}", _describe_devices(mesh), f"plan: {plan}"]
+    """A line each for the model, the training, the devices, the plan, and the soft start and the teacher if there are
+    any."""
+    train, data = config.train, "synthetic data" if config.data.synthetic else config.data.dir
+    training = f"{train.num_steps:,} steps of {train.batch_size:,} images from {data}"
+    training += f", learning rate {config.optimizer.learning_rate:g}, seed {config.seed}"
+    lines = [f"{config.name}: {_describe_model(model)}", training, _describe_devices(mesh), f"plan: {plan}"]
     if steps := config.train.soft_start_steps:
         lines.append(f"soft start, before step {steps:,}: {choose_soft_plan(model, mesh)}")
     return [*lines, f"teacher: {teacher}"] if teacher else lines

@@ -9,7 +9,6 @@ import shlex
 from typing import Any
 
 from absl import logging
-from clu import parameter_overview
 from etils import epath
 import jax
 
@@ -19,7 +18,6 @@ from terdit_jax.checkpoints.lock import WorkdirLock
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.errors import UserError, end_if_one_of_several
 from terdit_jax.files import refusing, write_json
-from terdit_jax.model.transformer import abstract_params
 from terdit_jax.reproducible import pinned
 from terdit_jax.training.actions import Actions, DrawGrid
 from terdit_jax.training.loop import run_steps
@@ -69,18 +67,19 @@ def train(
             checkpoints.close()
         else:
             opened.enter_context(observers.watching(start))
-            opened.callback(checkpoints.close)
-            opened.callback(observers.goodput.now, "save")
             writer = None
             if jax.process_index() == 0:
                 _write_config(setup)
-                writer = MetricsWriter(workdir, start, tensorboard=config.log.tensorboard)
-                opened.callback(writer.close)
+                writer = MetricsWriter(workdir, start, config)
+                opened.callback(writer.close)  # after the last save, which may have no time to wait for trackers
+            opened.callback(checkpoints.close)
+            opened.callback(observers.goodput.now, "save")
             best = open_best(workdir, start) if judge else None
             if best:
                 opened.callback(best.close)
             teacher = setup.teacher.fingerprint if setup.teacher else before.get("teacher", "")
             actions = Actions(setup, observers, writer, checkpoints, draw_grid, judge, best, teacher)
+            opened.callback(actions.bar.close)
             step = run_steps(setup, state, actions, observers)
             observers.complete = step == num_steps
     if start >= num_steps:
@@ -139,16 +138,13 @@ def _write_config(setup: Setup) -> None:
 
 
 def _introduce(setup: Setup, start: int) -> None:
-    if not start:
-        say(parameter_overview.get_parameter_overview(abstract_params(setup.model), include_stats=False))
-        say(str(setup.config))
     for line in introduction(setup.config, setup.model, setup.mesh, setup.plan, setup.teacher):
         say(line)
     say(f"{'resuming at' if start else 'starting at'} step {start:,} in {setup.workdir}")
 
 
 def _say_what_to_do_next(setup: Setup) -> None:
-    say(f"checkpoints, metrics.jsonl, TensorBoard events and samples are in {setup.workdir}")
+    say(f"checkpoints, metrics.jsonl and samples are in {setup.workdir}")
     labels = ",".join(map(str, range(min(3, setup.model.num_classes))))
     command = ["python", "-m", "terdit_jax.sample", f"--model={setup.workdir}", f"--labels={labels}"]
     say("next: " + shlex.join([*command, "--output=grid.png"]))

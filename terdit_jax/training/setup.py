@@ -26,6 +26,7 @@ from terdit_jax.parallel.sharding import AnyMesh, abstract_sharded, batch_shards
 from terdit_jax.paths import as_path
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.teacher import Teacher
+from terdit_jax.training.trackers import check_writers
 
 _STATE_COPIES = 4  # of every parameter in float32: itself, two moments, EMA
 
@@ -54,6 +55,7 @@ def set_up(config: RunConfig, workdir: epath.PathLike) -> Setup:
     model, objective = DiTConfig.from_config(config), make_objective(config.diffusion, config.model.learn_sigma)
     mesh = make_mesh(config.mesh)
     check_run(config, model, mesh)
+    check_writers(config.log)
     if model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise UserError("config.compute.attention='cudnn' runs on GPUs, and there is none: give 'auto'")
     plan = choose_plan(model, mesh)
