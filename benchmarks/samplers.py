@@ -35,10 +35,11 @@ from scipy.stats import norm
 from sklearn.datasets import load_digits
 
 from terdit_jax.checkpoints.reader import Checkpoints
+from terdit_jax.choices import SPACINGS
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule, respace
-from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
+from terdit_jax.diffusion.spacing import choose_timesteps
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.evaluation.frechet import frechet_distance

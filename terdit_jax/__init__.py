@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from terdit_jax.inference.runtime import load_model
 
 __all__ = ["load_model"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if sys.argv[:1] == ["-m"] and any(argument.startswith("terdit_jax.") for argument in sys.orig_argv):
     end_while_importing()  # `python -m terdit_jax.COMMAND`, whose imports come before its `run_command`

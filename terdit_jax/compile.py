@@ -7,30 +7,16 @@ python -m terdit_jax.compile --table=docs/pods
 It runs on a CPU, with the compilers of `pip install 'terdit-jax[aot]'`. docs/pods_compile.md says how to read it.
 """
 
-from collections.abc import Iterator, Sequence
-import os
-import re
-
 from absl import flags
-from etils import epath
-import jax
 
-from terdit_jax.aot.program import lower_sample, lower_train
-from terdit_jax.aot.report import describe, make_report
-from terdit_jax.aot.suggest import describe_suggestions, suggest
-from terdit_jax.aot.table import compare, make_tables
-from terdit_jax.aot.topology import EXAMPLES, Topology, open_devices, parse_topology
-from terdit_jax.config import RunConfig
-from terdit_jax.config_file import define_config, read_config
-from terdit_jax.errors import UserError, run_command
-from terdit_jax.fast.modes import MODES
-from terdit_jax.files import check_output, refusing, write_json
-from terdit_jax.options import MAX_BATCH, refuse_unused
-from terdit_jax.parallel.mesh import AXES
+from terdit_jax.choices import MODES, TOPOLOGIES
+from terdit_jax.config_file import define_config
+from terdit_jax.errors import parse_flags
+from terdit_jax.options import MAX_BATCH
 from terdit_jax.paths import define_path
 
 _CONFIG = define_config("File with get_config(), as configs/terdit_4b.py, or a run's config.json.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"The machine: {EXAMPLES}.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"The machine: {TOPOLOGIES}.")
 _MESH = flags.DEFINE_list("mesh", None, "Mesh axes instead of the configuration's, as data=2,fsdp=128,tensor=1.")
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or the drawing of images.")
 _MODE = flags.DEFINE_enum("mode", "exact", list(MODES), "Of inference, with --what=sample.")
@@ -40,6 +26,27 @@ _TRIES = flags.DEFINE_integer("tries", 4, "How many of them to compile, a minute
 _TABLE = define_path("table", None, "Folder of saved reports: prints them as tables, compiles nothing.")
 _MEASURED = define_path("measured", None, "With --table: JSON of benchmarks/training.py to compare with.")
 _OUTPUT = define_path("output", None, "JSON file for the report, replaced if there; local or gs://.")
+
+parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
+
+from collections.abc import Iterator, Sequence
+import os
+import re
+
+from etils import epath
+import jax
+
+from terdit_jax.aot.program import lower_sample, lower_train
+from terdit_jax.aot.report import describe, make_report
+from terdit_jax.aot.suggest import describe_suggestions, suggest
+from terdit_jax.aot.table import compare, make_tables
+from terdit_jax.aot.topology import Topology, open_devices, parse_topology
+from terdit_jax.config import RunConfig
+from terdit_jax.config_file import read_config
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import check_output, refusing, write_json
+from terdit_jax.options import refuse_unused
+from terdit_jax.parallel.mesh import AXES
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Configuration files and the flag that names one: a Python file with `get_config()`, or the `config.json` of a run.
+"""Configurations and the flag that names one: shipped with the package, or a file with `get_config()`, or a run's JSON.
 
 Fields, types and rules are `config`'s. Whatever is wrong with a file or an override is a UserError of one line.
 """
@@ -6,6 +6,7 @@ Fields, types and rules are `config`'s. Whatever is wrong with a file or an over
 from collections.abc import Collection, Iterator
 import difflib
 import os
+from pathlib import Path
 import re
 import sys
 import traceback
@@ -24,6 +25,8 @@ from terdit_jax.untrusted import parse_json
 
 _UNSET = object()  # the value of a placeholder
 _SUFFIXES = (".py", ".json")
+# By name, those that come with the package: in a checkout, the files of its folder configs/.
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.joinpath("configs").glob("*.py"))}
 
 
 def define_config(help: str, flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder[ConfigDict | None]:
@@ -55,15 +58,16 @@ def load_config(path: epath.PathLike) -> ConfigDict:
     """The configuration in a file, with all fields and no other; a Python file may leave placeholders and references.
 
     Args:
-      path: a Python file whose `get_config()` returns a ConfigDict, or a JSON file such as a run's config.json. The
-        text after a colon that follows .py is given to `get_config` as its argument.
+      path: the name of a shipped configuration, as digits, a Python file whose `get_config()` returns a ConfigDict,
+        or a JSON file such as a run's config.json. The text after a colon that follows .py is given to `get_config` as
+        its argument.
 
     Raises:
       UserError: with one line that says what is wrong with it.
     """
     text = os.fspath(path)
     file, colon, argument = text.partition(".py:")
-    place = as_path(file + ".py" if colon else text, "--config")
+    place = as_path(SHIPPED.get(text) or (file + ".py" if colon else text), "--config")
     content = _read(place)
     if place.suffix == ".json":
         return _from_json(place, content)
@@ -96,7 +100,8 @@ def _read(place: epath.Path) -> str:
     try:
         return place.read_text()
     except OSError as error:
-        raise UserError(f"--config={place} cannot be read: {error.strerror or error}") from error
+        hint = f"; by name there are {', '.join(SHIPPED)}" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"--config={place} cannot be read: {error.strerror or error}{hint}") from error
     except ValueError as error:
         raise UserError(f"--config={place}: is no text in UTF-8 ({in_a_line(error)})") from error
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 
+from terdit_jax.choices import FLOW_METHODS, METHODS, MODES, NUM_TIMESTEPS, SPACINGS
 from terdit_jax.config_rules import (
     AXIS,
     FINITE,
@@ -322,7 +323,7 @@ class TrainConfig:
         "auto",
         "In which dtypes the teacher predicts: a mode of [deployment.md](deployment.md#modes), with `compute.dtype` "
         "for activations. `fast`: 8 bits, of ternary teachers alone.",
-        one_of("auto", "exact", "fast", "small", "small_exact", "plain"),
+        one_of(*MODES),
         free=True,
     )
     accumulation_steps: int = setting(
@@ -394,17 +395,19 @@ class SampleConfig:
         "ddpm",
         "`ddpm`: ancestral, with the learned variance. `ddim`: deterministic. `dpmpp_2m`, `dpmpp_2m_sde`, `unipc`: "
         "solvers for 10 to 25 steps. Of flow models: `euler`, `heun`, `sde` ([sampling.md](sampling.md#samplers)).",
-        one_of("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun", "sde"),
+        one_of(*METHODS, *FLOW_METHODS),
     )
     num_steps: int = setting(
-        250, "Denoising steps, of 1,000 for `ddpm` models. A step of `heun` calls the network twice.", whole(1, 1000)
+        250,
+        "Denoising steps, of 1,000 for `ddpm` models. A step of `heun` calls the network twice.",
+        whole(1, NUM_TIMESTEPS),
     )
     spacing: str = setting(
         "auto",
         "Where the steps lie: `uniform`, `quadratic`, `power`, `logsnr`. `auto`: `uniform` for `ddpm` and `ddim`, as "
         "published, `power` for the solvers. Flow models take `auto` or `uniform`; `diffusion.shift` moves their "
         "steps.",
-        one_of("auto", "uniform", "quadratic", "power", "logsnr"),
+        one_of("auto", *SPACINGS),
     )
     cfg_scale: float = setting(
         4.0, "Classifier-free guidance; 1 is none. The paper's images use 4.0, its FIDs 1.5.", NOT_NEGATIVE
@@ -416,9 +419,13 @@ class SampleConfig:
         whole(0),
     )
     cfg_t_min: int = setting(
-        0, "The lowest timestep with guidance. A flow model at t counts as timestep 1000 (1 - t).", whole(0, 999)
+        0,
+        "The lowest timestep with guidance. A flow model at t counts as timestep 1000 (1 - t).",
+        whole(0, NUM_TIMESTEPS - 1),
     )
     cfg_t_max: int = setting(
-        1000, "The first timestep without guidance again; outside the interval a step costs half.", whole(1, 1000)
+        1000,
+        "The first timestep without guidance again; outside the interval a step costs half.",
+        whole(1, NUM_TIMESTEPS),
     )
     num_images: int = setting(16, "Images of a grid.", whole(1))

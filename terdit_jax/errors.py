@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and how a command reports it.
+"""The one exception that a user's mistake raises, how a command reports it, and how it reads its flags.
 
 Commands catch it, print its single line and exit with status 2; every other exception is a bug of ours
 and keeps its traceback.
@@ -10,14 +10,15 @@ from logging import root as root_logger
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from terdit_jax import __version__
 from terdit_jax.interrupts import CommandInterrupts
 from terdit_jax.streams import steady_streams
 
-_HELP = {"help", "?", "helpshort", "helpfull", "helpxml"}  # absl's, which end with status 1
+_HELP = {"help", "?", "helpshort", "helpfull", "helpxml", "version"}  # absl's end with status 1
 _LONGEST_LINE, _HEAD = 800, 500  # characters of a message, and of its beginning if it is longer
 
 
@@ -43,6 +44,23 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def parse_flags(module: str) -> None:
+    """Parses the command line if this module, given as its `__name__`, is the one that Python runs.
+
+    A command calls it between its flags and the imports of its work, which take seconds: `--help`, `--version` and
+    flags that do not parse are answered without them.
+    """
+    if module == "__main__":
+        streams = steady_streams()
+        app.define_help_flags()
+        try:
+            _parse_flags(sys.argv)
+        except SystemExit:
+            for stream in streams:
+                stream.finish()
+            raise
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2.
 
@@ -52,12 +70,10 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     root_logger.handlers.clear()  # Orbax's import leaves one, by which every warning would be printed a second time
     interrupts = CommandInterrupts()
 
-    from terdit_jax.reproducible import pin_settings  # here, for it imports JAX
-
     def guarded(argv: Sequence[str]) -> None:
+        from terdit_jax.reproducible import pin_settings  # here, for it imports JAX
+
         try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}: every option is written --name=value")
             pin_settings()
             main(argv)
         except UserError as error:
@@ -112,9 +128,30 @@ def end_if_one_of_several() -> None:
         os._exit(1)
 
 
+class _VersionFlag(flags.BooleanFlag):
+    """Prints the version and ends the command."""
+
+    def __init__(self) -> None:
+        super().__init__("version", False, "print the version", allow_hide_cpp=True)
+
+    def parse(self, argument: Any) -> None:
+        super().parse(argument)
+        if self.value:
+            print(f"terdit-jax {__version__}")
+            raise SystemExit
+
+
+flags.DEFINE_flag(_VersionFlag(), module_name="absl.app")  # where --help is defined
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the flags, unless `parse_flags` has done so; returns the name of the program."""
+    if flags.FLAGS.is_parsed():
+        return [argv[0]]
     try:
         rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}: every option is written --name=value")
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # the libraries' notes at INFO would bury our lines
         return rest

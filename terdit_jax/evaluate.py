@@ -1,17 +1,44 @@
-"""The command that scores images: against a reference by the ADM suite, or by a classifier trained on a run's data.
+"""Scores images, against a reference by the ADM suite, or by a classifier trained on a run's data.
 
 python -m terdit_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --output=metrics.json
 python -m terdit_jax.evaluate --reference=data/cifar10 --save_reference=cifar10.npz
 python -m terdit_jax.evaluate --workdir=runs/digits --num_samples=2000 --cfg_scale=2 --output=guided.json
 
-The last one, without a reference, gives no FID (docs/evaluation.md). Flags and the report only.
+The last one, without a reference, gives no FID (docs/evaluation.md).
 """
+
+from absl import flags
+
+from terdit_jax.choices import FEATURE_BATCH_SIZE, FLOW_METHODS, MAX_CFG_SCALE, METHODS, NUM_TIMESTEPS
+from terdit_jax.errors import parse_flags
+from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float
+from terdit_jax.paths import define_path
+
+_WORKDIR = define_path("workdir", None, "Directory of the run that a classifier of its data judges.")
+_SAMPLES = define_path(
+    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of images, or a model that draws them."
+)
+_REFERENCE = define_path("reference", None, "npz of statistics or images, folder of images, or data set.")
+_SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the reference's statistics.")
+_INCEPTION = define_path("inception", None, "Weights of Inception, a .pth; fetched if not given.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", FEATURE_BATCH_SIZE, "Images a device looks at at once.", 1, MAX_BATCH)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Images to draw.", 2, MAX_IMAGES)
+_CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS)
+_METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's own if not given.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
+_VAE = define_path("vae", None, "Folder of the autoencoder, for a model that draws latents.")
+_OUTPUT = define_path("output", None, "JSON file to write; a new one.")
+
+_HOW_TO_DRAW = (_NUM_SAMPLES, _CFG_SCALE, _NUM_STEPS, _METHOD, _SEED, _WEIGHTS, _VAE)
+
+parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import time
 from typing import Any
 
-from absl import flags
 from etils import epath
 import jax
 import numpy as np
@@ -19,10 +46,8 @@ import numpy as np
 from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config_sections import MeshConfig
 from terdit_jax.data.reader import Dataset, open_dataset
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
-from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError, run_command
-from terdit_jax.evaluation.features import BATCH_SIZE, collect_features
+from terdit_jax.evaluation.features import collect_features
 from terdit_jax.evaluation.image_source import ImageSource, open_images
 from terdit_jax.evaluation.judge import read_images
 from terdit_jax.evaluation.proxy import LabelledImages, check_samples, proxy_metrics, sample_labels
@@ -39,40 +64,18 @@ from terdit_jax.files import check_output, refusing, write_json
 from terdit_jax.inference.image_set import make_labels
 from terdit_jax.inference.images import in_color, to_uint8
 from terdit_jax.inference.runtime import Denoiser, load_model
-from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.interop.vae_weights import load_vae
 from terdit_jax.interop.weights import is_model
 from terdit_jax.memory import check_host
-from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, refuse_unused
+from terdit_jax.options import refuse_unused
 from terdit_jax.parallel.mesh import local_mesh, make_mesh
 from terdit_jax.parallel.processes import initialize_processes
-from terdit_jax.paths import define_path
 from terdit_jax.training.resume import data_dir
 from terdit_jax.untrusted import load_arrays
 from terdit_jax.versions import versions
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
 _DRAWN_AT_ONCE = 256
-
-_WORKDIR = define_path("workdir", None, "Directory of the run that a classifier of its data judges.")
-_SAMPLES = define_path(
-    "samples", None, "npz with arr_0 uint8 (N, H, W, C), folder of images, or a model that draws them."
-)
-_REFERENCE = define_path("reference", None, "npz of statistics or images, folder of images, or data set.")
-_SAVE_REFERENCE = define_path("save_reference", None, "npz to write of the reference's statistics.")
-_INCEPTION = define_path("inception", None, "Weights of Inception, a .pth; fetched if not given.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Images a device looks at at once.", 1, MAX_BATCH)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Images to draw.", 2, MAX_IMAGES)
-_CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS)
-_METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's own if not given.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
-_VAE = define_path("vae", None, "Folder of the autoencoder, for a model that draws latents.")
-_OUTPUT = define_path("output", None, "JSON file to write; a new one.")
-
-
-_HOW_TO_DRAW = (_NUM_SAMPLES, _CFG_SCALE, _NUM_STEPS, _METHOD, _SEED, _WEIGHTS, _VAE)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes a model to deploy, or to exchange with PyTorch; flags only.
+"""Writes a model to deploy, or to exchange with PyTorch.
 
 python -m terdit_jax.export --workdir=runs/digits --format=packed --output=digits.safetensors
 python -m terdit_jax.export --model=checkpoints/3B_1180000 --format=packed --output=terdit_4b.safetensors
@@ -6,25 +6,12 @@ python -m terdit_jax.export --model=digits.safetensors --report
 python -m terdit_jax.export --workdir=runs/digits --format=hub --output=digits_hub --push_to=organisation/digits
 """
 
-from collections.abc import Sequence
-import ctypes
-import sys
-
 from absl import flags
-from etils import epath
-import jax
 
-from terdit_jax.errors import UserError, run_command
-from terdit_jax.files import check_output
-from terdit_jax.interop.exports import FORMATS, check_options, export
-from terdit_jax.interop.hub import check_push, push
-from terdit_jax.interop.model_card import CardFacts, read_scores
-from terdit_jax.interop.report import size_report
-from terdit_jax.interop.weights import Weights, open_weights
-from terdit_jax.options import define_num_heads, define_objective, refuse_unused
-from terdit_jax.paths import define_path, local_path
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
+from terdit_jax.choices import FORMATS
+from terdit_jax.errors import parse_flags
+from terdit_jax.options import define_num_heads, define_objective
+from terdit_jax.paths import define_path
 
 _WORKDIR = define_path("workdir", None, "A training run.")
 _MODEL = define_path(
@@ -42,6 +29,27 @@ _SCORES = define_path("scores", None, "JSON that terdit_jax.evaluate wrote, for 
 _LICENSE = flags.DEFINE_string("license", None, "Of the weights, such as apache-2.0, for the model card (hub).")
 _OUTPUT = define_path("output", None, "What to write; must not exist.")
 _REPORT = flags.DEFINE_bool("report", False, "Print how large the model is, part by part, and write nothing.")
+
+parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
+
+from collections.abc import Sequence
+import ctypes
+import sys
+
+from etils import epath
+import jax
+
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import check_output
+from terdit_jax.interop.exports import check_options, export
+from terdit_jax.interop.hub import check_push, push
+from terdit_jax.interop.model_card import CardFacts, read_scores
+from terdit_jax.interop.report import size_report
+from terdit_jax.interop.weights import Weights, open_weights
+from terdit_jax.options import refuse_unused
+from terdit_jax.paths import local_path
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def main(argv: Sequence[str]) -> None:

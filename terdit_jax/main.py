@@ -1,18 +1,37 @@
-"""Trains a model: `python -m terdit_jax.main --config=configs/digits.py --workdir=runs/digits`.
+"""Trains a model, or goes on with its training.
+
+python -m terdit_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Any field is overridden with --config.section.field=value; the same command resumes a run that was stopped.
 """
+
+from absl import flags
+
+from terdit_jax.config_file import define_config
+from terdit_jax.errors import parse_flags
+from terdit_jax.paths import define_path
+
+_CONFIG = define_config("File with get_config(), as configs/digits.py, or a run's config.json.")
+_WORKDIR = define_path("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
+_HEARTBEAT = define_path(
+    "heartbeat", None, "File that every process renews while it trains; WORKDIR/heartbeat.json, by the first, if none."
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print the configuration, the devices, parameters and memory, and start nothing."
+)
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: steps to trace for xprof, into WORKDIR/profile.")
+
+parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
 
-from absl import flags
 from etils import epath
 import jax
 import numpy as np
 
-from terdit_jax.config_file import define_config, read_config
+from terdit_jax.config_file import read_config
 from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawImages, make_proxy_judge
@@ -24,23 +43,12 @@ from terdit_jax.inference.teacher import abstract_teacher, load_teacher
 from terdit_jax.interop.start import Source, open_source
 from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
-from terdit_jax.paths import define_path
 from terdit_jax.training.actions import DrawGrid
 from terdit_jax.training.metrics import say
 from terdit_jax.training.observers import check_heartbeat, parse_steps
 from terdit_jax.training.overview import make_overview
 from terdit_jax.training.run import train
 from terdit_jax.training.setup import Setup, set_up
-
-_CONFIG = define_config("File with get_config(), as configs/digits.py, or a run's config.json.")
-_WORKDIR = define_path("workdir", None, "Where checkpoints, metrics and samples go; local or gs://.")
-_HEARTBEAT = define_path(
-    "heartbeat", None, "File that every process renews while it trains; WORKDIR/heartbeat.json, by the first, if none."
-)
-_PRINT_CONFIG = flags.DEFINE_bool(
-    "print_config", False, "Print the configuration, the devices, parameters and memory, and start nothing."
-)
-_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: steps to trace for xprof, into WORKDIR/profile.")
 
 _DRAWN_AT_ONCE = 256
 

@@ -1,4 +1,4 @@
-"""The command that turns images into a data set for training, and shows what is in one; flags and closing lines only.
+"""Turns images into a data set for training, and shows what is in one.
 
 python -m terdit_jax.prepare --source=digits --output=data/digits
 python -m terdit_jax.prepare --source=folder --input=pictures --output=data/pictures --image_size=32
@@ -6,32 +6,11 @@ python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae
 python -m terdit_jax.prepare --inspect=data/imagenet256 --vae=sd-vae-ft-ema --output=sheet.png
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-import re
-import shlex
-
 from absl import flags
-from etils import epath
-import jax
 
-from terdit_jax.data import builder, schema, sources
-from terdit_jax.data.codec import Codec, PixelCodec, VAECodec
 from terdit_jax.data.crop import MAX_SIZE
-from terdit_jax.data.inspection import format_report, inspect
-from terdit_jax.data.reader import open_dataset
-from terdit_jax.data.suggestion import remark, training_command
-from terdit_jax.data.tar_source import make_tar_source
-from terdit_jax.data.tfds_source import make_tfds_source
-from terdit_jax.errors import UserError, run_command
-from terdit_jax.files import check_output
-from terdit_jax.inference.contact_sheet import make_contact_sheet
-from terdit_jax.inference.decoding import to_images
-from terdit_jax.inference.images import save_png, to_uint8
-from terdit_jax.interop.vae_weights import load_vae, vae_identity
-from terdit_jax.memory import check_host
-from terdit_jax.options import define_float, refuse_unused
-from terdit_jax.parallel.processes import check_devices, initialize_processes
+from terdit_jax.errors import parse_flags
+from terdit_jax.options import define_float
 from terdit_jax.paths import define_path
 
 _SOURCE = flags.DEFINE_enum(
@@ -65,11 +44,37 @@ _WORKER = flags.DEFINE_string("worker", None, "K/N: make every N-th shard from t
 _INSPECT = define_path("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 48, "Records that --inspect looks at.", 1, 4096)
 
-
 _ONLY_BUILD = (
     _SOURCE, _INPUT, _DATA_DIR, _IMAGE_SIZE, _CHANNELS, _HELDOUT_SHARE, _DTYPE, _BATCH_SIZE, _MIRROR, _MAX_BAD_SHARE,
     _SHARD_MB, _WORKER,
 )  # fmt: skip
+
+parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
+
+from collections.abc import Callable, Sequence
+from functools import partial
+import re
+import shlex
+
+from etils import epath
+import jax
+
+from terdit_jax.data import builder, schema, sources
+from terdit_jax.data.codec import Codec, PixelCodec, VAECodec
+from terdit_jax.data.inspection import format_report, inspect
+from terdit_jax.data.reader import open_dataset
+from terdit_jax.data.suggestion import remark, training_command
+from terdit_jax.data.tar_source import make_tar_source
+from terdit_jax.data.tfds_source import make_tfds_source
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import check_output
+from terdit_jax.inference.contact_sheet import make_contact_sheet
+from terdit_jax.inference.decoding import to_images
+from terdit_jax.inference.images import save_png, to_uint8
+from terdit_jax.interop.vae_weights import load_vae, vae_identity
+from terdit_jax.memory import check_host
+from terdit_jax.options import refuse_unused
+from terdit_jax.parallel.processes import check_devices, initialize_processes
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,36 +6,20 @@ python -m terdit_jax.sample --model=runs/digits --num_samples=50000 --output=sam
 The second command, given again, goes on where it was stopped (docs/sampling.md).
 """
 
-from collections.abc import Callable, Sequence
-import dataclasses
-import re
-import time
-from typing import Any
-
 from absl import flags
-from etils import epath
-import jax
-import numpy as np
 
-from terdit_jax.config_sections import SampleConfig
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
-from terdit_jax.diffusion.objective import make_objective
-from terdit_jax.diffusion.sampler import METHODS
-from terdit_jax.diffusion.spacing import SPACINGS, resolve_spacing
-from terdit_jax.errors import UserError, run_command
-from terdit_jax.fast.modes import MODES
-from terdit_jax.files import check_output
-from terdit_jax.inference.image_set import LABEL_ORDERS, SHARD_SIZE, digest, draw_set, make_labels, make_plan
-from terdit_jax.inference.images import make_grid, save_png, to_uint8
-from terdit_jax.inference.runtime import DTYPES, Denoiser, load_model
-from terdit_jax.inference.sampling import MAX_CFG_SCALE, NUM_TIMESTEPS, check_settings
-from terdit_jax.inference.shards import Shards, check_set
-from terdit_jax.interop.vae_weights import load_vae
-from terdit_jax.labels import check_labels
-from terdit_jax.memory import check_host
+from terdit_jax.choices import (
+    DTYPES,
+    FLOW_METHODS,
+    LABEL_ORDERS,
+    MAX_CFG_SCALE,
+    METHODS,
+    MODES,
+    NUM_TIMESTEPS,
+    SPACINGS,
+)
+from terdit_jax.errors import parse_flags
 from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, define_num_heads, define_objective
-from terdit_jax.parallel.mesh import local_mesh
-from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.paths import define_path
 
 _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, safetensors, a name on the Hub.")
@@ -68,6 +52,34 @@ _VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such 
 _OUTPUT = define_path(
     "output", None, "A .png for a grid, replaced if there, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
 )
+
+parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import re
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from terdit_jax.config_sections import SampleConfig
+from terdit_jax.diffusion.objective import make_objective
+from terdit_jax.diffusion.spacing import resolve_spacing
+from terdit_jax.errors import UserError, run_command
+from terdit_jax.files import check_output
+from terdit_jax.inference.image_set import SHARD_SIZE, digest, draw_set, make_labels, make_plan
+from terdit_jax.inference.images import make_grid, save_png, to_uint8
+from terdit_jax.inference.runtime import Denoiser, load_model
+from terdit_jax.inference.sampling import check_settings
+from terdit_jax.inference.shards import Shards, check_set
+from terdit_jax.interop.vae_weights import load_vae
+from terdit_jax.labels import check_labels
+from terdit_jax.memory import check_host
+from terdit_jax.parallel.mesh import local_mesh
+from terdit_jax.parallel.processes import initialize_processes
 
 
 def main(argv: Sequence[str]) -> None:

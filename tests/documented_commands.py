@@ -31,12 +31,12 @@ RUN = {
     "python -m terdit_jax.prepare --inspect=*": "--num_samples=2",
     "python -m terdit_jax.main --config=configs/terdit_4b.py --print_config": "",
     "python -m terdit_jax.main * --config.data.synthetic=True *": f"{TRAINING} {LATENTS} --workdir=runs/bring_up",
-    "python -m terdit_jax.main --config=configs/digits.py *": TRAINING,
-    "python -m terdit_jax.main --config=configs/cifar10.py *": f"{TRAINING} --config.model.num_classes=2",
+    "python -m terdit_jax.main --config=*cifar10*": f"{TRAINING} --config.model.num_classes=2",
     "python -m terdit_jax.main --config=configs/dit_xl_2.py *": (
         f"{TRAINING} --config.model.input_size=8 --config.data.synthetic=True"
     ),
-    "python -m terdit_jax.main --config=configs/terdit_600m.py *": f"{TRAINING} {LATENTS}",
+    "python -m terdit_jax.main --config=*terdit_600m*": f"{TRAINING} {LATENTS}",
+    "python -m terdit_jax.main --config=*digits*": TRAINING,
     "python -m terdit_jax.sample * --num_samples=5000 --output=digits.npz": "--num_samples=20",
     "python -m terdit_jax.sample *--model=*runs/*": "--num_samples=20",
     "python -m terdit_jax.sample --model=digits.safetensors *": "",

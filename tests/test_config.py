@@ -5,14 +5,11 @@ import re
 
 import pytest
 
+from terdit_jax.choices import FLOW_METHODS, METHODS, NUM_TIMESTEPS, SPACINGS
 from terdit_jax.config import FIELDS, RunConfig, base_config, freeze
 from terdit_jax.config_file import nearest
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
-from terdit_jax.diffusion.sampler import METHODS
-from terdit_jax.diffusion.spacing import SPACINGS
 from terdit_jax.errors import UserError
 from terdit_jax.fast.gather import GATHERS
-from terdit_jax.inference.sampling import NUM_TIMESTEPS
 
 NAN, INF = float("nan"), float("inf")
 # A field, what it refuses, and what it takes at its limits.

@@ -19,7 +19,7 @@ import time
 
 import pytest
 
-from terdit_jax.interop.exports import FORMATS
+from terdit_jax.choices import FORMATS
 from tests import documented_commands as tables
 from tests.documented_inputs import make, make_class_folders
 from tests.forked import COMMANDS

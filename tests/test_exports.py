@@ -8,9 +8,10 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
+from terdit_jax.choices import FORMATS
 from terdit_jax.config_sections import DiffusionConfig
 from terdit_jax.errors import UserError
-from terdit_jax.interop.exports import FORMATS, export
+from terdit_jax.interop.exports import export
 from terdit_jax.interop.published import published_layout
 from terdit_jax.interop.weights import HUB_WEIGHTS, Weights, consolidated_name, open_weights, packed_leaves
 from tests.deployed import VARIANTS, assert_same_leaves, golden_weights, random_weights, small_config

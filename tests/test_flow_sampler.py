@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.choices import FLOW_METHODS
 from terdit_jax.diffusion.flow import path_at
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS, LAST_STEP, flow_sample, flow_times
+from terdit_jax.diffusion.flow_sampler import LAST_STEP, flow_sample, flow_times
 from tests.golden_models import golden_arrays, nhwc
 
 GOLDEN = golden_arrays("flow_samplers")

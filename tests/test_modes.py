@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from terdit_jax.choices import MODES
 from terdit_jax.config_sections import MeshConfig
 from terdit_jax.errors import UserError
-from terdit_jax.fast.modes import MODES, Numerics, choose_numerics
+from terdit_jax.fast.modes import Numerics, choose_numerics
 from terdit_jax.parallel.mesh import make_mesh, single_device_mesh
 from tests.deployed import small_config
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from terdit_jax.diffusion.multistep import SOLVERS, solver_weights
+from terdit_jax.choices import SOLVERS
+from terdit_jax.diffusion.multistep import solver_weights
 from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import linear_schedule, respace
 from terdit_jax.diffusion.spacing import choose_timesteps

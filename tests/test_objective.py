@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.choices import FLOW_METHODS, METHODS
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
 from terdit_jax.diffusion.guidance import guided
 from terdit_jax.diffusion.objective import Ddpm, make_objective
-from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings
 from terdit_jax.training.examples import example_keys, make_examples

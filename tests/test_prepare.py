@@ -40,7 +40,7 @@ def test_digits(tmp_path):
     lines = first.stdout.splitlines()
     assert lines[-3] == "1,438 training and 359 held-out records of 8x8x1, 10 classes"
     assert metadata.fingerprint in lines[-2]
-    assert lines[-1].startswith("next: python -m terdit_jax.main --config=configs/digits.py")
+    assert lines[-1].startswith("next: python -m terdit_jax.main --config=digits")
     assert lines[-1].endswith(f"--config.data.dir={output}")
     times = {file: os.stat(output / file).st_mtime_ns for file in os.listdir(output)}
     again = prepare("--source=digits", f"--output={output}")
@@ -91,7 +91,7 @@ def test_latents_of_an_autoencoder(tmp_path):
     assert first.returncode == 0 and first.stdout.splitlines()[-1].startswith("worker 1/2 is done"), first.stderr
     second = prepare(*options, "--worker=0/2")
     assert second.returncode == 0, second.stderr
-    assert "--config=configs/terdit_600m.py" in second.stdout.splitlines()[-1]
+    assert "--config=terdit_600m" in second.stdout.splitlines()[-1]
     metadata = schema.verify(tmp_path / "out")
     config, params = load_vae(TINY_VAE)
     assert metadata.codec == f"vae-{vae_identity(config, params)}-float32" and metadata.has_mirror

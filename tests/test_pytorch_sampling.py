@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
 
+from terdit_jax.choices import FLOW_METHODS  # noqa: E402
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig  # noqa: E402
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS, flow_times  # noqa: E402
+from terdit_jax.diffusion.flow_sampler import flow_times  # noqa: E402
 from terdit_jax.diffusion.guidance import guided  # noqa: E402
 from terdit_jax.diffusion.objective import Flow  # noqa: E402
 from terdit_jax.diffusion.schedule import space_timesteps  # noqa: E402

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terdit_jax.choices import METHODS
 from terdit_jax.config import RunConfig
 from terdit_jax.diffusion.objective import Ddpm
-from terdit_jax.diffusion.sampler import METHODS
 from terdit_jax.evaluation.classifier import train_classifier
 from terdit_jax.fast.inference_pass import bind_schedule
 from terdit_jax.inference.image_set import make_labels

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from terdit_jax.choices import FLOW_METHODS
 from terdit_jax.config_sections import DiffusionConfig, MeshConfig, SampleConfig
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS
 from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from terdit_jax.diffusion.sampler import METHODS
+from terdit_jax.choices import METHODS, SPACINGS
 from terdit_jax.diffusion.schedule import linear_schedule, space_timesteps
-from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
+from terdit_jax.diffusion.spacing import choose_timesteps
 from terdit_jax.errors import UserError
 
 FULL = linear_schedule()

@@ -11,11 +11,11 @@ import pytest
 
 from terdit_jax.aot.collectives import read_collectives
 from terdit_jax.checkpoints.reader import Checkpoints
+from terdit_jax.choices import MODES
 from terdit_jax.config import RunConfig
 from terdit_jax.config_sections import DiffusionConfig, MeshConfig
 from terdit_jax.diffusion.objective import Ddpm, make_objective
 from terdit_jax.errors import UserError
-from terdit_jax.fast.modes import MODES
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.inference.teacher import abstract_teacher, check_teacher, load_teacher
 from terdit_jax.interop.exports import export

@@ -117,7 +117,7 @@ def lower_sample(
 ) -> Program:
     """The drawing of `batch_size` images a chip with the run's `config.sample`, every chip with the whole model.
 
-    `mode` is one of `fast.modes.MODES`.
+    `mode` is one of `choices.MODES`.
 
     Raises:
       UserError: a configuration that is not sound, or a mode that the model cannot have.

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 
+from terdit_jax.choices import TOPOLOGIES
 from terdit_jax.errors import UserError
 from terdit_jax.parallel.chips import CHIPS, Chip, switch_bandwidth, torus_bandwidth
-
-EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:8x8x4, v6e:16x16, h200:8 or cpu:8"
 
 # What the compiler must know of an H200: CUDA's device properties as XLA reads them. Versions are text there.
 _H200_TARGET = """
@@ -102,7 +101,7 @@ def parse_topology(name: str) -> Topology:
     """
     match = re.fullmatch(r"(\w+):([0-9]{1,6}(?:x[0-9]{1,6})*)", name)
     if match is None:
-        raise UserError(f"--topology={name}: give a chip and a shape, as {EXAMPLES}")
+        raise UserError(f"--topology={name}: give a chip and a shape, as {TOPOLOGIES}")
     family, shape = match[1], tuple(int(size) for size in match[2].split("x"))
     chips = {chip.name: chip for chip in CHIPS if chip.torus_dims or chip.name == "h200"}
     chip = _CPU if family == "cpu" else chips.get(family)
@@ -110,7 +109,7 @@ def parse_topology(name: str) -> Topology:
         raise UserError(f"--topology={name}: no chip {family!r} is known: give one of {', '.join(chips)}")
     dims = chip.torus_dims or 1
     if len(shape) != dims or not all(shape):
-        raise UserError(f"--topology={name}: {family} takes {dims} positive size{'s' * (dims > 1)}, as {EXAMPLES}")
+        raise UserError(f"--topology={name}: {family} takes {dims} positive size{'s' * (dims > 1)}, as {TOPOLOGIES}")
     if math.prod(shape) > (most := _MOST_CPUS if chip is _CPU else _MOST_CHIPS):
         raise UserError(f"--topology={name}: has {math.prod(shape):,} devices, give at most {most:,}")
     if chip.node_size:

@@ -5,7 +5,6 @@ Which fields there are belongs to the configurations in `configs/`.
 
 import math
 import os
-from pathlib import Path
 
 from terdit_jax.data.schema import Metadata
 
@@ -27,7 +26,7 @@ def training_command(metadata: Metadata, path: str) -> list[str]:
     digits = metadata.source["kind"] == "digits"
     config = "digits" if digits else "terdit_600m" if latents else "cifar10"
     name = os.path.basename(os.path.abspath(path)) or config
-    words = ["python", "-m", "terdit_jax.main", f"--config={_config_file(config)}", f"--workdir=runs/{name}"]
+    words = ["python", "-m", "terdit_jax.main", f"--config={config}", f"--workdir=runs/{name}"]
     if not digits:
         height, _, channels = metadata.shape
         words += [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
@@ -61,13 +60,6 @@ def remark(metadata: Metadata) -> str | None:
         return None
     better = -(-size // step) * step
     return f"note: {size} pixels divide into {grid} x {grid} patches only; --image_size={better} is better"
-
-
-def _config_file(name: str) -> str:
-    """Relative where it is found from here, else that of the checkout that this package is installed from."""
-    relative = Path("configs") / f"{name}.py"
-    checkout = Path(__file__).parents[2] / relative
-    return str(checkout if not relative.exists() and checkout.exists() else relative)
 
 
 def _bytes_in_memory(metadata: Metadata) -> int:

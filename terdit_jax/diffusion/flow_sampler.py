@@ -10,7 +10,6 @@ import numpy as np
 from terdit_jax.diffusion.flow import path_at, score_from_velocity, shifted
 from terdit_jax.diffusion.guidance import Denoise, DrawNoise
 
-FLOW_METHODS = ("euler", "heun", "sde")
 LAST_STEP = 0.04  # of the SDE, in t, whatever the shift: without noise, as SiT's
 
 

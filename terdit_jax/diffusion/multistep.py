@@ -10,8 +10,6 @@ import numpy as np
 
 from terdit_jax.diffusion.schedule import Schedule
 
-SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
-
 
 class Weights(NamedTuple):
     """Weights of each step, (N,) float64 by loop index i, 0 for the noisiest step. With D_i the x_0 predicted there,
@@ -47,7 +45,7 @@ def solver_weights(schedule: Schedule, method: str) -> Weights:
     The first step is of first order, and so is the last: it ends at x_0 itself, infinitely far in log-SNR.
 
     Raises:
-      KeyError: a method that is none of `SOLVERS`.
+      KeyError: a method that is none of `choices.SOLVERS`.
     """
     alpha = np.append(schedule.sqrt_alphas_cumprod[::-1], 1.0)  # by loop index; N + 1 entries, the last is clean
     sigma = np.append(schedule.sqrt_one_minus_alphas_cumprod[::-1], 0.0)

@@ -11,17 +11,16 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from terdit_jax.choices import FLOW_METHODS, METHODS, NUM_TIMESTEPS, SPACINGS
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig
 from terdit_jax.diffusion.flow import flow_losses, interpolate, shifted
-from terdit_jax.diffusion.flow_sampler import FLOW_METHODS, flow_sample, flow_times
+from terdit_jax.diffusion.flow_sampler import flow_sample, flow_times
 from terdit_jax.diffusion.guidance import Denoise, DrawNoise
 from terdit_jax.diffusion.loss import q_sample, training_losses
-from terdit_jax.diffusion.sampler import METHODS, sample
+from terdit_jax.diffusion.sampler import sample
 from terdit_jax.diffusion.schedule import Schedule, linear_schedule, respace
-from terdit_jax.diffusion.spacing import SPACINGS, choose_timesteps
+from terdit_jax.diffusion.spacing import choose_timesteps
 from terdit_jax.errors import UserError
-
-NUM_TIMESTEPS = 1000  # of the process that DDPM models are trained on, and of the scale of config.sample.cfg_t_*
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from terdit_jax.choices import METHODS, SOLVERS
 from terdit_jax.diffusion.guidance import Denoise
 from terdit_jax.diffusion.loss import mean_variance
-from terdit_jax.diffusion.multistep import SOLVERS, Weights, solver_weights
+from terdit_jax.diffusion.multistep import Weights, solver_weights
 from terdit_jax.diffusion.schedule import Schedule, gather
 from terdit_jax.errors import UserError
-
-METHODS = ("ddpm", "ddim", *SOLVERS)
 
 
 def sample(

@@ -5,11 +5,10 @@ The process thinned out to those steps is `schedule.respace`'s.
 
 import numpy as np
 
-from terdit_jax.diffusion.multistep import SOLVERS
+from terdit_jax.choices import SOLVERS, SPACINGS
 from terdit_jax.diffusion.schedule import Schedule, space_timesteps
 from terdit_jax.errors import UserError
 
-SPACINGS = ("uniform", "quadratic", "power", "logsnr")
 EXPONENTS = {"quadratic": 2.0, "power": 2.5}
 
 
@@ -29,7 +28,7 @@ def choose_timesteps(
           for the solvers on Gaussian mixtures and on digits (benchmarks/samplers.py);
         "logsnr": equal in log(signal / noise) (Lu et al. 2022, arXiv 2206.00927, section 3.4);
         "auto": "power" for the solvers of `multistep`, "uniform" for the others.
-      method: of `sampler.METHODS`, for "auto".
+      method: of `choices.METHODS`, for "auto".
 
     Raises:
       UserError: a spacing of another name, or a number of steps that is not between 1 and the schedule's.
@@ -57,7 +56,7 @@ def choose_timesteps(
 
 
 def resolve_spacing(spacing: str, method: str) -> str:
-    """The spacing that "auto" means for a method of `sampler.METHODS`; any other as it is."""
+    """The spacing that "auto" means for a method of `choices.METHODS`; any other as it is."""
     if spacing != "auto":
         return spacing
     return "power" if method in SOLVERS else "uniform"

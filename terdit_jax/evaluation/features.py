@@ -13,13 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from terdit_jax.batches import fill_up, in_flight
+from terdit_jax.choices import FEATURE_BATCH_SIZE
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation.image_source import ImageSource
 from terdit_jax.evaluation.statistics import CHUNK, Moments
 from terdit_jax.parallel.mesh import AXES
 from terdit_jax.progress import Progress
-
-BATCH_SIZE = 64  # of each device
 
 
 class FeatureNetwork(NamedTuple):
@@ -42,7 +41,7 @@ def collect_features(
     network: FeatureNetwork,
     source: ImageSource,
     mesh: Mesh,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = FEATURE_BATCH_SIZE,
     say: Callable[[str], None] = lambda line: None,
 ) -> ImageFeatures:
     """The features of all images; every process returns those of all processes.

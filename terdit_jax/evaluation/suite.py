@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from terdit_jax.choices import FEATURE_BATCH_SIZE
 from terdit_jax.errors import UserError
 from terdit_jax.evaluation import inception
-from terdit_jax.evaluation.features import BATCH_SIZE, FeatureNetwork, ImageFeatures, collect_features
+from terdit_jax.evaluation.features import FeatureNetwork, ImageFeatures, collect_features
 from terdit_jax.evaluation.frechet import frechet_distance
 from terdit_jax.evaluation.image_source import ARRAY, ImageSource, open_images
 from terdit_jax.evaluation.inception_score import SPLIT, inception_score
@@ -78,7 +79,7 @@ def look_at(
     stored: StoredReference,
     network: FeatureNetwork,
     mesh: Mesh,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = FEATURE_BATCH_SIZE,
     say: Callable[[str], None] = lambda line: None,
 ) -> Reference:
     """The reference with the statistics that it lacks, those of its images, and with their features."""

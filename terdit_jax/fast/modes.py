@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from terdit_jax.choices import MODES
 from terdit_jax.errors import UserError
 from terdit_jax.fast.hopper import warpgroup
 from terdit_jax.fast.plan import choose_attention
@@ -16,15 +17,6 @@ from terdit_jax.model.attention import Implementation
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.transformer import count_params
 from terdit_jax.parallel.compiler_options import WITHOUT_TRITON, Options
-
-MODES = {
-    "auto": "exact where its weights fit beside the work, small_exact elsewhere",
-    "exact": "weights in the activations' dtype: the trained model's function, fast",
-    "fast": "weights and activations in 8 bits: another function, faster, half the memory of exact",
-    "small": "weights at 2 bits, matmuls in 8: the function of fast in an eighth of the memory of exact",
-    "small_exact": "weights at 2 bits: the trained model's function",
-    "plain": "the forward pass of training over weights at 2 bits: what the others are compared with",
-}
 
 _RESERVED = 0.25  # of a device's memory, for activations and the compiler
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from terdit_jax.choices import LABEL_ORDERS
 from terdit_jax.errors import UserError
 from terdit_jax.inference.images import to_uint8
 from terdit_jax.inference.shards import Shards
@@ -19,7 +20,6 @@ from terdit_jax.labels import check_labels
 from terdit_jax.progress import Progress
 from terdit_jax.reproducible import make_key
 
-LABEL_ORDERS = ("balanced", "random")
 SHARD_SIZE = 1024  # images, of which a kill costs one shard a process
 _MAX_CLASSES = 2**31  # labels are int32 on devices
 _LABELS = 0x1ABE1  # keeps their draws apart from the noise, whose keys are folded with the number of a step

@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 import numpy as np
 
+from terdit_jax.choices import DTYPES, NUM_TIMESTEPS
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig
-from terdit_jax.diffusion.objective import NUM_TIMESTEPS, make_objective
+from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError
 from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, make_inference_operands
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
@@ -34,8 +35,6 @@ from terdit_jax.model.transformer import abstract_params, forward, packed_operan
 from terdit_jax.parallel.mesh import single_device_mesh
 from terdit_jax.parallel.sharding import abstract_sharded, check_heads, place, tree_shardings
 from terdit_jax.reproducible import pinned
-
-DTYPES = ("bfloat16", "float32")
 
 # So few layers run unrolled on CPUs, 1.5 times faster: a loop's body gets fewer threads there.
 _UNROLLED_ON_CPU = 8
@@ -225,7 +224,7 @@ def load_model(
       ema: the averaged weights, where there are both.
       step: which checkpoint of a workdir; the newest sound one if left out.
       dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
-      mode: of `modes.MODES`: how weights lie in memory and what matmuls compute in.
+      mode: of `choices.MODES`: how weights lie in memory and what matmuls compute in.
       num_heads, objective: of a DiT's or SiT's checkpoint that does not tell (`interop.weights.open_weights`).
 
     Raises:
@@ -246,7 +245,7 @@ def describe_denoiser(description: Description, mesh: Mesh, dtype: str, mode: st
       description: of the model.
       mesh: devices to spread it over, which may be absent.
       dtype: of activations, one of DTYPES.
-      mode: of `modes.MODES`.
+      mode: of `choices.MODES`.
 
     Raises:
       UserError: another dtype, a model that the mesh does not divide, or a mode that it cannot have.

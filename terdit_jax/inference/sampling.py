@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 import numpy as np
 
 from terdit_jax.batches import in_flight
+from terdit_jax.choices import MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.config import FIELDS
 from terdit_jax.config_sections import SampleConfig
 from terdit_jax.diffusion.guidance import ConditionalDenoise, guided
-from terdit_jax.diffusion.objective import NUM_TIMESTEPS, Objective
+from terdit_jax.diffusion.objective import Objective
 from terdit_jax.errors import UserError
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.depth import RunBlocks, scan_blocks
@@ -24,8 +25,6 @@ from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.compiler_options import Options
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
 from terdit_jax.reproducible import make_key
-
-MAX_CFG_SCALE = 1000  # a hundred times what improves images; float32 has no digits left for much more
 
 Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from terdit_jax.choices import FORMATS
 from terdit_jax.errors import UserError
 from terdit_jax.files import new_folder, refuse_existing, refusing, write_json, write_text
 from terdit_jax.interop.artifact import write_artifact, write_plain
@@ -24,7 +25,6 @@ from terdit_jax.interop.weights import HUB_WEIGHTS, MODEL_ARGS, Weights, consoli
 from terdit_jax.paths import as_path
 from terdit_jax.ternary.quantize import PUBLISHED
 
-FORMATS = ("packed", "torch", "safetensors", "hub")
 _HUB_MODULE = "terdit"  # of the code in a folder for the Hub, a copy of `pytorch`
 
 
