@@ -28,7 +28,7 @@ while [[ $# -gt 0 ]]; do
 done
 needed name cluster project zone type bucket image config
 [[ $BUCKET == gs://* ]] || fail "--bucket=$BUCKET: write gs://NAME; all hosts write to it"
-[[ -f $ROOT/$CONFIG ]] || fail "--config=$CONFIG is no file of this checkout"
+check_config
 
 place=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
 

@@ -2,14 +2,10 @@
 # Sourced by the other launch scripts: finds Python, makes the virtual environment, installs the package into it.
 # Sets ROOT (the repository), VENV (default ROOT/.venv; set it beforehand to use another) and PYTHON (VENV's).
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 VENV=${VENV:-$ROOT/.venv}
 PYTHON=$VENV/bin/python
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
 
 version_fits() {  # A version manager may leave a python3.12 on the path that only prints an error: run it.
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1

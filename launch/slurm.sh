@@ -28,7 +28,7 @@ while [[ $# -gt 0 ]]; do
 done
 needed name workdir config nodes
 [[ $WORKDIR == /* ]] || WORKDIR=$PWD/$WORKDIR  # jobs start in the checkout
-[[ -f $ROOT/$CONFIG ]] || fail "--config=$CONFIG is no file of this checkout"
+check_config
 for number in "$NODES" "$GPUS" "$CHAIN" "$CPUS"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number: --nodes, --gpus, --chain and --cpus are positive numbers"
 done

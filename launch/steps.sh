@@ -1,14 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts: options written --name=value, and commands that --dry-run prints instead of running.
 
-# shellcheck disable=SC2034
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DRY_RUN=""
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
 
 # run COMMAND...: prints it as it could be typed, then runs it unless this is a dry run.
 run() {
@@ -42,6 +37,11 @@ needed() {
     variable=$(tr 'a-z-' 'A-Z_' <<<"$name")
     [[ -n ${!variable:-} ]] || fail "--$name is needed; the head of $0 says what it is"
   done
+}
+
+# check_config: fails unless CONFIG is a file of this checkout, or the name of one of its configurations.
+check_config() {
+  [[ -f $ROOT/$CONFIG || -f $ROOT/configs/$CONFIG.py ]] || fail "--config=$CONFIG is no file of this checkout"
 }
 
 # quoted WORDS...: one line that a shell reads back as these words.

@@ -26,7 +26,7 @@ while [[ $# -gt 0 ]]; do
 done
 needed name project zone type bucket config
 [[ $BUCKET == gs://* ]] || fail "--bucket=$BUCKET: write gs://NAME; all hosts write to it"
-[[ -f $ROOT/$CONFIG ]] || fail "--config=$CONFIG is no file of this checkout"
+check_config
 [[ -z $ONLY || $ONLY == bring-up || $ONLY == train ]] || fail "--only=$ONLY: write bring-up or train"
 if [[ -z $RUNTIME ]]; then
   case $TYPE in

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import shlex
 import shutil
 import signal
@@ -133,6 +134,7 @@ def test_slurm_hands_the_bring_up_jobs_number_on(tmp_path):
         ("tpu_pod.sh", [*TPU, "--type=v9-8"], "--type=v9-8"),
         ("tpu_pod.sh", [*TPU, "--bucket=b"], "--bucket=b: write gs://NAME"),
         ("tpu_pod.sh", [*TPU, "--config=configs/none.py"], "--config=configs/none.py is no file"),
+        ("slurm.sh", [*SLURM, "--config=terdit_5b"], "--config=terdit_5b is no file"),
         ("tpu_pod.sh", [*TPU, "--colour=red"], "unknown option --colour=red"),
         ("tpu_pod.sh", [*TPU, "--only=half"], "--only=half"),
         ("gke_xpk.sh", TPU, "--cluster is needed"),
@@ -146,6 +148,18 @@ def test_slurm_hands_the_bring_up_jobs_number_on(tmp_path):
 def test_bad_options_are_one_line_and_status_2(script, arguments, message):
     (line,) = launch(script, *arguments, status=2).splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
+def test_help_is_the_head_of_the_script_and_runs_nothing(script, tmp_path):
+    done = subprocess.run(
+        ["bash", LAUNCH / script, "--help"], cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "VENV": str(tmp_path / "v")},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    head = (LAUNCH / script).read_text().split("\n\n")[0].split("set -euo")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [re.sub("^# ?", "", line) for line in head if line.startswith("#")]
+    assert done.stdout and not done.stderr and not list(tmp_path.iterdir())
 
 
 def supervise(tmp_path: Path, code: str, *options: str, status: int = 0) -> tuple[str, list[str]]:
