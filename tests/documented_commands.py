@@ -35,6 +35,7 @@ RUN = {
     "python -m terdit_jax.main --config=configs/dit_xl_2.py *": (
         f"{TRAINING} --config.model.input_size=8 --config.data.synthetic=True"
     ),
+    "python -m terdit_jax.main --config=*images_small*": f"{TRAINING} --config.model.num_classes=2",
     "python -m terdit_jax.main --config=*terdit_600m*": f"{TRAINING} {LATENTS}",
     "python -m terdit_jax.main --config=*digits*": TRAINING,
     "python -m terdit_jax.sample * --num_samples=5000 --output=digits.npz": "--num_samples=20",

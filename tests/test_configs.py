@@ -68,7 +68,7 @@ def test_config_file_is_flat_and_says_how_it_is_run(name):
 
 
 def test_every_published_config_is_there():
-    assert set(PUBLISHED) | {"digits", "cifar10"} == set(NAMES)
+    assert set(PUBLISHED) | {"digits", "cifar10", "images_small"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

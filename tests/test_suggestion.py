@@ -12,7 +12,7 @@ from terdit_jax.data.suggestion import choose_patch_size, remark, training_comma
 from terdit_jax.model.config import DiTConfig
 
 
-def metadata(size=32, channels=3, classes=10, codec="none", kind="folder", mirror=False, records=100) -> Metadata:
+def metadata(size=32, channels=3, classes=10, codec="none", kind="folder", mirror=False, records=50_000) -> Metadata:
     split = Split(records, (Shard("a", records, 1, ""),))
     names = tuple(map(str, range(classes)))
     return Metadata(
@@ -39,23 +39,25 @@ def config_of(words: list[str]):
     return config
 
 
-@pytest.mark.parametrize("codec", ["none", "vae-123-float32"])
+@pytest.mark.parametrize(("codec", "records"), [("none", 9_999), ("none", 50_000), ("vae-123-float32", 100)])
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("classes", [1, 2, 200, 1000])
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 28, 31, 32, 33, 48, 64, 97, 100, 251, 256, 512])
-def test_the_suggested_configuration_is_one_and_fits_the_data(size, classes, mirror, codec):
+def test_the_suggested_configuration_is_one_and_fits_the_data(size, classes, mirror, codec, records):
     channels = 3 if codec == "none" else 4
-    words = training_command(metadata(size, channels, classes, codec, mirror=mirror), "data/x")
+    words = training_command(metadata(size, channels, classes, codec, mirror=mirror, records=records), "data/x")
     config = freeze(config_of(words))
     model = DiTConfig.from_config(config)
     assert model.sample_shape == (size, size, channels) and model.num_classes == classes
     assert model.num_tokens <= 4096
+    assert model.hidden_size == 128 if records == 9_999 else model.hidden_size >= 512
     assert mirror or codec == "none" or not config.data.horizontal_flip, "as set_up asks for"
     assert config.data.dir == "data/x"
 
 
 def test_patches_are_as_many_as_published_models_have():
     assert [choose_patch_size(size, latents=False) for size in (28, 32, 33, 64, 128, 256)] == [2, 2, 3, 4, 8, 16]
+    assert [choose_patch_size(size, latents=False, few=True) for size in (8, 28, 32, 64, 256)] == [1, 4, 4, 8, 32]
     assert [choose_patch_size(size, latents=True) for size in (32, 64, 128)] == [2, 2, 8]
 
 
