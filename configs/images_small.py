@@ -3,8 +3,8 @@
 python -m terdit_jax.prepare --source=folder --input=pictures --image_size=32 --output=data/pictures
 python -m terdit_jax.main --config=configs/images_small.py --workdir=runs/images_small
 
-Data: `pictures/` holds a folder a class, of a few hundred pictures each or more. `prepare` ends with this command and the
-fields that the pictures decide, --config.model.num_classes above all.
+Data: `pictures/` holds a folder a class, of a few hundred pictures each or more. `prepare` ends with this command and
+the fields that the pictures decide, --config.model.num_classes above all.
 Hardware: two CPU cores and 1.8 GB of memory, or any GPU, which has room for more:
 --config.model.hidden_size=256 --config.model.depth=8 --config.model.patch_size=2.
 Hours: 0.35 on two idle cores, computed: a step of 64 pictures was measured to take 1.2 s of one core.

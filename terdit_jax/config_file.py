@@ -81,7 +81,7 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         if not argument:
-            raise UserError("--config is empty: name a configuration, as --config=configs/digits.py")
+            raise UserError("--config is empty: name a configuration, as --config=digits")
         config = load_config(argument)
         _check_overrides()
         return config.lock()

@@ -95,7 +95,8 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 def exit_with(message: str, status: int = 2) -> NoReturn:
     """Prints `error: message` on one line of standard error and ends the process at once with this status."""
     print("error: " + one_line(message), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    if sys.stdout:  # None where its descriptor was closed
+        sys.stdout.flush()
     # Background threads (asynchronous saves, prefetch) must not turn a clear answer into a hang.
     os._exit(status)
 

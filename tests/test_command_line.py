@@ -2,8 +2,10 @@
 
 import functools
 from pathlib import Path
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -80,3 +82,26 @@ def test_a_configuration_by_name_is_the_shipped_one_and_may_be_built_upon(tmp_pa
         f"assert freeze(named) == freeze(mine) == freeze(load_config({str(ROOT / 'configs' / 'digits.py')!r}))\n"
     )
     subprocess.run([sys.executable, "show.py"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_program_and_the_configurations(tmp_path):
+    pytest.importorskip("setuptools")
+    parts = ("terdit_jax", "configs", "pyproject.toml", "README.md", "LICENSE")
+    for part in parts:
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
+    shutil.rmtree(tmp_path / "terdit_jax" / "configs")
+    (tmp_path / "terdit_jax" / "configs").symlink_to("../configs")
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
+        assert b"terdit = terdit_jax.__main__:main" in b"".join(
+            wheel.read(name) for name in wheel.namelist() if name.endswith("entry_points.txt")
+        )
+        wheel.extractall(tmp_path / "installed")
+    show = [sys.executable, "-m", "terdit_jax"]
+    for words in ([], ["main", "--config=digits", "--helpshort"]):
+        done = subprocess.run(
+            [*show, *words], cwd=tmp_path / "installed", env={}, capture_output=True, text=True, check=True
+        )
+        assert words or done.stdout.strip() == program.overview()
