@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint
+from terdit_jax.checkpoints.best import BestCheckpoint
+from terdit_jax.checkpoints.layout import BEST
 from terdit_jax.config import RunConfig
 from terdit_jax.config_sections import ModelConfig
 from terdit_jax.data.synthetic import make_synthetic
@@ -21,7 +22,7 @@ def describe(step):
 
 def kept(workdir):
     """The step and some of the weights that whoever opens the folder gets."""
-    weights = open_weights(workdir / FOLDER)
+    weights = open_weights(workdir / BEST)
     return weights.description.step, dict(weights.leaves())["y_embedder/embedding_table"]
 
 
@@ -44,7 +45,7 @@ def test_the_lowest_loss_is_kept_and_remembered(tmp_path, params):
     assert best.offer(params[2], describe(70), 1.5)
     best.close()
     assert kept(tmp_path)[0] == 70
-    assert {path.name for path in (tmp_path / FOLDER / "checkpoints").iterdir()} == {"40", "70"}
+    assert {path.name for path in (tmp_path / BEST / "checkpoints").iterdir()} == {"40", "70"}
 
 
 def test_what_a_lost_continuation_found_is_dropped(tmp_path, params):

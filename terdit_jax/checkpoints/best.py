@@ -13,12 +13,11 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from terdit_jax.checkpoints.layout import BEST
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config_sections import CheckpointConfig
 from terdit_jax.errors import UserError
 from terdit_jax.untrusted import is_number
-
-FOLDER = "best"
 
 
 class Judgement(NamedTuple):
@@ -41,7 +40,7 @@ class BestCheckpoint:
     def __init__(self, workdir: epath.PathLike, start_step: int):
         """Opens it for a run that goes on from `start_step`; what a lost continuation found later is dropped."""
         keep = CheckpointConfig(keep=2)
-        self._checkpoints = CheckpointWriter(epath.Path(workdir) / FOLDER, keep)
+        self._checkpoints = CheckpointWriter(epath.Path(workdir) / BEST, keep)
         self._checkpoints.delete_after(start_step)
         run = self._checkpoints.newest_run()
         loss: Any = run.get("loss") if run else None

@@ -24,7 +24,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 def write_manifest(step_directory: epath.Path) -> None:
     """Records the SHA-256 of every file of a finished checkpoint in the checkpoint itself."""
-    write_json(step_directory / MANIFEST, _hash_files(step_directory, _files(step_directory)), indent=1)
+    write_json(step_directory / MANIFEST, _hash_files(step_directory, list_files(step_directory)), indent=1)
 
 
 def find_damage(step_directory: epath.Path, items: Iterable[str]) -> str | None:
@@ -56,12 +56,12 @@ def find_damage(step_directory: epath.Path, items: Iterable[str]) -> str | None:
     return f"{changed[0]} does not match its SHA-256" if changed else None
 
 
-def _files(directory: epath.Path) -> list[str]:
-    """Names, relative to the directory, of all files below it but the manifest."""
+def list_files(directory: epath.Path) -> list[str]:
+    """Returns the names, relative to the directory, of all files below it but the manifest."""
     found = []
     for entry in sorted(directory.iterdir()):
         if entry.is_dir():
-            found += [f"{entry.name}/{name}" for name in _files(entry)]
+            found += [f"{entry.name}/{name}" for name in list_files(entry)]
         elif entry.name != MANIFEST:
             found.append(entry.name)
     return found

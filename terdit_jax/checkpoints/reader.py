@@ -7,7 +7,6 @@ The newest sound one is used, and each one passed over is named in a loud line. 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import functools
-import re
 from typing import Any
 
 from absl import logging
@@ -18,19 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.layout import ITEMS, RUN, list_steps
 from terdit_jax.checkpoints.manifest import find_damage
 from terdit_jax.errors import UserError
-from terdit_jax.paths import absolute, as_path, is_remote
+from terdit_jax.paths import absolute, as_path
 
-RUN = "run"
-# Items of a checkpoint: sampling reads one of the first two and leaves the rest on disk.
-ITEMS = {
-    "params": ("params",),
-    "ema_params": ("ema_params",),
-    "rest": ("step", "opt_state", "skipped", "spikes", "window"),
-}
-# Orbax renames what it has finished; on object stores, which cannot rename, it writes a last file.
-_HALF_WRITTEN, _COMMITTED = r".*\.orbax-checkpoint-tmp(-\d+)?", "commit_success.txt"
 _NONE, _REFUSED = -1, -2  # in the place of a step
 
 LeafReader = Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]
@@ -49,12 +40,7 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be listed.
         """
-        try:
-            return sorted(int(path.name) for path in self.directory.iterdir() if _is_step(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise UserError(f"cannot read {self.directory}: {disk.reason(error)}") from error
+        return list_steps(self.directory)
 
     def path(self, step: int) -> epath.Path:
         """Returns where the checkpoint of a step is, or would be."""
@@ -210,21 +196,6 @@ class Checkpoints:
         if (step, what) not in self._said:
             self._said.add((step, what))
             logging.error("CHECKPOINT %d %s", step, what)
-
-
-def is_half_written(path: epath.Path) -> bool:
-    """Returns whether Orbax has not finished what is here."""
-    if is_remote(path):
-        return _is_number(path.name) and not (path / _COMMITTED).exists()
-    return re.fullmatch(_HALF_WRITTEN, path.name) is not None
-
-
-def _is_step(path: epath.Path) -> bool:
-    return _is_number(path.name) and path.is_dir() and not is_half_written(path)
-
-
-def _is_number(name: str) -> bool:
-    return re.fullmatch(r"0|[1-9][0-9]*", name) is not None
 
 
 @contextlib.contextmanager

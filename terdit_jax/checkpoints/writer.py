@@ -17,13 +17,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.layout import DAMAGED, ITEMS, RUN, is_half_written
 from terdit_jax.checkpoints.manifest import write_manifest
-from terdit_jax.checkpoints.reader import ITEMS, RUN, Checkpoints, is_half_written
+from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.config_sections import CheckpointConfig
 from terdit_jax.errors import UserError
 from terdit_jax.files import set_aside
 
-DAMAGED = "damaged_checkpoints"
 _CLEAR_SECONDS = 5
 _CHUNK_BYTES = 64 << 20
 

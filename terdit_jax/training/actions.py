@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from terdit_jax.checkpoints.best import FOLDER, BestCheckpoint, Judge
+from terdit_jax.checkpoints.best import BestCheckpoint, Judge
+from terdit_jax.checkpoints.layout import BEST
 from terdit_jax.checkpoints.writer import CheckpointWriter
 from terdit_jax.config import RunConfig
 from terdit_jax.data.reader import heldout_batches
@@ -214,7 +215,7 @@ class Actions:
             written = ", ".join(f"{name} {value:.4g}" for name, value in judgement.figures.items())
             self._write(step, judgement.figures, f"step {step:,}  {written}")
             if best and best.offer(state["ema_params"], self._describe(step), judgement.loss):
-                say(f"step {step:,}  the best so far: kept in {self.setup.workdir / FOLDER}")
+                say(f"step {step:,}  the best so far: kept in {self.setup.workdir / BEST}")
         return state
 
     def save(self, state: State, batch: Batch, step: int) -> State:
