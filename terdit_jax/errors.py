@@ -6,6 +6,7 @@ and keeps its traceback.
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+from functools import partial
 from logging import root as root_logger
 import os
 import sys
@@ -61,8 +62,10 @@ def parse_flags(module: str) -> None:
             raise
 
 
-def run_command(main: Callable[[Sequence[str]], None]) -> None:
+def run_command(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> None:
     """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2.
+
+    What is no flag is refused too, unless the command takes `arguments`; they may stand between flags.
 
     Ctrl-C ends it with one line and status 130 (`interrupts`). A failing standard output does not end it (`streams`).
     """
@@ -84,7 +87,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 
     try:
         with interrupts:
-            app.run(guarded, flags_parser=_parse_flags)
+            app.run(guarded, flags_parser=partial(_parse_flags, arguments=arguments))
     except KeyboardInterrupt:
         interrupts.end()
     finally:
@@ -145,13 +148,13 @@ class _VersionFlag(flags.BooleanFlag):
 flags.DEFINE_flag(_VersionFlag(), module_name="absl.app")  # where --help is defined
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], arguments: bool = False) -> list[str]:
     """Parses the flags, unless `parse_flags` has done so; returns the name of the program."""
     if flags.FLAGS.is_parsed():
         return [argv[0]]
     try:
         rest = flags.FLAGS(argv)
-        if len(rest) > 1:
+        if len(rest) > 1 and not arguments:
             raise UserError(f"unexpected argument {rest[1]!r}: every option is written --name=value")
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # the libraries' notes at INFO would bury our lines

@@ -28,7 +28,7 @@ OURS = ("terdit_jax.", "benchmarks.")
 # JAX has read the server's variables while it was imported: of these a command's own count, or the want of them.
 VARIABLES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 PROGRAMS = "TERDIT_TEST_PROGRAMS"  # a variable for the workers of pytest-xdist
-COMMANDS = ("main", "prepare", "sample", "export", "evaluate", "compile")  # not imported: each defines flags
+COMMANDS = ("main", "prepare", "sample", "export", "evaluate", "compile", "report")  # not imported: each defines flags
 SECONDS = 600  # that a command may take, on a machine with other work too
 
 

@@ -51,7 +51,7 @@ def main(argv):
             pass
 """
 READING_FLAGS = """
-def parse(argv):
+def parse(argv, arguments):
     ready()
     time.sleep(600)
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "terdit_jax"
 LAYERS = (
     "ternary", "diffusion", "parallel", "model", "fast", "data", "checkpoints", "training", "interop", "inference",
-    "evaluation", "aot",
+    "evaluation", "aot", "page",
 )  # fmt: skip
 # Imported by anyone, and by those after them.
 FOUNDATIONS = (
@@ -116,7 +116,7 @@ def test_what_a_command_may_not_need_is_imported_when_it_is(command):
 
 
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
-COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "run_command(main)" in path.read_text()}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "    run_command(main" in path.read_text()}
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)

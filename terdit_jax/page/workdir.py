@@ -1,0 +1,223 @@
+"""Reads what a run has left in its workdir, as plain data and without JAX.
+
+What is damaged or missing is left out, and a note says so. What is made of it belongs to `curves` and `html`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from terdit_jax.checkpoints import disk
+from terdit_jax.checkpoints.layout import BEST, DAMAGED, ITEMS, RUN, list_steps
+from terdit_jax.checkpoints.manifest import find_damage, list_files
+from terdit_jax.config_rules import flatten
+from terdit_jax.errors import UserError
+from terdit_jax.paths import absolute, as_path
+from terdit_jax.untrusted import is_count, is_number, parse_json
+
+SOUND, UNCHECKED = "sound", "not checked"
+_MADE_BY_RUNS = ("config.json", "metrics.jsonl", "checkpoints")
+_LONG_CHECK_BYTES = 10**9
+_LONGEST = 1e12  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. Attributes:
+
+    step: the step after which it was saved.
+    folder: `checkpoints`, or `best` for the weights that scored best.
+    state: `SOUND`, `UNCHECKED`, or what is wrong with it.
+    size: bytes of its files.
+    """
+
+    step: int
+    folder: str
+    state: str
+    size: int
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as its workdir shows it; whatever is not there is empty. Attributes:
+
+    name: the end of its path that no other run of the report has.
+    place: its workdir.
+    notes: what could not be read, a line each.
+    config: fields of config.json by dotted name.
+    lines: those of metrics.jsonl, each with an integer `step`.
+    seconds: where its time went, by kind as in docs/training.md.
+    beat: when its heartbeat was renewed, in seconds since 1970; 0 if never.
+    pictures: steps and paths of its grids, ascending.
+    scores: reports of `terdit_jax.evaluate` by file name.
+    checkpoints: those on disk, and the names of those set aside as damaged.
+    """
+
+    name: str
+    place: epath.Path
+    notes: list[str] = dataclasses.field(default_factory=list)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    beat: float = 0.0
+    pictures: list[tuple[int, epath.Path]] = dataclasses.field(default_factory=list)
+    scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    checkpoints: list[Checkpoint] = dataclasses.field(default_factory=list)
+    set_aside: list[str] = dataclasses.field(default_factory=list)
+
+    def last_timing(self) -> dict[str, Any]:
+        """The newest `timing` of its metrics; empty without any."""
+        return next(filter(None, map(timing, reversed(self.lines))), {})
+
+
+def read_runs(places: Sequence[str], *, check: bool, say: Callable[[str], None]) -> list[Run]:
+    """Reads the workdirs of runs; one that is named twice is read once.
+
+    Args:
+      places: workdirs, local or on an object store.
+      check: whether checkpoints are compared with their SHA-256, which reads them whole.
+      say: told which large checkpoint is being read.
+
+    Raises:
+      UserError: a place that holds no run.
+    """
+    workdirs = list(dict.fromkeys(absolute(as_path(place, "RUN")) for place in places))
+    for workdir in workdirs:
+        _check_is_run(workdir)
+    return [_read_run(name, workdir, check, say) for name, workdir in zip(_names(workdirs), workdirs, strict=True)]
+
+
+def _names(workdirs: Sequence[epath.Path]) -> list[str]:
+    """The shortest end of each path that no other has."""
+
+    def end(path: epath.Path, length: int) -> tuple[str, ...]:
+        return path.parts[-length:]
+
+    names = []
+    for path in workdirs:
+        longest = len(path.parts)
+        lengths = (n for n in range(1, longest) if sum(end(other, n) == end(path, n) for other in workdirs) == 1)
+        names.append("/".join(end(path, next(lengths, longest))))
+    return names
+
+
+def _check_is_run(workdir: epath.Path) -> None:
+    try:
+        if any((workdir / name).exists() for name in _MADE_BY_RUNS):
+            return
+        below = sorted(path.name for path in workdir.iterdir() if (path / _MADE_BY_RUNS[0]).exists())
+    except FileNotFoundError:
+        raise UserError(f"{workdir}: there is no such folder, give the --workdir of a run") from None
+    except NotADirectoryError:
+        raise UserError(f"{workdir}: is no folder, give the --workdir of a run") from None
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be read: {disk.reason(error)}") from error
+    meant = f"give the runs below it, as {workdir / below[0]}" if below else "give the --workdir of a run"
+    raise UserError(f"{workdir}: holds no run, none of {', '.join(_MADE_BY_RUNS)}; {meant}")
+
+
+def _read_run(name: str, workdir: epath.Path, check: bool, say: Callable[[str], None]) -> Run:
+    run = Run(name, workdir)
+    run.config = dict(flatten(_read_json(run, "config.json")))
+    run.lines = _read_lines(run)
+    account = _read_json(run, "goodput.json").get("seconds")
+    run.seconds = _positive(account) if isinstance(account, dict) else spent(run.last_timing())
+    beat: Any = _read_json(run, "heartbeat.json").get("time")
+    run.beat = float(beat) if is_number(beat, 0, _LONGEST) else 0.0
+    for path in _entries(run, "samples"):
+        if match := re.fullmatch(r"step_(\d{1,12})\.png", path.name):
+            run.pictures.append((int(match[1]), path))
+    for path in _entries(run, ""):
+        if path.suffix == ".json" and path.name not in ("config.json", "goodput.json", "heartbeat.json"):
+            scores = _read_json(run, path.name)
+            if is_count(scores.get("num_samples"), 1, 2**63) and isinstance(scores.get("flags"), dict):
+                run.scores[path.name] = scores
+    run.checkpoints = [*_checkpoints(run, "checkpoints", check, say), *_checkpoints(run, BEST, check, say)]
+    run.set_aside = [path.name for path in _entries(run, DAMAGED)]
+    return run
+
+
+def timing(line: dict[str, Any]) -> dict[str, Any]:
+    """The `timing` of a line of metrics.jsonl; empty without one."""
+    found = line.get("timing")
+    return found if isinstance(found, dict) else {}
+
+
+def spent(timing: dict[str, Any]) -> dict[str, float]:
+    """The seconds by kind in a line's `timing`."""
+    kinds = {name.removeprefix("seconds_"): value for name, value in timing.items() if name.startswith("seconds_")}
+    return _positive(kinds)
+
+
+def _positive(seconds: dict[str, Any]) -> dict[str, float]:
+    return {kind: float(value) for kind, value in seconds.items() if is_number(value, 0, _LONGEST) and value}
+
+
+def _read(run: Run, name: str) -> bytes:
+    """The content of a file, empty where there is none."""
+    try:
+        return (run.place / name).read_bytes() if (run.place / name).is_file() else b""
+    except OSError as error:
+        run.notes.append(f"{name} cannot be read: {disk.reason(error)}")
+        return b""
+
+
+def _read_json(run: Run, name: str) -> dict[str, Any]:
+    if not (content := _read(run, name)):
+        return {}
+    try:
+        return parse_json(content, name, dict)
+    except UserError as error:
+        run.notes.append(str(error))
+        return {}
+
+
+def _read_lines(run: Run) -> list[dict[str, Any]]:
+    *whole, last = (_decode(line) for line in _read(run, "metrics.jsonl").split(b"\n"))  # the last may be cut by a kill
+    if damaged := whole.count(None):
+        run.notes.append(f"metrics.jsonl: {damaged} of {len(whole)} lines are damaged and left out")
+    return [line for line in [*whole, last] if line is not None]
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and is_count(content.get("step"), 0, 2**53) else None
+
+
+def _entries(run: Run, folder: str) -> Iterable[epath.Path]:
+    try:
+        return sorted((run.place / folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        run.notes.append(f"{folder or 'the workdir'} cannot be read: {disk.reason(error)}")
+        return []
+
+
+def _checkpoints(run: Run, folder: str, check: bool, say: Callable[[str], None]) -> Iterator[Checkpoint]:
+    best = folder == BEST
+    directory = run.place / BEST / "checkpoints" if best else run.place / folder
+    try:
+        steps = list_steps(directory)
+    except UserError as error:
+        run.notes.append(str(error))
+        return
+    for step in steps:
+        path = directory / str(step)
+        try:
+            size = sum((path / name).stat().length for name in list_files(path))
+            if check and size > _LONG_CHECK_BYTES:
+                say(f"{run.name}: reading checkpoint {step:,}, {size / 1e9:.1f} GB (--nocheck leaves it out)")
+            damage = find_damage(path, ["ema_params", RUN] if best else [*ITEMS, RUN]) if check else UNCHECKED
+        except OSError as error:
+            if not path.exists():  # a run at work has deleted it meanwhile
+                continue
+            damage, size = f"cannot be read: {disk.reason(error)}", 0
+        yield Checkpoint(step, folder, damage or SOUND, size)
