@@ -12,7 +12,7 @@ import shlex
 
 from absl import flags
 
-from terdit_jax.errors import UserError, run_command
+from terdit_jax.errors import UserError, printable, run_command
 from terdit_jax.files import check_output, refusing, write_text
 from terdit_jax.page.html import make_page
 from terdit_jax.page.workdir import read_runs
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     page = make_page(runs, command)
     for run in runs:
         for note in run.notes:
-            print(f"{run.name}: {note}")
+            print(printable(f"{run.name}: {note}"))
     with refusing(output):
         write_text(output, page)
     size = len(page.encode()) / 1e6

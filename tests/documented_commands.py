@@ -46,6 +46,7 @@ RUN = {
     "python -m terdit_jax.export --model=DiT-XL-2-256x256.pt *": HEADS,
     "python -m terdit_jax.export *": "",
     "python -m terdit_jax.compile * --topology=v5p:8x8x4 *": f"{MODEL} --topology=cpu:1",
+    "python -m terdit_jax.report *": "",
     "launch/* --dry-run *": "",
 }
 

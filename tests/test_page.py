@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ from terdit_jax.errors import UserError
 from terdit_jax.page import curves
 from terdit_jax.page.html import make_page
 from terdit_jax.page.pictures import budget, choose, data_uri
-from terdit_jax.page.workdir import SOUND, UNCHECKED, Run, read_runs
+from terdit_jax.page.workdir import SOUND, UNCHECKED, UNDER_WAY, Run, read_runs
 from tests.runs import ROOT, execute
 
 ASSETS = ROOT / "terdit_jax" / "page" / "assets"
@@ -205,6 +206,8 @@ def test_the_state_of_checkpoints(tmp_path):
     assert states[10, "checkpoints"] == "its SHA-256 manifest is missing"
     assert "damaged: params/data does not match its SHA-256" in Parsed(make_page([run], "")).text
     assert {one.state for one in read(path, check=False)[0].checkpoints} == {UNCHECKED}
+    (path / "heartbeat.json").write_text(json.dumps({"time": time.time()}))
+    assert [one.state for one in read(path)[0].checkpoints if one.step == 10] == [UNDER_WAY]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -259,17 +262,19 @@ def test_damaged_files_are_left_out_and_named(tmp_path):
 
 def test_values_in_a_workdir_cannot_become_part_of_the_page(tmp_path):
     evil = "</script><script>alert(1)</script><b onclick='x'>\"'"
+    half = json.loads('"\\ud800"')  # of a character
     path = make_run(tmp_path / "<b>a&amp;\"'")
     lines = [
         {"step": 2, "loss": 1.0, evil: 3.0, "rms/x": 10**400, "grad_norm": float("nan"), "learning_rate": "high"},
         {"step": 3, evil: 4.0, "timing": {f"seconds_{evil}": 5, "restarts": evil, "images_per_second": [1]}},
-        {"step": 10**30, "loss": 0.5}, {"step": True}, {"step": -1}, {"step": 4, "timing": 7},
+        {"step": 10**30, "loss": 0.5}, {"step": True}, {"step": -1}, {"step": 5, half: 1.0}, {"step": 4, "timing": 7},
     ]  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "config.json").write_text(json.dumps({"name": evil, evil: {evil: [evil]}, "train": {"num_steps": evil}}))
     (path / "proxy_metrics.json").write_text(json.dumps({evil: 1, "num_samples": 1, "flags": {}}))
     (path / "heartbeat.json").write_text('{"time": "now"}')
     page = make_page(read(path), evil)
+    assert page.encode()
     parsed = Parsed(page)
     assert sum(tag == "script" for tag, _ in parsed.elements) == 3 and not parsed.attributes("onclick")
     assert evil in parsed.text and data_of(page)["charts"]

@@ -35,7 +35,7 @@ def find_damage(step_directory: epath.Path, items: Iterable[str]) -> str | None:
     """
     prefixes = tuple(f"{item}/" for item in items)
     try:
-        with _open(step_directory / MANIFEST) as file:
+        with open_file(step_directory / MANIFEST) as file:
             recorded = json.loads(file.read().decode())
     except FileNotFoundError:
         return "its SHA-256 manifest is missing"
@@ -72,7 +72,7 @@ def _hash_files(directory: epath.Path, names: Iterable[str]) -> dict[str, str | 
 
     def digest(name: str) -> str | None:
         try:
-            with _open(directory / name) as file:
+            with open_file(directory / name) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             return None
@@ -82,7 +82,7 @@ def _hash_files(directory: epath.Path, names: Iterable[str]) -> dict[str, str | 
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _open(path: epath.Path) -> io.BufferedReader:
+def open_file(path: epath.Path) -> io.BufferedReader:
     """Opens a file; anything else, such as a folder or a pipe, counts as missing.
 
     Raises:

@@ -17,11 +17,10 @@ from terdit_jax.config import FIELDS
 from terdit_jax.config_rules import shown
 from terdit_jax.data.image_file import ImageError
 from terdit_jax.page import curves, pictures
-from terdit_jax.page.workdir import SOUND, UNCHECKED, Checkpoint, Run
+from terdit_jax.page.workdir import SOUND, UNCHECKED, UNDER_WAY, Checkpoint, Run
 from terdit_jax.untrusted import is_count, is_number
 
 _COLORS = 8  # of runs, in page.css
-_ALIVE_SECONDS = 60
 _NO_VALUE = "–"
 _ABSENT = object()
 _KINDS_NOTE = (
@@ -39,7 +38,6 @@ def make_page(runs: Sequence[Run], command: str) -> str:
     charts = curves.make_charts(runs, figures, 1 / size)
     samples = _samples(runs)  # first, for it may add notes
     title = f"Report of {runs[0].name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
-
     sections = (
         ("Runs", _summary(runs, figures)),
         ("Loss", _charts(charts, curves.LOSS)),
@@ -54,11 +52,8 @@ def make_page(runs: Sequence[Run], command: str) -> str:
     )
     there = [(name, body) for name, body in sections if body]
     links = "".join(f'<a href="#{_id(name)}">{name}</a>' for name, _ in there)
-    data = {
-        "unit": unit,
-        "charts": [[dataclasses.asdict(series) for series in chart.series] for chart in charts],
-    }
-    return "\n".join(
+    data = {"unit": unit, "charts": [[dataclasses.asdict(series) for series in chart.series] for chart in charts]}
+    page = "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
@@ -74,6 +69,7 @@ def make_page(runs: Sequence[Run], command: str) -> str:
             f"<script>{_asset('uPlot.iife.min.js')}</script><script>{_asset('page.js')}</script></body></html>\n",
         ]
     )
+    return page.encode(errors="replace").decode()  # names of files, and of JSON, may hold halves of characters
 
 
 def _asset(name: str) -> str:
@@ -183,8 +179,7 @@ def _state(run: Run) -> str:
         return f"at step {step:,}"
     if step >= aim:
         return f"done, {step:,} steps"
-    alive = time.time() - run.beat < _ALIVE_SECONDS
-    return f"{'at work' if alive else 'stopped'}, logged up to step {step:,} of {aim:,}"
+    return f"{'at work' if run.is_at_work() else 'stopped'}, logged up to step {step:,} of {aim:,}"
 
 
 def _restarts(run: Run) -> str:
@@ -216,7 +211,7 @@ def _samples(runs: Sequence[Run]) -> str:
     chosen = [pictures.choose(run.pictures) for run in runs]
     most, found, steps = pictures.budget(sum(map(len, chosen))), [], set()
     for number, (run, grids) in enumerate(zip(runs, chosen, strict=True)):
-        images = []
+        images, last = [], 0
         for step, path in grids:
             try:
                 uri, width, height = pictures.data_uri(path, most)
@@ -225,10 +220,10 @@ def _samples(runs: Sequence[Run]) -> str:
                 continue
             size = f"width={width} height={height}"
             images.append(f'<img data-step={step} alt="samples of step {step:,}" {size} src="{uri}" hidden>')
-            steps.add(step)
+            steps.add(last := step)
         if images:
             images[-1] = images[-1].replace(" hidden>", ">")  # what a reader without scripts sees, and paper
-            caption = f"<figcaption>{_named(runs, number)} <output>step {grids[-1][0]:,}</output></figcaption>"
+            caption = f"<figcaption>{_named(runs, number)} <output>step {last:,}</output></figcaption>"
             found.append(f'<figure class="grid">{caption}{"".join(images)}</figure>')
     if not found:
         return ""
@@ -276,7 +271,7 @@ def _checkpoints(runs: Sequence[Run], figures: Sequence[dict[str, curves.Points]
 
 
 def _soundness(checkpoint: Checkpoint) -> str:
-    good, state = {SOUND: "good", UNCHECKED: "open"}.get(checkpoint.state), checkpoint.state
+    good, state = {SOUND: "good", UNCHECKED: "open", UNDER_WAY: "open"}.get(checkpoint.state), checkpoint.state
     said = state if good or state.startswith("cannot") else f"damaged: {state}"
     return f'<span class="{good or "bad"}">{escape(said)}</span>'
 

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import json
 import re
+import time
 from typing import Any
 
 from etils import epath
 
 from terdit_jax.checkpoints import disk
 from terdit_jax.checkpoints.layout import BEST, DAMAGED, ITEMS, RUN, list_steps
-from terdit_jax.checkpoints.manifest import find_damage, list_files
+from terdit_jax.checkpoints.manifest import MANIFEST, find_damage, list_files, open_file
 from terdit_jax.config_rules import flatten
 from terdit_jax.errors import UserError
 from terdit_jax.paths import absolute, as_path
 from terdit_jax.untrusted import is_count, is_number, parse_json
 
-SOUND, UNCHECKED = "sound", "not checked"
+SOUND, UNCHECKED, UNDER_WAY = "sound", "not checked", "being saved"
+_ALIVE_SECONDS = 60  # a heartbeat is renewed every five
 _MADE_BY_RUNS = ("config.json", "metrics.jsonl", "checkpoints")
 _LONG_CHECK_BYTES = 10**9
 _LONGEST = 1e12  # seconds
@@ -31,7 +33,7 @@ class Checkpoint:
 
     step: the step after which it was saved.
     folder: `checkpoints`, or `best` for the weights that scored best.
-    state: `SOUND`, `UNCHECKED`, or what is wrong with it.
+    state: `SOUND`, `UNCHECKED`, `UNDER_WAY`, or what is wrong with it.
     size: bytes of its files.
     """
 
@@ -69,6 +71,10 @@ class Run:
     checkpoints: list[Checkpoint] = dataclasses.field(default_factory=list)
     set_aside: list[str] = dataclasses.field(default_factory=list)
 
+    def is_at_work(self) -> bool:
+        """Whether its heartbeat was renewed within the last minute."""
+        return time.time() - self.beat < _ALIVE_SECONDS
+
     def last_timing(self) -> dict[str, Any]:
         """The newest `timing` of its metrics; empty without any."""
         return next(filter(None, map(timing, reversed(self.lines))), {})
@@ -85,9 +91,9 @@ def read_runs(places: Sequence[str], *, check: bool, say: Callable[[str], None])
     Raises:
       UserError: a place that holds no run.
     """
-    workdirs = list(dict.fromkeys(absolute(as_path(place, "RUN")) for place in places))
-    for workdir in workdirs:
-        _check_is_run(workdir)
+    for place in places:
+        _check_is_run(as_path(place, "RUN"))
+    workdirs = list(dict.fromkeys(absolute(as_path(place)) for place in places))
     return [_read_run(name, workdir, check, say) for name, workdir in zip(_names(workdirs), workdirs, strict=True)]
 
 
@@ -160,7 +166,10 @@ def _positive(seconds: dict[str, Any]) -> dict[str, float]:
 def _read(run: Run, name: str) -> bytes:
     """The content of a file, empty where there is none."""
     try:
-        return (run.place / name).read_bytes() if (run.place / name).is_file() else b""
+        with open_file(run.place / name) as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
     except OSError as error:
         run.notes.append(f"{name} cannot be read: {disk.reason(error)}")
         return b""
@@ -202,8 +211,8 @@ def _entries(run: Run, folder: str) -> Iterable[epath.Path]:
 
 
 def _checkpoints(run: Run, folder: str, check: bool, say: Callable[[str], None]) -> Iterator[Checkpoint]:
-    best = folder == BEST
-    directory = run.place / BEST / "checkpoints" if best else run.place / folder
+    directory = run.place / BEST / "checkpoints" if folder == BEST else run.place / folder
+    items = ["ema_params", RUN] if directory.parent.name == BEST else [*ITEMS, RUN]
     try:
         steps = list_steps(directory)
     except UserError as error:
@@ -215,7 +224,9 @@ def _checkpoints(run: Run, folder: str, check: bool, say: Callable[[str], None])
             size = sum((path / name).stat().length for name in list_files(path))
             if check and size > _LONG_CHECK_BYTES:
                 say(f"{run.name}: reading checkpoint {step:,}, {size / 1e9:.1f} GB (--nocheck leaves it out)")
-            damage = find_damage(path, ["ema_params", RUN] if best else [*ITEMS, RUN]) if check else UNCHECKED
+            damage = find_damage(path, items) if check else UNCHECKED
+            if run.is_at_work() and not (path / MANIFEST).exists():  # which is written last
+                damage = UNDER_WAY
         except OSError as error:
             if not path.exists():  # a run at work has deleted it meanwhile
                 continue

@@ -24,7 +24,7 @@
   // Which ticks of a logarithmic axis have a number: the fewer, the more decades there are.
   function numbered(plot, ticks) {
     const decades = Math.log10(plot.scales.y.max / plot.scales.y.min);
-    const digits = decades < 1 ? [1, 2, 3, 4, 5, 6, 7, 8, 9] : decades < 2 ? [1, 2, 5] : [1];
+    const digits = decades < 0.6 ? "123456789" : decades < 1.3 ? "12357" : decades < 2.5 ? "125" : "1";
     return ticks.map(tick => digits.includes(Number(tick?.toExponential(3).split("e")[0])) ? tick : null);
   }
 
@@ -55,7 +55,11 @@
         y: logY ? {distr: 3, range: (_, low, high) => [below(low), high * 1.1]} : {},
       },
       axes: [axis, {...axis, size: 58, ...(logY ? {filter: numbered} : {})}],
-      cursor: {dataIdx: nearest, sync: {key: "report", setSeries: false}, points: {size: 7}},
+      cursor: {
+        dataIdx: nearest,
+        sync: {key: "report", setSeries: false},
+        points: {size: 7, fill: (one, i) => one.series[i].stroke(one, i)},
+      },
       legend: {markers: {dash: (one, i) => one.series[i].dash ? "dashed" : "solid"}},
       series: [
         {label: by === "step" ? "step" : unit, value: (_, value) => exact(value)},
