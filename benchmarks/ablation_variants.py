@@ -1,16 +1,31 @@
 """The variants of `benchmarks.ablations`: overrides of one configuration, and the samplers of each objective."""
 
-TERNARISED, FULL = "ternarised_afterwards", "full_precision"
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class RunOf(NamedTuple):
+    """Stands for the workdir of a variant, of the same seed."""
+
+    variant: str
+
+
+class ShareOf(NamedTuple):
+    """Stands for a share of the steps."""
+
+    steps: float
+
+
+TERNARISED, FULL, FLOW_FULL = "ternarised_afterwards", "full_precision", "flow_full_precision"
 REFERENCE = "least_squares"  # what the others' time a step is compared with
 AT_EQUAL_TIME = "@time"  # after a variant's name: trained for as long as REFERENCE, by the clock
-# Values that stand for the workdir of FULL with the same seed, and for a quarter of the steps.
-FULL_RUN, QUARTER = "{full_precision}", "{quarter}"
 
 MATRIX, CHANNELS = ({"model.alpha_per": share, "model.gamma_per": share} for share in ("matrix", "channel"))
 AS_PUBLISHED, LEAST_SQUARES = (MATRIX | {"model.alpha_init": start} for start in ("normal", "least_squares"))
 NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
-WARM, TEACHER = {"train.init_from": FULL_RUN}, {"train.teacher": FULL_RUN}
-SOFT = {"train.soft_start_steps": QUARTER}
+WARM, TEACHER = {"train.init_from": RunOf(FULL)}, {"train.teacher": RunOf(FULL)}
+SOFT = {"train.soft_start_steps": ShareOf(0.25)}
+FLOW_TEACHER = {"train.teacher": RunOf(FLOW_FULL)}
 FLOW = {"diffusion.objective": "flow", "model.learn_sigma": False, "sample.method": "heun", "sample.num_steps": 25}
 
 # None: the weights of FULL ternarised as they are, judged beside it.
@@ -39,9 +54,10 @@ VARIANTS: dict[str, dict[str, object] | None] = {
     "channels_warm_start_teacher": LEAST_SQUARES | CHANNELS | WARM | TEACHER,
     "channels_eight_bit": LEAST_SQUARES | CHANNELS | EIGHT_BIT,
     TERNARISED: None,
-    "flow_full_precision": FLOW | MATRIX | {"model.ternary": False},
+    FLOW_FULL: FLOW | MATRIX | {"model.ternary": False},
     "flow_least_squares": FLOW | LEAST_SQUARES,
     "flow_channels": FLOW | LEAST_SQUARES | CHANNELS,
+    "flow_channels_teacher": FLOW | LEAST_SQUARES | CHANNELS | FLOW_TEACHER,
 }
 
 # objective: (sampler, calls of the network a step, fewest calls, most calls)
@@ -60,11 +76,16 @@ def needs(name: str) -> list[str]:
     """The variants of the same seed whose runs must have ended before this one begins."""
     variant, at_equal_time = split_name(name)
     fields = VARIANTS[variant]
-    full = fields is None or FULL_RUN in fields.values()
-    return [FULL] * full + [variant, REFERENCE] * at_equal_time
+    runs = [FULL] if fields is None else [value.variant for value in fields.values() if isinstance(value, RunOf)]
+    return [*dict.fromkeys(runs), *[variant, REFERENCE] * at_equal_time]
 
 
-def overrides(name: str, full_run: str, steps: int) -> dict[str, object]:
-    """The fields that a variant sets, with the workdir of FULL and the steps of a soft start in their places."""
-    places = {FULL_RUN: full_run, QUARTER: steps // 4}
-    return {field: places.get(str(value), value) for field, value in (VARIANTS[split_name(name)[0]] or {}).items()}
+def overrides(name: str, workdir: Callable[[str], str], steps: int) -> dict[str, object]:
+    """The fields that a variant sets, in a run of so many steps; `workdir` of another variant is that of its run."""
+
+    def resolve(value: object) -> object:
+        if isinstance(value, RunOf):
+            return workdir(value.variant)
+        return int(value.steps * steps) if isinstance(value, ShareOf) else value
+
+    return {field: resolve(value) for field, value in (VARIANTS[split_name(name)[0]] or {}).items()}

@@ -254,7 +254,7 @@ def train(name: str, seed: str) -> dict:
         "log.heldout_every": max(1, steps // 8),
         "log.writers": "",
         **dict(setting.split("=", 1) for setting in _SET.value if setting),
-        **overrides(name, str(workdir(FULL, seed)), steps),
+        **overrides(name, lambda other: str(workdir(other, seed)), steps),
     }
     place = workdir(name, seed)
     command = [sys.executable, "-m", "terdit_jax.main", f"--config={_CONFIG.value}", f"--workdir={place}"]

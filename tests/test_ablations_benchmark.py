@@ -11,7 +11,7 @@ from tests.commands import no_flags
 
 with no_flags():
     from benchmarks.ablation_report import QUARTERS, plot, table
-    from benchmarks.ablation_variants import FULL, FULL_RUN, REFERENCE, TERNARISED, VARIANTS, needs, overrides
+    from benchmarks.ablation_variants import FULL, REFERENCE, TERNARISED, VARIANTS, needs, overrides
     from benchmarks.ablations import runs_for, take_classifier
 
 
@@ -19,25 +19,26 @@ with no_flags():
 def test_variants_set_fields_that_there_are(name):
     assert (VARIANTS[name] is None) == (name == TERNARISED)
     config = ml_collections.ConfigDict(base_config())
-    fields = overrides(name, "runs/full", steps=1000)
+    fields = overrides(name, "runs/{}".format, steps=1000)
     for field, value in fields.items():
         section, key = field.split(".")
         config[section][key] = value  # a locked configuration refuses what it does not know, and values of other types
-    assert FULL_RUN not in fields.values()
     if name != TERNARISED:
-        assert ("runs/full" in fields.values()) == (needs(name) == [FULL])
+        workdirs = {value for value in fields.values() if str(value).startswith("runs/")}
+        assert workdirs == {f"runs/{need}" for need in needs(name)}
 
 
 def test_runs_come_after_those_that_they_need():
     assert runs_for("ternary", "1") == [("ternary", "1")]
     assert runs_for(TERNARISED, "0") == [(FULL, "0")]
     assert runs_for("teacher", "0") == [(FULL, "0"), ("teacher", "0")]
+    assert runs_for("flow_channels_teacher", "0") == [("flow_full_precision", "0"), ("flow_channels_teacher", "0")]
     expected = [(FULL, "0"), ("teacher", "0"), (REFERENCE, "0"), ("teacher@time", "0")]
     assert runs_for("teacher@time", "0") == expected
 
 
 def test_a_soft_start_takes_a_quarter_of_the_steps():
-    assert overrides("soft_start", "", steps=1000)["train.soft_start_steps"] == 250
+    assert overrides("soft_start", str, steps=1000)["train.soft_start_steps"] == 250
 
 
 def test_a_classifier_is_made_again_from_its_parameters():
