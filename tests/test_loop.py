@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from terdit_jax.progress import Bar
 from terdit_jax.training import loop
 from terdit_jax.training.actions import Action, Actions
 from terdit_jax.training.observers import Observers
 
-CONFIG = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=0))
+CONFIG = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=0, batch_size=8))
+HIDDEN = Bar(5, "steps", timed=False, show=False)
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def done(monkeypatch, tmp_path):
 
     def run(start, make_actions):
         happened, observers = [], Observers(tmp_path)
-        actions = SimpleNamespace(flush=lambda: happened.append("flush"))
+        actions = SimpleNamespace(flush=lambda: happened.append("flush"), bar=HIDDEN)
         actions.in_order = make_actions(happened, observers)
         with observers.watching(start):
             return happened, loop.run_steps(setup, {"step": np.int32(start)}, actions, observers), observers
@@ -35,7 +37,7 @@ def done(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("start", "made"), [(0, "SSSTT"), (2, "STT"), (3, "TT"), (4, "T")])
 def test_a_soft_start_is_another_program_before_its_last_step(monkeypatch, tmp_path, capsys, start, made):
-    config = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=3))
+    config = SimpleNamespace(train=SimpleNamespace(num_steps=5, soft_start_steps=3, batch_size=8))
     setup = SimpleNamespace(config=config, dataset=SimpleNamespace(metadata=SimpleNamespace(latent_scale=1.0)))
     for name in ("model", "objective", "optimizer", "mesh", "teacher"):
         setattr(setup, name, None)
@@ -54,7 +56,8 @@ def test_a_soft_start_is_another_program_before_its_last_step(monkeypatch, tmp_p
         pending.append(step)
         return state
 
-    actions = SimpleNamespace(flush=lambda: rates.extend(observers.goodput.lap(pending.pop()) for _ in pending[:]))
+    actions = SimpleNamespace(bar=HIDDEN)
+    actions.flush = lambda: rates.extend(observers.goodput.lap(pending.pop()) for _ in pending[:])
     actions.in_order = (Action("log", lambda step: True, log, waits=False),)
     with observers.watching(start):
         loop.run_steps(setup, {"step": np.int32(start)}, actions, observers)
