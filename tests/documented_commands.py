@@ -41,6 +41,7 @@ RUN = {
     "python -m terdit_jax.sample * --num_samples=5000 --output=digits.npz": "--num_samples=20",
     "python -m terdit_jax.sample *--model=*runs/*": "--num_samples=20",
     "python -m terdit_jax.sample --model=digits.safetensors *": "",
+    "python -m terdit_jax.sample --model=models/*": "--num_samples=2 --num_steps=2",
     "python -m terdit_jax.sample --model=*iT-XL-2-* --vae=*": f"{HEADS} --num_samples=2 --num_steps=2",
     "python -m terdit_jax.sample * --vae=*": "--num_samples=2 --num_steps=2",
     "python -m terdit_jax.export --model=DiT-XL-2-256x256.pt *": HEADS,

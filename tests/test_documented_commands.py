@@ -26,7 +26,7 @@ from tests.forked import COMMANDS
 from tests.runs import ROOT, command_environment, programs, quick_python
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
-FROM_CHECKOUT = ("configs", "launch", "benchmarks", "requirements.txt", "pyproject.toml")
+FROM_CHECKOUT = ("configs", "launch", "models", "benchmarks", "requirements.txt", "pyproject.toml")
 NEXT = "next: "
 COMMAND_WORDS = r"(python3? -m |launch/\w|\.venv/|pip install|gcloud |git |curl |bash |--[a-z])"
 

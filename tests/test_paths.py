@@ -13,7 +13,7 @@ from terdit_jax.paths import absolute, as_path, define_path, is_remote, local_pa
 
 ROOT = Path(__file__).parents[1]
 # Flags of the commands and benchmarks that take text which names no place.
-NO_PLACES = {"worker", "topology", "profile", "one", "steps", "until", "device", "config", "turn"}
+NO_PLACES = {"worker", "topology", "profile", "one", "steps", "until", "device", "config", "turn", "push_to", "license"}
 
 
 @pytest.fixture
