@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         local_path(output, "--output")
     facts = CardFacts(
         name=_PUSH_TO.value or epath.Path(output or "").name,
-        licence=_LICENSE.value or "",
+        licence=_LICENSE.value,
         scores=read_scores(_SCORES.value) if _SCORES.value else None,
     )
     if _WORKDIR.value and not (epath.Path(_WORKDIR.value) / "checkpoints").is_dir():

@@ -78,7 +78,7 @@ def test_scores_that_are_none_are_one_line(tmp_path, content, message):
         read_scores(tmp_path / "scores.json")
 
 
-@pytest.mark.parametrize("licence", ["MIT License", "mit\nlibrary_name: x", "Apache-2.0", "-", "x" * 99])
+@pytest.mark.parametrize("licence", ["", "MIT License", "mit\nlibrary_name: x", "Apache-2.0", "-", "x" * 99])
 def test_a_licence_that_the_hub_does_not_write_so_is_refused(licence):
     with pytest.raises(UserError, match="^--license="):
         CardFacts("x", licence)

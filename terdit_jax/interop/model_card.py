@@ -52,16 +52,16 @@ class CardFacts:
     """What a card says that no weights know. Attributes:
 
     name: of the repository, or of the folder.
-    licence: of the weights, as the Hub writes it; empty if unknown.
+    licence: of the weights, as the Hub writes it; None if unknown.
     scores: what `terdit_jax.evaluate` wrote, or another flat JSON of numbers; None if there are none.
     """
 
     name: str
-    licence: str = ""
+    licence: str | None = None
     scores: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.licence and not _LICENCE.fullmatch(self.licence):
+        if self.licence is not None and not _LICENCE.fullmatch(self.licence):
             raise UserError(f"--license={self.licence}: give one as the Hub writes it, such as apache-2.0 or other")
 
 
@@ -109,7 +109,7 @@ def _kind(weights: Weights) -> str:
     return f"ternary {kind}" if model.ternary else kind
 
 
-def _front(weights: Weights, licence: str) -> str:
+def _front(weights: Weights, licence: str | None) -> str:
     tags = ["diffusion", "class-conditional", "diffusers", "jax", "pytorch", *["ternary"] * weights.model.ternary]
     lines = [f"license: {licence}"] if licence else []
     lines += ["library_name: terdit_jax", "pipeline_tag: unconditional-image-generation", "tags:"]
@@ -187,7 +187,7 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
     return _table(rows) + (f"\n\nMeasured with {_code(how)}." if how else "")
 
 
-def _licence(licence: str) -> str:
+def _licence(licence: str | None) -> str:
     code = "`terdit.py` is part of terdit_jax, Apache 2.0."
     return f"The weights: {licence}. {code}" if licence else f"None was given for the weights. {code}"
 
