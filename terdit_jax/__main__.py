@@ -4,7 +4,6 @@
 """
 
 import ast
-import importlib.util
 import os
 from pathlib import Path
 import runpy
@@ -16,12 +15,7 @@ from terdit_jax.errors import exit_with
 from terdit_jax.interrupts import end_while_importing
 from terdit_jax.streams import steady_streams
 
-# Those that are there: a part of the package may be left out.
-COMMANDS = tuple(
-    name
-    for name in ("prepare", "main", "sample", "export", "evaluate", "report", "compile")
-    if importlib.util.find_spec(f"terdit_jax.{name}")
-)
+COMMANDS = ("prepare", "main", "sample", "export", "evaluate", "report", "compile")
 
 
 def main() -> None:

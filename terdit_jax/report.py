@@ -7,7 +7,6 @@ The page opens from disk, without a network. docs/training.md says what is on it
 """
 
 from collections.abc import Sequence
-import os
 import shlex
 
 from absl import flags
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     with refusing(output):
         write_text(output, page)
     size = len(page.encode()) / 1e6
-    print(f"report of {len(runs)} run{'s' * (len(runs) > 1)} written to {os.fspath(output)} ({size:.1f} MB)")
+    print(f"report of {len(runs)} run{'s' * (len(runs) > 1)} written to {output} ({size:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(caplog, monkeypatch):
     monkeypatch.setattr(trackers, "OPENING_SECONDS", 0.01)
     forever = threading.Event()
     tracker = Tracker("kept", forever.wait, {})
+    assert "kept does not answer" in caplog.text
     tracker.put(1, {"train/loss": 1.0})
     tracker.close()
     assert "kept has not taken all of it" in caplog.text

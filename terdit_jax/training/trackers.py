@@ -155,7 +155,8 @@ class Tracker:
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
-        self._opened.wait(OPENING_SECONDS)
+        if not self._opened.wait(OPENING_SECONDS):
+            logging.error("log.writers: %s does not answer: the run goes on, and it is given all once it does", name)
 
     def put(
         self, step: int, scalars: Mapping[str, float] | None = None, images: Mapping[str, np.ndarray] | None = None
