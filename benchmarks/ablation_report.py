@@ -1,8 +1,11 @@
 """Turns the rows of `benchmarks.ablations` into a table, a picture of curves and distances, and a grid of images."""
 
+from collections import defaultdict
+
 import numpy as np
 
 from benchmarks.ablation_variants import REFERENCE, VARIANTS, split_name
+from benchmarks.charts import chart, colour_of, label_ends, log_axis, name_rows, styles, text_colour
 from terdit_jax.inference.contact_sheet import make_contact_sheet
 from terdit_jax.inference.images import save_png
 
@@ -62,70 +65,85 @@ def grid(pictures: dict[str, np.ndarray], path: str) -> None:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Draws held-out loss against steps and against hours, loss by quarter of the timesteps, and Frechet distances: one
-    colour a variant, a line a seed, its name at the line's end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draws held-out loss against steps and against hours where it was measured, loss by quarter of the timesteps, and
+    Frechet distances: one colour a variant, a line or a point a seed."""
     names = names_of(rows)
-    colours = dict(zip(names, plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(names))), strict=True))
-    layout = [["steps"] * 4, ["hours"] * 2 + ["distance"] * 2, [*QUARTERS]]
-    figure, panels = plt.subplot_mosaic(
-        layout, figsize=(12, 12), dpi=110, layout="constrained", height_ratios=(3, 3, 2)
-    )
-    runs = [row for row in rows if row.get("heldout")]
-    for row in runs:
-        steps, losses = row["heldout"]["step"], row["heldout"]["loss_ema"]
-        hours = np.array(steps) * row["batch_size"] / row["images_per_second"] / 3600
-        for panel, x in (("steps", steps), ("hours", hours)):
-            panels[panel].plot(x, losses, color=colours[row["variant"]], linewidth=1.4, marker=".", markersize=4)
-    ends = {name: [row["heldout"] for row in runs if row["variant"] == name] for name in names}
-    ends = {name: mine for name, mine in ends.items() if mine}
-    if ends:
-        end = {name: float(np.mean([run["loss_ema"][-1] for run in mine])) for name, mine in ends.items()}
-        _zoom(panels["steps"], [loss for row in runs for loss in row["heldout"]["loss_ema"]], end)
-        _zoom(panels["hours"], [loss for row in runs for loss in row["heldout"]["loss_ema"]], end)
-        _label_ends(panels["steps"], end, colours)
-    panels["steps"].set(title="held-out loss of the averaged weights", xlabel="step")
-    panels["hours"].set(title="the same by training time", xlabel="hours")
-    for quarter, span in zip(QUARTERS, _SPANS, strict=True):
-        for row in rows:
-            if "curve" in row:
-                values = np.array(row["curve"][quarter], float)
-                panels[quarter].plot(row["curve"]["step"], values, color=colours[row["variant"]], linewidth=0.8)
-        panels[quarter].set(title=f"loss, t {span}", xlabel="step", yscale="log")
-    bars = panels["distance"]
+    looks = styles(names)
+    runs = [row for row in rows if row.get("heldout") and np.isfinite(_losses(row)).any()]
+    grid_of = [["steps", "hours"]] * bool(runs) + [[*QUARTERS[:2]], [*QUARTERS[2:]], ["distance"] * 2]
+    low_panel = 0.5 + 0.19 * len(names)
+    heights = [max(1.9, low_panel)] * (len(grid_of) - 1) + [low_panel]
+    steps = "/".join(sorted({f"{row['steps']:,}" for row in rows if "steps" in row}))
+    seeds = len({row["seed"] for row in rows})
+    title = f"Ablations: {steps} training steps" + f", {seeds} seeds, a line each" * (seeds > 1)
+    with chart(path, title, grid_of, sum(heights) + 0.5, height_ratios=heights) as panels:
+        if runs:
+            _plot_heldout(runs, looks, panels["steps"], panels["hours"])
+        for quarter, span in zip(QUARTERS, _SPANS, strict=True):
+            panel, ends = panels[quarter], defaultdict(list)
+            for row in rows:
+                if "curve" in row:
+                    values = np.array(row["curve"][quarter], float)
+                    panel.plot(row["curve"]["step"], values, **looks[row["variant"]], linewidth=1)
+                    ends[row["variant"]].append((row["curve"]["step"][-1], values[-1]))
+            panel.set(title=f"Training loss, timesteps {span}")
+            panel.margins(x=0.02)
+            _few_steps(panel)
+            log_axis(panel, "y")
+            if quarter in QUARTERS[1::2]:
+                label_ends(panel, ends, {})
+        for quarter in QUARTERS[2:]:
+            panels[quarter].set_xlabel("step")
+        _plot_distances(rows, names, panels["distance"])
+
+
+def _losses(row: dict) -> np.ndarray:
+    return np.array(row["heldout"]["loss_ema"], float)
+
+
+def _few_steps(panel) -> None:
+    panel.locator_params(axis="x", nbins=5)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _plot_heldout(runs: list[dict], looks: dict, *panels) -> None:
+    """By steps and by hours. Shows the range in which runs end, and as much again above it; a peak that is cut off has
+    its value at the panel's upper edge."""
+    losses = [_losses(row) for row in runs]
+    low, high = np.nanmin(np.concatenate(losses)), max(run[np.isfinite(run)][-1] for run in losses)
+    more = high - low + 0.02 * low
+    ends, last = defaultdict(list), defaultdict(list)
+    for row, run in zip(runs, losses, strict=True):
+        steps = np.array(row["heldout"]["step"])
+        hours = steps * row["batch_size"] / row["images_per_second"] / 3600
+        peak = np.nanargmax(run)
+        for panel, x in zip(panels, (steps, hours), strict=True):
+            panel.plot(x, run, **looks[row["variant"]], marker=".")
+            if peak and run[peak] > high + 1.5 * more:
+                panel.annotate(
+                    f"↑ {run[peak]:.2g}", (x[peak], 1), xycoords=("data", "axes fraction"), va="top",
+                    color=text_colour(row["variant"]), size=8.5,
+                )  # fmt: skip
+        ends[row["variant"]].append((hours[-1], run[-1]))
+        last[row["variant"]].append(run[-1])
+    for panel, title in zip(panels, ("Held-out loss, averaged weights", "The same by training time"), strict=True):
+        panel.set(title=title, ylim=(low - 0.05 * more, high + 1.5 * more))
+    panels[0].set_xlabel("step")
+    panels[1].set_xlabel("hours")
+    panels[1].locator_params(axis="x", nbins=5)
+    _few_steps(panels[0])
+    label_ends(panels[1], ends, {name: f"{name}  {np.mean(mine):.4f}" for name, mine in last.items()})
+
+
+def _plot_distances(rows: list[dict], names: list[str], panel) -> None:
+    """A row of points a variant, its name at the right, where the other panels have names."""
     for place, name in enumerate(names):
-        values = [row["frechet_distance"] for row in rows if row["variant"] == name]
-        bars.barh(place, np.mean(values), color=colours[name], alpha=0.7)
-        bars.plot(values, [place] * len(values), "k.", markersize=4)
-        bars.annotate(f" {np.mean(values):.2f}", (max(values), place), va="center", fontsize=8)
-    bars.set_yticks(range(len(names)), names, fontsize=8)
-    bars.invert_yaxis()
-    bars.margins(x=0.15)
-    bars.set(title="Frechet distance in a classifier's features: each seed, and their mean")
-    for panel in panels.values():
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _zoom(panel, losses: list[float], end: dict[str, float]) -> None:
-    """Shows the range in which runs end, and as much again above it; steep starts are cut off."""
-    low, high = min(losses), max(end.values())
-    panel.set_ylim(low - 0.05 * (high - low + low * 0.02), high + 1.5 * (high - low + low * 0.02))
-
-
-def _label_ends(panel, end: dict[str, float], colours: dict) -> None:
-    """Writes each variant's name at the height of its end, lines of text apart."""
-    low, high = panel.get_ylim()
-    least, height = 0.045 * (high - low), -np.inf
-    for name, loss in sorted(end.items(), key=lambda item: item[1]):
-        height = max(loss, height + least)
-        text = f"{name}  {loss:.4f}"
-        panel.annotate(
-            text, (1.01, height), xycoords=("axes fraction", "data"), color=colours[name], fontsize=9, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
+        values = sorted(row["frechet_distance"] for row in rows if row["variant"] == name)
+        panel.plot(values, [place] * len(values), "o-", color=colour_of(name), markersize=5)
+        text = " / ".join(f"{value:#.3g}".rstrip(".") for value in values)
+        panel.annotate(text, (values[-1], place), (6, 0), textcoords="offset points", va="center", size=8.5)
+    log_axis(panel, "x")
+    low, high = panel.get_xlim()
+    panel.set_xlim(right=high * (high / low) ** 0.16)  # room for the last numbers
+    name_rows(panel, {name: name for name in names})
+    panel.set(title="Frechet distance in a classifier's features (lower is better)")

@@ -26,6 +26,7 @@ import time
 from absl import flags
 import numpy as np
 
+from benchmarks.charts import chart, label_ends, styles
 from benchmarks.machine import kernel_times, locked, measure_matmul_rate, parse_run
 from benchmarks.random_codes import random_operands
 from terdit_jax.config_sections import SampleConfig
@@ -35,14 +36,14 @@ from terdit_jax.versions import versions
 
 _CONFIGS = flags.DEFINE_list("configs", None, "Models: PATH[:input_size=N][@BATCH/BATCH...], in this order.")
 _MODES = flags.DEFINE_list("modes", "exact,fast,small,small_exact", "Ours; MODE:xla leaves the kernels out.")
-_BATCHES = flags.DEFINE_list("batches", "1,32", "Pictures drawn at once.")
+_BATCHES = flags.DEFINE_list("batches", "1,32", "Images drawn at once.")
 _PEERS = flags.DEFINE_list("peers", "compiled,compiled_fp8,public", "PyTorch's, of benchmarks.torch_inference.")
 _PROFILES = flags.DEFINE_list("profiles", "", "CONFIG_NAME/MODE/BATCH of which each kernel's time is written too.")
 _MINUTES = flags.DEFINE_float("minutes", None, "No row is begun after as long; what runs a minute later is ended.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Length of one run of steps, of which there are five.")
 _ERRORS = flags.DEFINE_bool("errors", True, "Also the error against float32.")
 _OUTPUT = define_path("output", "inference.json", "JSON file; without --configs, its rows are shown.")
-_PLOT = define_path("plot", None, "Picture to make of all rows.")
+_PLOT = define_path("plot", None, "Chart to draw of all rows, a PNG.")
 _ONE = flags.DEFINE_string("one", None, "Our side for one configuration, in this process; prints a line for each row.")
 _UNTIL = flags.DEFINE_float("until", float("inf"), "Seconds since 1970 after which no row is begun.")
 _LOCK = define_path("lock", None, "File that is locked while the device is in use.")
@@ -246,14 +247,14 @@ def table(rows: list[dict]) -> str:
     in bfloat16 it is; then what each holds and returns, at the largest batch that it ran."""
     found = {(row["model"], row["pixels"], row["batch"], row["who"]): row for row in rows if "ms" in row}
     ways = sorted({key[-1] for key in found}, key=_rank)
-    lines = _head("Model", "px", "Pictures", *map(_title, ways))
+    lines = _head("Model", "px", "Images", *map(_title, ways))
     for run in sorted({key[:3] for key in found}):
         peer = found.get((*run, PEER))
         cells = [_milliseconds(found.get((*run, way)), peer) for way in ways]
         lines.append(_line(*run, *cells))
     lines += [
         "",
-        *_head("Model", "px", "Way", "Pictures", "Held GB", "Peak GB", "Images/s, 250 steps", "Of the floor", "Error"),
+        *_head("Model", "px", "Way", "Images", "Held GB", "Peak GB", "Images/s, 250 steps", "Of the floor", "Error"),
     ]
     for model, pixels in sorted({key[:2] for key in found}):
         for way in ways:
@@ -280,7 +281,7 @@ def _title(way: str) -> str:
     titles = {
         PEER: "torch.compile, bf16",
         "torch compiled_fp8": "torch.compile, fp8",
-        "torch public": "public code's way",
+        "torch public": "TerDiT's public code",
     }
     return titles.get(way, f"`{way}`")
 
@@ -301,42 +302,36 @@ def _line(*cells: object) -> str:
 
 
 def _plot(rows: list[dict], path: str) -> None:
-    """How many times as fast as torch.compile in bfloat16 each way is, by the number of pictures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """How many times as fast as torch.compile in bfloat16 each way is, by the number of images."""
     found = {(row["model"], row["pixels"], row["batch"], row["who"]): row["ms"] for row in rows if "ms" in row}
-    panels = sorted({key[:2] for key in found if key[-1] == PEER})
-    if not panels:
+    runs = {f"{model}, {px} px": (model, px) for model, px in sorted({key[:2] for key in found if key[-1] == PEER})}
+    if not runs:
         raise UserError("--plot needs rows of --peers=compiled to compare with")
-    ways, lines = sorted({key[-1] for key in found}, key=_rank), {}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 4), dpi=110, squeeze=False, sharey=True)
-    for axis, (model, pixels) in zip(axes[0], panels, strict=True):
-        batches = sorted(key[2] for key in found if (*key[:2], key[3]) == (model, pixels, PEER))
-        for number, way in enumerate(ways):
-            points = [
-                (batch, found[model, pixels, batch, PEER] / found[model, pixels, batch, way])
-                for batch in batches
-                if (model, pixels, batch, way) in found
-            ]
-            if not points:
-                continue
-            style = "--" if way.startswith("torch") else "-"
-            (lines[way],) = axis.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}")
-        axis.set(title=f"{model}, {pixels} px", xlabel="pictures at once", xscale="log", yscale="log")
-        axis.set_xticks(batches, map(str, batches))
-        ticks = ("0.125", "0.25", "0.5", "1", "2", "4", "8")
-        axis.set_yticks([float(tick) for tick in ticks], ticks)
-        axis.grid(axis="y", color="0.9")
-        axis.margins(x=0.1)
-        axis.minorticks_off()
-    axes[0][0].set_ylabel("times as fast as torch.compile, bf16")
-    names = [_title(way).strip("`") for way in lines]
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.legend(lines.values(), names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
-    figure.savefig(path)
+    looks = styles(sorted({key[-1] for key in found}, key=_rank))
+    layout = [[*runs, "."][i : i + 2] for i in range(0, len(runs), 2)]
+    devices = ", ".join(sorted({row["device"] for row in rows if "device" in row}))
+    title = "Speedup of a guided denoising step over torch.compile in bf16" + f" ({devices})" * bool(devices)
+    with chart(path, title, layout, 0.5 + 2.4 * len(layout), sharey=True) as panels:
+        ends: dict[str, dict] = {name: {} for name in runs}
+        for name, run in runs.items():
+            panel = panels[name]
+            peers = {key[2]: ms for key, ms in sorted(found.items()) if (*key[:2], key[3]) == (*run, PEER)}
+            for way, look in looks.items():
+                points = [(n, ms / found[*run, n, way]) for n, ms in peers.items() if (*run, n, way) in found]
+                if points:
+                    dashes = {"linestyle": "--"} if way.startswith("torch") else {}
+                    panel.plot(*zip(*points, strict=True), marker="o", **(look | dashes))
+                    ends[name][way] = points[-1:]
+            panel.set(title=name, xscale="log", yscale="log")
+            panel.set_xticks([*peers], map(str, peers))
+            panel.set_yticks([2.0**power for power in range(-3, 4)], [f"{tick}×" for tick in "⅛¼½1248"])
+            panel.tick_params(labelleft=True)
+            panel.minorticks_off()
+            if name in [*runs][-2:]:
+                panel.set_xlabel("batch size (images)")
+        for name in runs:  # the common limits are final now
+            texts = {way: f"{_title(way).strip('`')}  {ratio:.2f}×" for way, [(_, ratio)] in ends[name].items()}
+            label_ends(panels[name], ends[name], texts)
 
 
 if __name__ == "__main__":

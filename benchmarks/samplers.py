@@ -34,6 +34,7 @@ import numpy as np
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 
+from benchmarks.charts import chart, colour_of, label_ends, log_axis, name_rows
 from terdit_jax.checkpoints.reader import Checkpoints
 from terdit_jax.choices import SPACINGS
 from terdit_jax.data.reader import open_dataset
@@ -62,11 +63,13 @@ _RUNS = flags.DEFINE_list(
     "dpmpp_2m_sde:40:power,ddim:40:uniform,ddpm:40:uniform",
     "METHOD:STEPS:SPACING of the parts in 64 dimensions.",
 )
-_PLOT = define_path("plot", None, "Picture to make of all rows.")
+_PLOT = define_path("plot", None, "Chart to draw of all rows, a PNG.")
 _OUTPUT = define_path("output", "samplers.json", "JSON file.")
 
 FULL = linear_schedule()
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
+FLOOR = "Monte-Carlo floor"
+MANY = 100  # calls, from which a chart has a line across instead of points
 BASELINE = ("ddpm", 250, "uniform")  # what published figures are drawn with
 Rows = list[dict]
 Measure = Callable[[dict, Callable[[], dict]], None]  # a row without its figures, and what works them out
@@ -309,44 +312,62 @@ def _share(row: dict, baseline: dict) -> str:
 
 
 def _plot(rows: Rows, path: str) -> None:
-    import matplotlib
+    """Distances by calls of the network on the mixtures, each method with the spacing that suits it, and below them the
+    digits model's for every method and spacing."""
+    titles = {"line": "Three Gaussians, exact denoiser", "digits_mixture": "Ten Gaussians, estimated denoiser"}
+    distances = {"line": "Wasserstein-1 distance", "digits_mixture": "Frechet distance"}
+    found = {part: [row for row in rows if row["part"] == part and row["steps"]] for part in (*titles, "digits")}
+    if not any(found.values()):
+        raise UserError(f"--plot={path}: there are no rows to draw, give --parts or an --output that has some")
+    curves = [part for part in titles if found[part]]
+    layout = [curves] * bool(curves) + [["digits"] * max(1, len(curves))] * bool(found["digits"])
+    heights = [2.6] * bool(curves) + [0.8 + 0.2 * len(found["digits"])] * bool(found["digits"])
+    title = "Samplers: distance to the truth (lower is better)"
+    with chart(path, title, layout, sum(heights) + 0.4, height_ratios=heights) as panels:
+        for part in curves:
+            panels[part].set(title=titles[part], ylabel=distances[part], xlabel="calls of the network (NFE)")
+            _plot_curves(found[part], panels[part])
+        if found["digits"]:
+            panels["digits"].set(title="Digits model: method, spacing, calls of the network")
+            panels["digits"].set_xlabel("Frechet distance of classifier features, and its standard error")
+            _plot_bars(found["digits"], panels["digits"])
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    names = {
-        "line": "Three Gaussians, exact denoiser\nWasserstein-1 distance",
-        "digits_mixture": "Ten Gaussians, estimated denoiser\nFrechet distance",
-        "digits": "The digits model\nFrechet distance of classifier features",
-    }
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), dpi=110)
+def _plot_curves(rows: Rows, panel) -> None:
     best = {"ddim": "uniform", "ddpm": "uniform", "dpmpp_2m": "power", "unipc": "power", "dpmpp_2m_sde": "power"}
-    for panel, (part, title) in zip(panels, names.items(), strict=True):
-        for number, (method, spacing) in enumerate(best.items()):
-            mine = sorted(
-                (row["steps"], row["distance"])
-                for row in rows
-                if (row["part"], row["method"], row["spacing"]) == (part, method, spacing)
-            )
-            if mine and max(steps for steps, _ in mine) < 250:
-                style = {"marker": "os^Dv"[number], "markerfacecolor": "none", "color": f"C{number}"}
-                panel.plot(*zip(*mine, strict=True), label=method, **style)
-            elif mine:
-                panel.axhline(mine[-1][1], color=f"C{number}", linestyle="--", label=f"{method}, {mine[-1][0]} steps")
-        floors = [row["floor"] for row in rows if row["part"] == part and "floor" in row]
-        if floors:
-            panel.axhline(max(floors), color="grey", linestyle=":", label="Monte-Carlo floor")
-        panel.set(title=title, xscale="log", xlim=(9, 44), xlabel="calls of the network")
-        if part == "digits":  # near each other, and nothing is lost by a scale from zero
-            panel.set_ylim(bottom=0)
-        else:
-            panel.set_yscale("log")
-        panel.set_xticks([10, 20, 40])
-        panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.minorticks_off()
-        panel.legend(fontsize=8, **({} if part == "line" else {"loc": (0.07, 0.14), "ncols": 2}))
-    figure.tight_layout()
-    figure.savefig(path)
+    floors = [row["floor"] for row in rows if "floor" in row]
+    levels = {FLOOR: max(floors)} if floors else {}
+    ends, texts = {}, {}
+    for place, (method, spacing) in enumerate(best.items()):
+        mine = {row["steps"]: row["distance"] for row in rows if (row["method"], row["spacing"]) == (method, spacing)}
+        if (most := max(mine, default=0)) >= MANY:
+            levels[method] = mine.pop(most)
+            texts[method] = f"{method} (dashed: {most} calls)"
+        if mine:
+            points = sorted(mine.items())
+            size = 7 - place  # so that a point on another leaves its rim in sight
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=size, color=colour_of(method))
+            ends[method] = points[-1:]
+    log_axis(panel, "x")
+    steps = sorted({row["steps"] for row in rows if row["steps"] < MANY})
+    panel.set_xticks(steps, map(str, steps))
+    right = panel.get_xlim()[1]
+    for name, height in levels.items():
+        panel.axhline(height, color=colour_of(name), linestyle=":" if name == FLOOR else "--", linewidth=1)
+        ends[name] = [*ends.get(name, ()), (right, height)]
+    log_axis(panel, "y")
+    label_ends(panel, ends, texts)
+
+
+def _plot_bars(rows: Rows, panel) -> None:
+    rows = sorted(rows, key=lambda row: (row["method"], row["distance"]))
+    for place, row in enumerate(rows):
+        distance = row["distance"]
+        panel.barh(place, distance, xerr=row["standard_error"], color=colour_of(row["method"]), height=0.7)
+        panel.annotate(f"{distance:.2f}", (distance, place), (8, 0), textcoords="offset points", va="center")
+    panel.set_xlim(right=1.12 * max(row["distance"] for row in rows))  # room for the last number
+    panel.grid(axis="y", visible=False)
+    name_rows(panel, {f"{row['method']}, {row['spacing']}, {row['steps']} calls": row["method"] for row in rows})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ROWS = [
 def test_the_tables():
     times, held = table(ROWS).split("\n\n")
     assert times.splitlines() == [
-        "| Model | px | Pictures | `exact` | `fast` | torch.compile, bf16 |",
+        "| Model | px | Images | `exact` | `fast` | torch.compile, bf16 |",
         "|---|---|---|---|---|---|",
         "| m | 256 | 1 |  |  | 8.00 |",
         "| m | 256 | 32 | 80.00 (1.25) | 50.00 (2.00) | 100.00 |",
