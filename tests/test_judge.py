@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from terdit_jax.checkpoints.best import FOLDER
+from terdit_jax.checkpoints.layout import BEST
 from terdit_jax.data.reader import open_dataset
 from terdit_jax.data.synthetic import make_synthetic
 from terdit_jax.errors import UserError
@@ -70,7 +70,7 @@ def test_training_is_the_same_bit_for_bit_with_scores_and_without(digits, tmp_pa
     (state, _), (expected, _) = saved_run(scored), saved_run(plain)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     best = min(scores_of, key=lambda step: scores_of[step]["classifier_frechet_distance"])
-    weights = open_weights(scored / FOLDER)
+    weights = open_weights(scored / BEST)
     assert (weights.description.step, weights.description.ema) == (best, True)
 
     process = start("main", *train_arguments(digits, killed, **scores), cache=programs())
@@ -81,7 +81,7 @@ def test_training_is_the_same_bit_for_bit_with_scores_and_without(digits, tmp_pa
     process.communicate()
     execute("main", *train_arguments(digits, killed, **scores))
     assert_same_run(killed, scored)
-    again = open_weights(killed / FOLDER)
+    again = open_weights(killed / BEST)
     assert again.description == weights.description
     for (_, leaf), (_, other) in zip(again.leaves(), weights.leaves(), strict=True):
         np.testing.assert_array_equal(leaf, other)
