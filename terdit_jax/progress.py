@@ -6,6 +6,7 @@
 from collections.abc import Callable
 import contextlib
 import math
+import os
 import sys
 import time
 
@@ -30,14 +31,15 @@ def format_duration(seconds: float) -> str:
 
 
 class Bar:
-    """tqdm's bar where standard output is a terminal, and nothing elsewhere. Attribute `shown`: which of the two."""
+    """tqdm's bar where standard output is a terminal that tells its size, and nothing elsewhere: tqdm draws nothing on
+    one of no columns or lines. Attribute `shown`: which of the two."""
 
     def __init__(self, total: int, unit: str, *, start: int = 0, name: str = "", timed: bool = True, show: bool = True):
         """Counts from `start` to `total`; drawn from the first count on. `timed`: with tqdm's own rate and time left;
         `show`: False for none."""
         self.shown, stream = False, getattr(sys.stdout, "_stream", sys.stdout)
-        with contextlib.suppress(AttributeError, ValueError):  # no standard output, or a closed one
-            self.shown = show and stream.isatty()
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # no standard output, or a closed one
+            self.shown = show and stream.isatty() and all(os.get_terminal_size(stream.fileno()))
         if self.shown:
             from tqdm import tqdm
 

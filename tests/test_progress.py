@@ -1,6 +1,7 @@
 """A bar on a terminal makes way for other text; elsewhere there are lines. Durations are told in two units."""
 
 import io
+import os
 import re
 import sys
 
@@ -24,6 +25,17 @@ def test_format_duration(seconds, text):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+    def fileno(self):
+        return -1
+
+
+@pytest.fixture(autouse=True)
+def size(monkeypatch):
+    """The columns and lines of a terminal."""
+    size = [100, 30]
+    monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size(size))
+    return size
 
 
 def test_a_bar_is_wiped_away_before_other_text_and_at_its_end(monkeypatch):
@@ -60,6 +72,15 @@ def test_without_a_terminal_there_is_no_bar(monkeypatch, stdout):
     bar.close()
     assert not bar.shown and SteadyStream.bar is None
     assert stdout is None or stdout.closed or not stdout.getvalue()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_terminal_of_no_size_has_lines(monkeypatch, size, side):
+    size[side] = 0  # as containers and `script` make them: tqdm draws nothing there
+    lines = []
+    monkeypatch.setattr(sys, "stdout", SteadyStream(Terminal(), "standard output"))
+    Progress(10, lines.append, seconds=0).reached(5)
+    assert len(lines) == 1
 
 
 def test_lines_of_progress_are_due_now_and_then(monkeypatch):
