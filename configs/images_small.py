@@ -7,8 +7,10 @@ Data: `pictures/` holds a folder a class, of a few hundred pictures each or more
 the fields that the pictures decide, --config.model.num_classes above all.
 Hardware: two CPU cores and 1.8 GB of memory, or any GPU, which has room for more:
 --config.model.hidden_size=256 --config.model.depth=8 --config.model.patch_size=2.
-Hours: 0.35 on two idle cores, computed: a step of 64 pictures was measured to take 1.2 s of one core.
-Expected: the whole run not yet run. A trial of 350 steps on 1,800 pictures of two classes had a loss of 0.068.
+Hours: 0.32 on two idle cores, at the 116 pictures a second measured there over 250 steps (2026-12-01, Python 3.12);
+0.54 on cores that others shared.
+Expected: held-out loss of the averaged weights 0.035, on 1,800 pictures of cats and ships from CIFAR-10: skies, seas
+and coats, hardly a shape. For those take more pictures and, on a GPU, the fields above.
 """
 
 from ml_collections import ConfigDict
