@@ -206,11 +206,13 @@ def _time(model, settings: SampleConfig, numerics, operands: dict, batch: int, p
     from terdit_jax.fast.inference_pass import bind_schedule
     from terdit_jax.fast.modes import compiler_options
     from terdit_jax.inference.sampling import make_draw
+    from terdit_jax.reproducible import key_bits
 
     settings = dataclasses.replace(settings, num_steps=50 if batch <= 8 else 10)
     bind = functools.partial(bind_schedule, model, numerics)
-    draw = make_draw(model, Ddpm(), settings, 0, bind, compiler_options(numerics))
-    arguments = operands, np.arange(batch, dtype=np.int32) % model.num_classes, np.arange(batch, dtype=np.int32)
+    draw = make_draw(model, Ddpm(), settings, bind, compiler_options(numerics))
+    indices = np.arange(batch, dtype=np.int32)
+    arguments = operands, indices % model.num_classes, indices, key_bits(0)
     begin = time.perf_counter()
     compiled = draw.lower(*arguments).compile()
     compile_seconds = time.perf_counter() - begin

@@ -140,13 +140,13 @@ def measure_sampling(run: dict, turn: Callable[[], object] = lambda: None) -> di
     mesh = make_mesh(MeshConfig(data=len(devices)), devices)
     numerics = choose_numerics("fast", model, mesh)
     operands = _copied(make_inference_operands(model, numerics, random_operands(model)), mesh)
-    draw = make_draw(model, Ddpm(), settings, 0, functools.partial(bind_schedule, model, numerics))
+    draw = make_draw(model, Ddpm(), settings, functools.partial(bind_schedule, model, numerics))
     labels = np.arange(run["pictures"]) % model.num_classes
     batch_size = run["batch"] * len(devices)
 
     def pictures(labels: np.ndarray) -> tuple[np.ndarray, float]:
         begin = time.perf_counter()
-        drawn = draw_all(draw, operands, labels, mesh, batch_size=batch_size, report=lambda done: None)
+        drawn = draw_all(draw, operands, labels, mesh, 0, batch_size=batch_size, report=lambda done: None)
         return drawn, time.perf_counter() - begin
 
     compile_seconds = pictures(labels[:batch_size])[1]

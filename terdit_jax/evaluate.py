@@ -11,7 +11,7 @@ from absl import flags
 
 from terdit_jax.choices import FEATURE_BATCH_SIZE, FLOW_METHODS, MAX_CFG_SCALE, METHODS, NUM_TIMESTEPS
 from terdit_jax.errors import parse_flags
-from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float
+from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_compilation_cache, define_float
 from terdit_jax.paths import define_path
 
 _WORKDIR = define_path("workdir", None, "Directory of the run that a classifier of its data judges.")
@@ -29,6 +29,7 @@ _METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler;
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
 _VAE = define_path("vae", None, "Folder of the autoencoder, for a model that draws latents.")
+_CACHE = define_compilation_cache()
 _OUTPUT = define_path("output", None, "JSON file to write; a new one.")
 
 _HOW_TO_DRAW = (_NUM_SAMPLES, _CFG_SCALE, _NUM_STEPS, _METHOD, _SEED, _WEIGHTS, _VAE)
@@ -70,6 +71,7 @@ from terdit_jax.memory import check_host
 from terdit_jax.options import refuse_unused
 from terdit_jax.parallel.mesh import local_mesh, make_mesh
 from terdit_jax.parallel.processes import initialize_processes
+from terdit_jax.programs import keep_programs
 from terdit_jax.training.resume import data_dir
 from terdit_jax.untrusted import load_arrays
 from terdit_jax.versions import versions
@@ -108,6 +110,7 @@ def _judge_by_suite(reference_path: str) -> None:
     if not samples_path or not is_model(samples_path):
         refuse_unused(_HOW_TO_DRAW, "where no model draws the samples")
     initialize_processes()
+    keep_programs(_CACHE.value, "--compilation_cache")
     begin, mesh = time.perf_counter(), local_mesh()
     stored = find_reference(reference_path)
     if saved_path and stored.images is None:
@@ -168,6 +171,7 @@ def _judge_by_classifier(workdir: str) -> None:
     refuse_unused((_SAVE_REFERENCE, _INCEPTION, _BATCH_SIZE, _VAE), "without --reference")
     if _SAMPLES.value:
         refuse_unused([flag for flag in _HOW_TO_DRAW if flag is not _SEED], "beside --samples: those are judged")
+    keep_programs(_CACHE.value, "--compilation_cache")
     output = epath.Path(_OUTPUT.value or epath.Path(workdir) / DEFAULT_OUTPUT)
     check_output(output, replace=not _OUTPUT.value)
     dataset = _open_images(_find_data(workdir))

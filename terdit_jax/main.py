@@ -35,7 +35,6 @@ from terdit_jax.config_file import read_config
 from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawImages, make_proxy_judge
-from terdit_jax.files import check_folder
 from terdit_jax.inference.decoding import to_images
 from terdit_jax.inference.images import make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
@@ -43,6 +42,7 @@ from terdit_jax.inference.teacher import abstract_teacher, load_teacher
 from terdit_jax.interop.start import Source, open_source
 from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
+from terdit_jax.programs import keep_programs
 from terdit_jax.training.actions import DrawGrid
 from terdit_jax.training.metrics import say
 from terdit_jax.training.observers import check_heartbeat, parse_steps
@@ -69,10 +69,8 @@ def main(argv: Sequence[str]) -> None:
     profile = parse_steps(_PROFILE.value)
     if _HEARTBEAT.value:
         check_heartbeat(_HEARTBEAT.value)
-    if config.train.compilation_cache:
-        check_folder(config.train.compilation_cache, "config.train.compilation_cache")
-        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     initialize_processes()
+    keep_programs(config.train.compilation_cache, "config.train.compilation_cache")
     setup = set_up(config, _WORKDIR.value)
     load_start, draw = _starter(setup), _drawer(setup)
     setup = dataclasses.replace(setup, teacher=load_teacher(setup))
@@ -115,13 +113,14 @@ def _drawer(setup: Setup) -> DrawImages:
     """Draws images from parameters as the run's `config.sample` has it. Its noise is keyed by the seed and the number
     of the image, never taken from a stream that training draws from as well."""
     sample, run_blocks = setup.config.sample, setup.plan.run_blocks
-    draw = make_draw(setup.model, setup.objective, sample, setup.config.seed, run_blocks=run_blocks)
+    draw = make_draw(setup.model, setup.objective, sample, run_blocks=run_blocks)
     operands = jax.jit(lambda params: packed_operands(setup.model, params))
 
     def draw_images(params: dict, labels: np.ndarray) -> np.ndarray:
         with jax.set_mesh(setup.mesh):
             packed = operands(params)
-        latents = draw_all(draw, packed, labels, setup.mesh, batch_size=_DRAWN_AT_ONCE, report=lambda done: None)
+        options = {"batch_size": _DRAWN_AT_ONCE, "report": lambda done: None}
+        latents = draw_all(draw, packed, labels, setup.mesh, setup.config.seed, **options)
         return to_images(latents, setup.dataset.metadata.latent_scale)
 
     return draw_images

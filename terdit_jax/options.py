@@ -10,6 +10,7 @@ from typing import Any, overload
 from absl import flags
 
 from terdit_jax.errors import UserError
+from terdit_jax.paths import define_path
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the command that asks for it, and to its --helpshort
 
@@ -45,6 +46,13 @@ def define_objective() -> flags.FlagHolder[str | None]:
     """The flag for what a DiT's or SiT's checkpoint learned to predict, where its name does not tell."""
     return flags.DEFINE_enum(
         "objective", None, ("ddpm", "flow"), "For a checkpoint not named as published: ddpm is DiT, flow is SiT."
+    )
+
+
+def define_compilation_cache() -> flags.FlagHolder[str | None]:
+    """The flag for where a command keeps the programs that it compiles (`programs.keep_programs`)."""
+    return define_path(
+        "compilation_cache", None, "Folder that keeps compiled programs, or off; the user's cache folder if left out."
     )
 
 

@@ -11,6 +11,7 @@ import sys
 
 import jax
 from jax import Array
+import numpy as np
 
 PRNG = "threefry2x32"
 # Those with a context manager of this name in `jax`, and its value.
@@ -46,3 +47,8 @@ def pinned() -> Iterator[None]:
 def make_key(seed: int | Array) -> Array:
     """The key () of a seed."""
     return jax.random.key(seed, impl=PRNG)
+
+
+def key_bits(seed: int) -> np.ndarray:
+    """The key of a seed as (2,) uint32, for programs that take it as an argument: one for all seeds."""
+    return np.asarray(jax.random.key_data(make_key(seed)))

@@ -19,7 +19,7 @@ from terdit_jax.choices import (
     SPACINGS,
 )
 from terdit_jax.errors import parse_flags
-from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_float, define_num_heads, define_objective
+from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_compilation_cache, define_float, define_num_heads, define_objective
 from terdit_jax.paths import define_path
 
 _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, safetensors, a name on the Hub.")
@@ -49,6 +49,7 @@ _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if l
 _MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images that a process draws at once.", 1, MAX_BATCH)
 _VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
+_CACHE = define_compilation_cache()
 _OUTPUT = define_path(
     "output", None, "A .png for a grid, replaced if there, a .npz for arr_0 (uint8) and labels, else a folder of PNGs."
 )
@@ -80,6 +81,7 @@ from terdit_jax.labels import check_labels
 from terdit_jax.memory import check_host
 from terdit_jax.parallel.mesh import local_mesh
 from terdit_jax.parallel.processes import initialize_processes
+from terdit_jax.programs import keep_programs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,6 +99,7 @@ def main(argv: Sequence[str]) -> None:
         check_set(output)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     initialize_processes()
+    keep_programs(_CACHE.value, "--compilation_cache")
     vae = load_vae(_VAE.value) if _VAE.value else None
     model = load_model(
         _MODEL.value,

@@ -20,7 +20,7 @@ from terdit_jax.interop.exports import export
 from terdit_jax.model.plan import PLAIN
 from terdit_jax.model.transformer import init_params
 from terdit_jax.parallel.mesh import on_mesh, single_device_mesh
-from terdit_jax.reproducible import make_key, pin_settings, pinned
+from terdit_jax.reproducible import key_bits, make_key, pin_settings, pinned
 from terdit_jax.training.actions import make_heldout_loss
 from terdit_jax.training.examples import example_keys, make_examples
 from terdit_jax.training.optimizer import make_optimizer
@@ -112,9 +112,9 @@ def test_sampling_programs(artifact, method, mode):
         model = load_model(artifact, mode=mode)
         settings = dataclasses.replace(model.description.sample, method=method, cfg_t_max=500)
         bind = partial(bind_schedule, model.config, model.numerics) if model.numerics else None
-        draw = make_draw(model.config, Ddpm(), settings, 0, bind)
+        draw = make_draw(model.config, Ddpm(), settings, bind)
         with pinned():
-            return str(jax.make_jaxpr(draw)(model.operands, np.zeros(2, np.int32), np.arange(2, dtype=np.int32)))
+            return str(jax.make_jaxpr(draw)(model.operands, np.zeros(2, np.int32), np.arange(2, dtype=np.int32), key_bits(0)))
 
     expected = program()
     for name, setting in OTHERS.items():

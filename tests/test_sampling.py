@@ -36,7 +36,7 @@ def draw(model, mesh, labels, batch_size, seed=0):
         operands = jax.jit(lambda p: packed_operands(config, p))(params)
     reports = []
     images = draw_all(
-        make_draw(config, Ddpm(), settings, seed), operands, labels, mesh, batch_size=batch_size, report=reports.append
+        make_draw(config, Ddpm(), settings), operands, labels, mesh, seed, batch_size=batch_size, report=reports.append
     )
     assert reports[-1] == len(labels) and images.shape == (len(labels), *config.sample_shape)
     return images
@@ -60,12 +60,12 @@ def test_part_of_a_set_is_that_part_of_it():
         single_device_mesh(),
         np.arange(8),
     )
-    draw_in_interval = make_draw(config, Ddpm(), settings, 0)
-    common = {"mesh": mesh, "batch_size": 4, "report": lambda done: None}
+    draw_in_interval = make_draw(config, Ddpm(), settings)
+    common = {"mesh": mesh, "seed": 0, "batch_size": 4, "report": lambda done: None}
     whole = draw_all(draw_in_interval, operands, labels, **common)
     assert_close(draw_all(draw_in_interval, operands, labels[5:], first=5, **common), whole[5:], 1e-4)
     always = draw_all(
-        make_draw(config, Ddpm(), dataclasses.replace(settings, cfg_t_min=0), 0), operands, labels, **common
+        make_draw(config, Ddpm(), dataclasses.replace(settings, cfg_t_min=0)), operands, labels, **common
     )
     assert np.abs(always - whole).max() > 1e-3 * np.abs(whole).max()
 
@@ -79,8 +79,8 @@ def test_batch_and_mesh_change_no_picture_of_a_flow_model(model, method):
     for mesh, batch_size in ((single_device_mesh(), 13), (mesh_of(2, 2, 2), 8)):
         with jax.set_mesh(mesh):
             operands = jax.jit(lambda p: packed_operands(config, p))(params)
-        draw = make_draw(config, objective, settings, 0)
-        drawn.append(draw_all(draw, operands, labels, mesh, batch_size=batch_size, report=lambda done: None))
+        draw = make_draw(config, objective, settings)
+        drawn.append(draw_all(draw, operands, labels, mesh, 0, batch_size=batch_size, report=lambda done: None))
     assert drawn[0].shape == (13, *config.sample_shape) and np.abs(drawn[0][0] - drawn[0][10]).max() > 0.1
     assert_close(drawn[1], drawn[0], 1e-4)
 

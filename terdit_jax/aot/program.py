@@ -28,6 +28,7 @@ from terdit_jax.model.transformer import abstract_params
 from terdit_jax.parallel.compiler_options import Options, check_options, compiler_options
 from terdit_jax.parallel.mesh import make_mesh
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, check_heads
+from terdit_jax.reproducible import key_bits
 from terdit_jax.training.examples import example_keys
 from terdit_jax.training.optimizer import make_optimizer
 from terdit_jax.training.setup import check_run
@@ -131,9 +132,9 @@ def lower_sample(
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
     bind, plan = partial(bind_schedule, model, numerics) if numerics else None, choose_plan(model, mesh)
     objective = make_objective(config.diffusion, model.learn_sigma)
-    draw: Any = make_draw(model, objective, config.sample, 0, bind, run_blocks=plan.run_blocks)
+    draw: Any = make_draw(model, objective, config.sample, bind, run_blocks=plan.run_blocks)
     with jax.set_mesh(mesh):
-        lowered = draw.lower(operands, labels, labels)
+        lowered = draw.lower(operands, labels, labels, key_bits(0))
     held = {"weights": operands, "batch": [labels, labels]}
     steps = config.sample.num_steps
     passes = (1 if config.sample.cfg_scale == 1.0 else 2) * (2 if config.sample.method == "heun" else 1)

@@ -139,8 +139,10 @@ class Denoiser:
         }  # fmt: skip
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         settings = dataclasses.replace(self.description.sample, **changes)
-        draw = _cached_draw(self.config, self.description.diffusion, self.plan, self.numerics, settings, seed)
-        latents = draw_all(draw, self.operands, labels, self.mesh, batch_size=batch_size, report=report, first=first)
+        draw = _cached_draw(self.config, self.description.diffusion, self.plan, self.numerics, settings)
+        latents = draw_all(
+            draw, self.operands, labels, self.mesh, seed, batch_size=batch_size, report=report, first=first
+        )
         return to_images(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
     def _check_call(self, x_t: Array, y: Array) -> Array:
@@ -174,12 +176,11 @@ def _cached_draw(
     plan: Plan,
     numerics: Numerics | None,
     settings: SampleConfig,
-    seed: int,
 ) -> Draw:
     """Returns `make_draw`'s function; the same settings again are not compiled again."""
     bind = partial(bind_schedule, config, numerics) if numerics else None
     objective, options = make_objective(diffusion, config.learn_sigma), compiler_options(numerics)
-    return make_draw(config, objective, settings, seed, bind, options, plan.run_blocks)
+    return make_draw(config, objective, settings, bind, options, plan.run_blocks)
 
 
 @lru_cache(maxsize=16)

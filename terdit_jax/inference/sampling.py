@@ -24,9 +24,10 @@ from terdit_jax.model.depth import RunBlocks, scan_blocks
 from terdit_jax.model.transformer import forward
 from terdit_jax.parallel.compiler_options import Options
 from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain, place
-from terdit_jax.reproducible import make_key
+from terdit_jax.reproducible import PRNG, key_bits
 
-Draw = Callable[[dict, Array, Array], Array]  # operands, labels (B,), image indices (B,) -> (B, H, W, C)
+# Operands, labels (B,), image indices (B,), `reproducible.key_bits` of the seed -> (B, H, W, C).
+Draw = Callable[[dict, Array, Array, np.ndarray], Array]
 
 
 # Operands, all timesteps (S,) of a drawing, labels (B,) of its images -> the network for it.
@@ -37,7 +38,6 @@ def make_draw(
     model: DiTConfig,
     objective: Objective,
     settings: SampleConfig,
-    seed: int,
     bind: Bind | None = None,
     compiler_options: Options | None = None,
     run_blocks: RunBlocks = scan_blocks,
@@ -45,13 +45,12 @@ def make_draw(
     """A jitted function that draws images with one set of sampling settings.
 
     Image i starts from, and is disturbed by, noise that depends on (seed, i) alone: neither the batch it is drawn in
-    nor the mesh changes it beyond float rounding.
+    nor the mesh changes it beyond float rounding. All seeds share one program.
 
     Args:
       model: the architecture.
       objective: what it was trained on.
       settings: a run's `config.sample`.
-      seed: of all noise.
       bind: makes the network, as `inference_pass.bind_schedule`; `model.transformer.forward` if left out.
       compiler_options: of `modes.compiler_options`.
       run_blocks: of the model's plan, for `forward`.
@@ -63,8 +62,8 @@ def make_draw(
     last = None if settings.cfg_t_max == NUM_TIMESTEPS else settings.cfg_t_max
 
     @partial(jax.jit, compiler_options=compiler_options)
-    def draw(operands: dict, labels: Array, indices: Array) -> Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(make_key(seed), indices)
+    def draw(operands: dict, labels: Array, indices: Array, bits: Array) -> Array:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(bits, impl=PRNG), indices)
         normal = jax.vmap(lambda key: jax.random.normal(key, model.sample_shape, jnp.float32))
 
         def noise(i: Array | int) -> Array:
@@ -107,6 +106,7 @@ def draw_all(
     operands: dict,
     labels: np.ndarray,
     mesh: Mesh,
+    seed: int,
     *,
     batch_size: int,
     report: Callable[[int], None],
@@ -119,6 +119,7 @@ def draw_all(
       operands: of the model's parameters, on the mesh.
       labels: (N,) int.
       mesh: the devices.
+      seed: of all noise.
       batch_size: images at once, rounded up to the number of devices that share a batch.
       report: called with the number of images done so far.
       first: index of the first image.
@@ -126,7 +127,7 @@ def draw_all(
     Returns:
       (N, H, W, C) float32 on the host, of every process that has a part in the mesh.
     """
-    shards = batch_shards(mesh)
+    shards, bits = batch_shards(mesh), key_bits(seed)
     batch_size = -(-min(batch_size, len(labels)) // shards) * shards
 
     def draw_batch(start: int) -> Array:
@@ -134,7 +135,7 @@ def draw_all(
         # The last batch is filled up with further images, which are dropped: one shape, one compilation.
         batch_labels = np.resize(labels[start : start + batch_size], batch_size).astype(np.int32)
         with jax.set_mesh(mesh):
-            return draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)))
+            return draw(operands, *(place(values, batch_sharding(mesh)) for values in (batch_labels, indices)), bits)
 
     images = []
     for batch in in_flight(map(draw_batch, range(0, len(labels), batch_size))):
