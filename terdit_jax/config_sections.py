@@ -337,8 +337,8 @@ class TrainConfig:
     )
     compilation_cache: str = setting(
         "",
-        "A folder or `gs://` that keeps compiled programs, so that a restart does not compile again; `off`: none. Empty: "
-        "the user's cache folder ([deployment.md](deployment.md#compiled-programs)).",
+        "A folder or `gs://` that keeps compiled programs, so that a restart does not compile again; `off`: none. "
+        "Empty: the user's cache folder ([deployment.md](deployment.md#compiled-programs)).",
         PATH,
         free=True,
     )

@@ -145,7 +145,7 @@ def _open_samples(path: str) -> ImageSource:
     if not is_model(path):
         return open_images(path)
     vae = load_vae(_VAE.value) if _VAE.value else None
-    model = load_model(path, mesh=local_mesh(), ema=_WEIGHTS.value == "ema")
+    model = load_model(path, mesh=local_mesh(), ema=_WEIGHTS.value == "ema", meanwhile=_compile_ahead)
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if not (pixels or vae):
         raise UserError(f"--samples={path}: this model draws latents: give --vae")
@@ -153,8 +153,10 @@ def _open_samples(path: str) -> ImageSource:
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         for start in range(first, stop, size):
-            of_portion, at_once = labels[start : min(start + size, stop)], min(size, _DRAWN_AT_ONCE)
-            yield in_color(to_uint8(_draw(model, of_portion, first=start, batch_size=at_once, vae=vae)))
+            of_portion, at_once = labels[start : min(start + size, stop)], min(size, len(labels), _DRAWN_AT_ONCE)
+            filled = np.resize(of_portion, max(len(of_portion), at_once))  # one program, for the last portion too
+            images = _draw(model, filled, first=start, batch_size=at_once, vae=vae)
+            yield in_color(to_uint8(images[: len(of_portion)]))
 
     side = model.config.input_size * (vae[0].downsampling if vae else 1)
     return ImageSource(path, len(labels), (side, side, 3), stream)
@@ -162,8 +164,15 @@ def _open_samples(path: str) -> ImageSource:
 
 def _draw(model: Denoiser, labels: np.ndarray, **options: Any) -> np.ndarray:
     """Images (N, H, W, C) in [-1, 1] as the flags ask for them; `options` are those of `Denoiser.draw`."""
-    options |= {"seed": _SEED.value, "num_steps": _NUM_STEPS.value, "cfg_scale": _CFG_SCALE.value}
-    return model.draw(labels, method=_METHOD.value, **options)
+    return model.draw(labels, seed=_SEED.value, **_settings(), **options)
+
+
+def _settings() -> dict[str, Any]:
+    return {"num_steps": _NUM_STEPS.value, "cfg_scale": _CFG_SCALE.value, "method": _METHOD.value}
+
+
+def _compile_ahead(model: Denoiser) -> None:
+    model.compile_draw(_NUM_SAMPLES.value, batch_size=_DRAWN_AT_ONCE, **_settings())
 
 
 def _judge_by_classifier(workdir: str) -> None:
@@ -180,7 +189,8 @@ def _judge_by_classifier(workdir: str) -> None:
     if samples is None:
         size = 8 * int(np.prod(dataset.metadata.shape))  # bytes of an image, and of what is computed of it
         check_host(size * _NUM_SAMPLES.value, f"--num_samples={_NUM_SAMPLES.value}", "draw fewer")
-        model = load_model(workdir, mesh=make_mesh(MeshConfig()), ema=_WEIGHTS.value == "ema")
+        ema, mesh = _WEIGHTS.value == "ema", make_mesh(MeshConfig())
+        model = load_model(workdir, mesh=mesh, ema=ema, meanwhile=_compile_ahead)
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
         samples = LabelledImages(_draw(model, labels), labels)
     # Minutes on a CPU where images are many.

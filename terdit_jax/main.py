@@ -119,8 +119,8 @@ def _drawer(setup: Setup) -> DrawImages:
     def draw_images(params: dict, labels: np.ndarray) -> np.ndarray:
         with jax.set_mesh(setup.mesh):
             packed = operands(params)
-        options = {"batch_size": _DRAWN_AT_ONCE, "report": lambda done: None}
-        latents = draw_all(draw, packed, labels, setup.mesh, setup.config.seed, **options)
+        seed, report = setup.config.seed, lambda done: None
+        latents = draw_all(draw, packed, labels, setup.mesh, seed, batch_size=_DRAWN_AT_ONCE, report=report)
         return to_images(latents, setup.dataset.metadata.latent_scale)
 
     return draw_images

@@ -10,6 +10,7 @@ from pathlib import Path
 import platform
 import stat
 import sys
+from typing import Any
 import warnings
 
 from filelock import FileLock
@@ -30,7 +31,7 @@ def keep_programs(place: str | None, name: str) -> None:
     standard error. Several processes of one run keep none unless they are given a place: the first alone would write.
 
     Args:
-      place: a folder or gs:// without a bound, or "off". Empty: JAX_COMPILATION_CACHE_DIR, else the user's cache folder.
+      place: a folder or gs:// without a bound, or "off". Empty: JAX_COMPILATION_CACHE_DIR, else that of the user.
       name: of the flag or field that gives the place.
 
     Raises:
@@ -41,10 +42,8 @@ def keep_programs(place: str | None, name: str) -> None:
     elif place:
         check_folder(place, name)
         jax.config.update("jax_compilation_cache_dir", place)
-    elif (
-        jax.config.jax_enable_compilation_cache
-        and not jax.config.jax_compilation_cache_dir
-        and not jax.distributed.is_initialized()
+    elif _set("jax_enable_compilation_cache") and not (
+        _set("jax_compilation_cache_dir") or jax.distributed.is_initialized()
     ):
         try:
             folder = default_folder()
@@ -55,7 +54,7 @@ def keep_programs(place: str | None, name: str) -> None:
             print(line, file=sys.stderr, flush=True)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        if jax.config.jax_compilation_cache_max_size == -1:
+        if _set("jax_compilation_cache_max_size") == -1:
             jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # a folder without a bound
@@ -78,6 +77,10 @@ def default_folder() -> Path:
     digest = hashlib.sha256(f"{platform.machine()} {cpus} {kind}".encode()).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "terdit_jax" / "programs" / digest[:16]
+
+
+def _set(name: str) -> Any:
+    return getattr(jax.config, name)
 
 
 def _tidy(folder: Path) -> None:

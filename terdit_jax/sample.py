@@ -19,7 +19,14 @@ from terdit_jax.choices import (
     SPACINGS,
 )
 from terdit_jax.errors import parse_flags
-from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_compilation_cache, define_float, define_num_heads, define_objective
+from terdit_jax.options import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    define_compilation_cache,
+    define_float,
+    define_num_heads,
+    define_objective,
+)
 from terdit_jax.paths import define_path
 
 _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpoint, safetensors, a name on the Hub.")
@@ -101,6 +108,15 @@ def main(argv: Sequence[str]) -> None:
     initialize_processes()
     keep_programs(_CACHE.value, "--compilation_cache")
     vae = load_vae(_VAE.value) if _VAE.value else None
+    given = {
+        "num_steps": _NUM_STEPS.value, "method": _METHOD.value, "spacing": _SPACING.value,
+        "cfg_scale": _CFG_SCALE.value, "cfg_t_min": _CFG_T_MIN.value, "cfg_t_max": _CFG_T_MAX.value,
+    }  # fmt: skip
+
+    def compile_ahead(model: Denoiser) -> None:
+        count = len(_make_labels(model, classes))
+        model.compile_draw(count, batch_size=_batch_size(count, output), **given)
+
     model = load_model(
         _MODEL.value,
         mesh=local_mesh(),
@@ -110,17 +126,12 @@ def main(argv: Sequence[str]) -> None:
         mode=_MODE.value,
         num_heads=_NUM_HEADS.value,
         objective=_OBJECTIVE.value,
+        meanwhile=compile_ahead,
     )
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if output.suffix != ".png" and not (pixels or vae):
         raise UserError(f"--output={output}: this model draws latents: give --vae, or .png for a preview")
-    classes = list(range(model.config.num_classes)) if classes is None else classes
-    check_labels(classes, model.config.num_classes)
-    labels = make_labels(classes, _NUM_SAMPLES.value or len(classes), _LABEL_ORDER.value, _SEED.value)
-    given = {
-        "num_steps": _NUM_STEPS.value, "method": _METHOD.value, "spacing": _SPACING.value,
-        "cfg_scale": _CFG_SCALE.value, "cfg_t_min": _CFG_T_MIN.value, "cfg_t_max": _CFG_T_MAX.value,
-    }  # fmt: skip
+    labels = _make_labels(model, classes)
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(model.description.sample, **changes)
     check_settings(settings, make_objective(model.description.diffusion, model.config.learn_sigma))
@@ -131,6 +142,7 @@ def main(argv: Sequence[str]) -> None:
         check_host(20 * len(labels) * size**2, f"--num_samples={len(labels)}", "write a .npz, which is drawn in parts")
         _draw_grid(model, output, labels, options)
     else:
+        classes = list(range(model.config.num_classes)) if classes is None else classes
         _draw_set(model, output, classes, labels, settings, options)
 
 
@@ -170,12 +182,13 @@ def _draw_set(
         _say(f"{output} is complete: it holds the {len(labels):,} images of these settings")
         return
     begin = time.perf_counter()
-    # Batches of one size that fill a shard as evenly as can be: what is drawn beyond it is thrown away.
-    shard = min(SHARD_SIZE, len(labels))
-    batch_size = -(-shard // -(-shard // _BATCH_SIZE.value))
+    batch_size = _batch_size(len(labels), output)
 
     def draw(of_shard: np.ndarray, first: int, report: Callable[[int], None]) -> np.ndarray:
-        return model.draw(of_shard, first=first, batch_size=batch_size, report=report, **options)
+        # The last shard may be smaller than a batch; it is filled up, so that it needs no program of its own.
+        count, filled = len(of_shard), np.resize(of_shard, max(len(of_shard), batch_size))
+        said = lambda done: report(min(done, count))  # noqa: E731
+        return model.draw(filled, first=first, batch_size=batch_size, report=said, **options)[:count]
 
     draw_set(shards, labels, draw, _say)
     _say_done(model, len(labels), begin, output)
@@ -189,6 +202,20 @@ def _parse_classes() -> list[int] | None:
         if not re.fullmatch(r"-?[0-9]{1,10}", label):
             raise UserError(f"--labels={','.join(_LABELS.value)}: give whole numbers, as 0,1,2")
     return [int(label) for label in _LABELS.value]
+
+
+def _make_labels(model: Denoiser, classes: list[int] | None) -> np.ndarray:
+    """The labels to draw, of these classes, or of all if there are none given."""
+    classes = list(range(model.config.num_classes)) if classes is None else classes
+    check_labels(classes, model.config.num_classes)
+    return make_labels(classes, _NUM_SAMPLES.value or len(classes), _LABEL_ORDER.value, _SEED.value)
+
+
+def _batch_size(count: int, output: epath.Path) -> int:
+    """Images at once. Batches of a set have one size that fills a shard as evenly as can be: what is drawn beyond it is
+    thrown away."""
+    shard = min(SHARD_SIZE, count)
+    return _BATCH_SIZE.value if output.suffix == ".png" else -(-shard // -(-shard // _BATCH_SIZE.value))
 
 
 def _say_done(model: Denoiser, count: int, begin: float, output: epath.Path) -> None:

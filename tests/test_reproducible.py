@@ -114,7 +114,9 @@ def test_sampling_programs(artifact, method, mode):
         bind = partial(bind_schedule, model.config, model.numerics) if model.numerics else None
         draw = make_draw(model.config, Ddpm(), settings, bind)
         with pinned():
-            return str(jax.make_jaxpr(draw)(model.operands, np.zeros(2, np.int32), np.arange(2, dtype=np.int32), key_bits(0)))
+            return str(
+                jax.make_jaxpr(draw)(model.operands, np.zeros(2, np.int32), np.arange(2, dtype=np.int32), key_bits(0))
+            )
 
     expected = program()
     for name, setting in OTHERS.items():

@@ -64,9 +64,7 @@ def test_part_of_a_set_is_that_part_of_it():
     common = {"mesh": mesh, "seed": 0, "batch_size": 4, "report": lambda done: None}
     whole = draw_all(draw_in_interval, operands, labels, **common)
     assert_close(draw_all(draw_in_interval, operands, labels[5:], first=5, **common), whole[5:], 1e-4)
-    always = draw_all(
-        make_draw(config, Ddpm(), dataclasses.replace(settings, cfg_t_min=0)), operands, labels, **common
-    )
+    always = draw_all(make_draw(config, Ddpm(), dataclasses.replace(settings, cfg_t_min=0)), operands, labels, **common)
     assert np.abs(always - whole).max() > 1e-3 * np.abs(whole).max()
 
 

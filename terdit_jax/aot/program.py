@@ -132,7 +132,7 @@ def lower_sample(
     labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(mesh))
     bind, plan = partial(bind_schedule, model, numerics) if numerics else None, choose_plan(model, mesh)
     objective = make_objective(config.diffusion, model.learn_sigma)
-    draw: Any = make_draw(model, objective, config.sample, bind, run_blocks=plan.run_blocks)
+    draw = make_draw(model, objective, config.sample, bind, run_blocks=plan.run_blocks)
     with jax.set_mesh(mesh):
         lowered = draw.lower(operands, labels, labels, key_bits(0))
     held = {"weights": operands, "batch": [labels, labels]}

@@ -4,8 +4,10 @@ What files look like is `interop`'s; what happens between two denoising steps is
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 from functools import lru_cache, partial
+import threading
 from typing import Any
 
 from etils import epath
@@ -24,7 +26,7 @@ from terdit_jax.fast.inference_pass import bind_schedule, inference_forward, mak
 from terdit_jax.fast.modes import Numerics, choose_numerics, compiler_options
 from terdit_jax.fast.plan import choose_plan
 from terdit_jax.inference.decoding import VAE, check_vae, to_images
-from terdit_jax.inference.sampling import Draw, draw_all, make_draw
+from terdit_jax.inference.sampling import Draw, compile_draw, draw_all, make_draw
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
 from terdit_jax.interop.weights import open_weights, packed_leaves
@@ -133,17 +135,25 @@ class Denoiser:
         labels = check_labels(labels, self.config.num_classes)
         if vae:
             check_vae(vae, self.config.in_channels)
-        given = {
-            "num_steps": num_steps, "cfg_scale": cfg_scale, "method": method, "spacing": spacing,
-            "cfg_t_min": cfg_t_min, "cfg_t_max": cfg_t_max,
-        }  # fmt: skip
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        settings = dataclasses.replace(self.description.sample, **changes)
-        draw = _cached_draw(self.config, self.description.diffusion, self.plan, self.numerics, settings)
+        draw = self._draw_with(
+            num_steps=num_steps, cfg_scale=cfg_scale, method=method, spacing=spacing, cfg_t_min=cfg_t_min,
+            cfg_t_max=cfg_t_max,
+        )  # fmt: skip
         latents = draw_all(
             draw, self.operands, labels, self.mesh, seed, batch_size=batch_size, report=report, first=first
         )
         return to_images(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
+
+    @pinned()
+    def compile_draw(self, count: int, *, batch_size: int = 256, **settings: Any) -> None:
+        """Compiles what `draw` runs for `count` labels and these settings of it; the model needs no weights yet."""
+        operands = abstract_operands(self.config, self.numerics, self.mesh)
+        compile_draw(self._draw_with(**settings), operands, count, self.mesh, batch_size)
+
+    def _draw_with(self, **given: Any) -> Draw:
+        changes = {name: value for name, value in given.items() if value is not None}
+        settings = dataclasses.replace(self.description.sample, **changes)
+        return _cached_draw(self.config, self.description.diffusion, self.plan, self.numerics, settings)
 
     def _check_call(self, x_t: Array, y: Array) -> Array:
         # Of what is unseen, kind and number are checked alone.
@@ -215,6 +225,7 @@ def load_model(
     mode: str = "auto",
     num_heads: int | None = None,
     objective: str | None = None,
+    meanwhile: Callable[["Denoiser"], None] = lambda model: None,
 ) -> Denoiser:
     """Loads a model to run it; its weights pass through host memory leaf by leaf and reach the devices packed.
 
@@ -227,6 +238,8 @@ def load_model(
       dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
       mode: of `choices.MODES`: how weights lie in memory and what matmuls compute in.
       num_heads, objective: of a DiT's or SiT's checkpoint that does not tell (`interop.weights.open_weights`).
+      meanwhile: called in a thread with the model while its weights are read, as for `Denoiser.compile_draw`; what it
+        raises is lost.
 
     Raises:
       UserError: nothing at `path` that can be read, a damaged file, a model that the mesh does not divide, a mode that
@@ -236,7 +249,16 @@ def load_model(
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")).name
     model = describe_denoiser(weights.description, mesh or single_device_mesh(), dtype, mode)
-    return load_denoiser(model, weights.leaves())
+
+    def work() -> None:
+        with contextlib.suppress(Exception):  # whoever draws with the same settings meets it again
+            meanwhile(model)
+
+    thread = threading.Thread(target=work, daemon=True)  # weights that cannot be read are said at once
+    thread.start()
+    loaded = load_denoiser(model, weights.leaves())
+    thread.join()
+    return loaded
 
 
 def describe_denoiser(description: Description, mesh: Mesh, dtype: str, mode: str) -> Denoiser:

@@ -27,7 +27,7 @@ from terdit_jax.parallel.sharding import batch_sharding, batch_shards, constrain
 from terdit_jax.reproducible import PRNG, key_bits
 
 # Operands, labels (B,), image indices (B,), `reproducible.key_bits` of the seed -> (B, H, W, C).
-Draw = Callable[[dict, Array, Array, np.ndarray], Array]
+Draw = jax.stages.Wrapped
 
 
 # Operands, all timesteps (S,) of a drawing, labels (B,) of its images -> the network for it.
@@ -120,15 +120,14 @@ def draw_all(
       labels: (N,) int.
       mesh: the devices.
       seed: of all noise.
-      batch_size: images at once, rounded up to the number of devices that share a batch.
+      batch_size: images at once, as `fit_batch` has them.
       report: called with the number of images done so far.
       first: index of the first image.
 
     Returns:
       (N, H, W, C) float32 on the host, of every process that has a part in the mesh.
     """
-    shards, bits = batch_shards(mesh), key_bits(seed)
-    batch_size = -(-min(batch_size, len(labels)) // shards) * shards
+    bits, batch_size = key_bits(seed), fit_batch(len(labels), batch_size, mesh)
 
     def draw_batch(start: int) -> Array:
         indices = first + np.arange(start, start + batch_size, dtype=np.int32)
@@ -142,6 +141,19 @@ def draw_all(
         images.append(_gather(batch))
         report(min(len(images) * batch_size, len(labels)))
     return np.concatenate(images)[: len(labels)]
+
+
+def compile_draw(draw: Draw, operands: dict, count: int, mesh: Mesh, batch_size: int) -> None:
+    """Compiles what `draw_all` then runs for `count` labels; the operands are shapes with their shardings."""
+    numbers = jax.ShapeDtypeStruct((fit_batch(count, batch_size, mesh),), jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        draw.lower(operands, numbers, numbers, key_bits(0)).compile()
+
+
+def fit_batch(count: int, batch_size: int, mesh: Mesh) -> int:
+    """Images drawn at once: all of them or `batch_size`, rounded up to the number of devices that share a batch."""
+    shards = batch_shards(mesh)
+    return -(-min(batch_size, count) // shards) * shards
 
 
 def _gather(batch: Array) -> np.ndarray:

@@ -11,10 +11,10 @@ from functools import partial
 import math
 from typing import NamedTuple
 
+from etils import epy
 import jax
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -22,13 +22,12 @@ from terdit_jax.fast.eight_bit import TINY
 from terdit_jax.fast.hopper import warpgroup
 from terdit_jax.model.traits import NORM_EPS, Norm
 
+with epy.lazy_imports():  # most of a second, for those who run the kernels
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
 QK_EPS = 1e-5  # of the layer norm of queries and keys
 GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # u = slope (a + cube a^3)
 ENOUGH_BLOCKS = 1024  # a Hopper GPU has 132 cores, each of which runs several
-
-# Exp and rsqrt to a few float32 units in the last place. Threads meet in reductions, which have barriers; what a thread
-# stores no other reads.
-_COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
 class Stored(NamedTuple):
@@ -323,7 +322,9 @@ def call(body: Callable, grid: tuple[int, ...], arguments: list, outputs: list, 
         out_type=given[num_inputs:],
         grid=grid,
         grid_names=("image", "block", "part")[: len(grid)],
-        compiler_params=_COMPILER_PARAMS,
+        # Exp and rsqrt to a few float32 units in the last place. Threads meet in reductions, which have barriers; what
+        # a thread stores no other reads.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         scratch_types=scratch or {},
     )
     made = iter(call(*given[:num_inputs]))

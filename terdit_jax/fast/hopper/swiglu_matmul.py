@@ -7,12 +7,15 @@ SwiGLU.
 
 from functools import partial
 
+from etils import epy
 import jax
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+with epy.lazy_imports():  # most of a second, for those who run the kernels
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _CORES = 132  # of H100 and H200: blocks that stay, each taking tile after tile
 _ROWS, _COLUMNS = 128, 128  # of a block's tile of each product

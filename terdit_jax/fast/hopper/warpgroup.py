@@ -6,15 +6,18 @@ lie in memory's order in stretches alone: all such rows of a kernel are cut alik
 by feature or as a sum, does not ask for the order. What is computed with rows is `forward`'s and `backward`'s.
 """
 
+from etils import epy
 import jax
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 import jax.numpy as jnp
 import numpy as np
+
+with epy.lazy_imports():  # most of a second, for those who run the kernels
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LANES = 128  # threads of a warpgroup
 
