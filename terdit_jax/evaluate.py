@@ -172,7 +172,9 @@ def _settings() -> dict[str, Any]:
 
 
 def _compile_ahead(model: Denoiser) -> None:
-    model.compile_draw(_NUM_SAMPLES.value, batch_size=_DRAWN_AT_ONCE, **_settings())
+    """Compiles what draws at once: as many images as the network looks at, where there is one."""
+    looked_at = _BATCH_SIZE.value * model.mesh.size if _REFERENCE.value else _DRAWN_AT_ONCE
+    model.compile_draw(_NUM_SAMPLES.value, batch_size=min(looked_at, _DRAWN_AT_ONCE), **_settings())
 
 
 def _judge_by_classifier(workdir: str) -> None:

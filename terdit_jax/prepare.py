@@ -10,7 +10,7 @@ from absl import flags
 
 from terdit_jax.data.crop import MAX_SIZE
 from terdit_jax.errors import parse_flags
-from terdit_jax.options import define_float
+from terdit_jax.options import define_compilation_cache, define_float
 from terdit_jax.paths import define_path
 
 _SOURCE = flags.DEFINE_enum(
@@ -41,6 +41,7 @@ _MAX_BAD_SHARE = define_float(
 )
 _SHARD_MB = define_float("shard_mb", 256, "Size of a shard in MiB, before compression.", low=1e-3, high=1e6)
 _WORKER = flags.DEFINE_string("worker", None, "K/N: make every N-th shard from the K-th on, K from 0.")
+_CACHE = define_compilation_cache()
 _INSPECT = define_path("inspect", None, "A data set to look at instead: a contact sheet and statistics.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 48, "Records that --inspect looks at.", 1, 4096)
 
@@ -75,6 +76,7 @@ from terdit_jax.interop.vae_weights import load_vae, vae_identity
 from terdit_jax.memory import check_host
 from terdit_jax.options import refuse_unused
 from terdit_jax.parallel.processes import check_devices, initialize_processes
+from terdit_jax.programs import keep_programs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     if _SOURCE.value != "tfds":
         refuse_unused([_DATA_DIR], f"with --source={_SOURCE.value}")
     if _VAE.value is None:
-        refuse_unused([_DTYPE, _BATCH_SIZE], "without --vae")
+        refuse_unused([_DTYPE, _BATCH_SIZE, _CACHE], "without --vae")
     worker, wait = _find_worker()
     source, codec = _make_source(_SOURCE.value), _make_codec()
     mirror = _VAE.value is not None if _MIRROR.value is None else _MIRROR.value
@@ -154,6 +156,7 @@ def _make_source(kind: str) -> sources.Source:
 def _make_codec() -> Codec:
     if _VAE.value is None:
         return PixelCodec()
+    keep_programs(_CACHE.value, "--compilation_cache")
     config, params = load_vae(_VAE.value)
     side = _IMAGE_SIZE.value or 256
     # One batch is encoded, one written, and two are decoded.
@@ -169,6 +172,7 @@ def _inspect(path: str) -> None:
         raise UserError(f"--output={output}: must end in .png")
     check_output(output)
     dataset = open_dataset(path)
+    keep_programs(_CACHE.value, "--compilation_cache")
     vae = load_vae(_VAE.value) if _VAE.value else None
     inspected = inspect(dataset, _NUM_SAMPLES.value)
     scale = dataset.metadata.latent_scale

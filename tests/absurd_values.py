@@ -84,7 +84,7 @@ BASES = {
 # Of the flags that take no part in their command's first base.
 BASE_OF = {
     "prepare": {
-        "prepare of latents": ("vae", "dtype", "batch_size"),
+        "prepare of latents": ("vae", "dtype", "batch_size", "compilation_cache"),
         "prepare of tfds": ("data_dir",),
         "prepare inspects": ("inspect", "num_samples"),
     },
@@ -133,8 +133,8 @@ ACCEPTED = {
     ("*", "config.log.writers", ""): "no tracker",
     ("*", "config.train.teacher", ""): "no teacher",
     ("*", "config.train.teacher_weight", "1e-60"): "0 in float32, which teaches nothing",
-    ("*", "config.train.compilation_cache", ""): "no cache",
-    ("main", "config.train.compilation_cache", "[ep]*"): "a folder that is there",
+    ("*", "config.train.compilation_cache", ""): "the user's cache folder",
+    ("*", "*compilation_cache", "[ep]*"): "a folder that is there",
     ("main", "workdir", "[ep]*"): "a folder that is there and holds no run",
     ("prepare", "output", "empty"): "an empty folder",
     ("prepare", "input", "pictures"): "the folder of images",

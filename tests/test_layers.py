@@ -15,8 +15,8 @@ LAYERS = (
 # Imported by anyone, and by those after them.
 FOUNDATIONS = (
     "__version__", "choices", "versions", "streams", "progress", "interrupts", "reproducible", "errors", "paths",
-    "files", "untrusted", "labels", "options", "memory", "batches", "config_rules", "config_sections", "config",
-    "config_file",
+    "files", "untrusted", "labels", "options", "memory", "programs", "batches", "config_rules", "config_sections",
+    "config", "config_file",
 )  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
