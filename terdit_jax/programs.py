@@ -16,6 +16,7 @@ import warnings
 from filelock import FileLock
 import jax
 
+from terdit_jax.errors import in_a_line
 from terdit_jax.files import check_folder
 
 OFF = "off"
@@ -49,8 +50,7 @@ def keep_programs(place: str | None, name: str) -> None:
             folder = default_folder()
             _tidy(folder)
         except (OSError, RuntimeError) as error:  # RuntimeError: no home, or a file system without locks
-            reason = getattr(error, "strerror", None) or error
-            line = f"compiled programs are not kept: {reason}; name another folder, or off, with {name}"
+            line = f"compiled programs are not kept ({in_a_line(error)}): name another folder, or off, with {name}"
             print(line, file=sys.stderr, flush=True)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -94,7 +94,7 @@ def _tidy(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{folder} is of another user, or others may write to it")
+        raise PermissionError(f"others own or may write to {folder}")
     with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
         (trial := folder / ".trial").write_bytes(bytes(2**16))
         trial.unlink()

@@ -141,8 +141,8 @@ def test_an_unfit_folder_costs_one_line(folder, monkeypatch, trouble, capfd):
         (folder / ".trial").symlink_to("/dev/full")
     keep_programs("", "--compilation_cache")
     err = capfd.readouterr().err
-    assert err.startswith("compiled programs are not kept: ") and err.count("\n") == 1
-    assert err.endswith("; name another folder, or off, with --compilation_cache\n")
+    assert err.startswith("compiled programs are not kept (") and err.count("\n") == 1
+    assert err.endswith("): name another folder, or off, with --compilation_cache\n")
     assert jax.config.jax_compilation_cache_dir is None
     compute()
     assert not folder.is_dir() or not kept(folder)
