@@ -125,7 +125,9 @@ def test_the_command_runs_no_code_either(dataset, ran, monkeypatch, tmp_path, ca
     (dataset / "features.json").write_text(json.dumps(evil_leaf()))
     with no_flags():
         from terdit_jax import prepare
-    for name, value in {"_OUTPUT": str(tmp_path / "sheet.png"), "_VAE": None, "_NUM_SAMPLES": 48}.items():
+    monkeypatch.setattr(prepare, "keep_programs", lambda place, name: None)
+    given = {"_OUTPUT": str(tmp_path / "sheet.png"), "_VAE": None, "_NUM_SAMPLES": 48, "_CACHE": None}
+    for name, value in given.items():
         monkeypatch.setattr(prepare, name, SimpleNamespace(value=value))
     prepare._inspect(str(dataset))
     assert not ran() and (tmp_path / "sheet.png").exists()
