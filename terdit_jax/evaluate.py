@@ -154,9 +154,8 @@ def _open_samples(path: str) -> ImageSource:
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         for start in range(first, stop, size):
             of_portion, at_once = labels[start : min(start + size, stop)], min(size, len(labels), _DRAWN_AT_ONCE)
-            filled = np.resize(of_portion, max(len(of_portion), at_once))  # one program, for the last portion too
-            images = _draw(model, filled, first=start, batch_size=at_once, vae=vae)
-            yield in_color(to_uint8(images[: len(of_portion)]))
+            images = _draw(model, of_portion, first=start, batch_size=at_once, whole_batches=True, vae=vae)
+            yield in_color(to_uint8(images))
 
     side = model.config.input_size * (vae[0].downsampling if vae else 1)
     return ImageSource(path, len(labels), (side, side, 3), stream)

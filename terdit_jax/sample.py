@@ -185,10 +185,8 @@ def _draw_set(
     batch_size = _batch_size(len(labels), output)
 
     def draw(of_shard: np.ndarray, first: int, report: Callable[[int], None]) -> np.ndarray:
-        # The last shard may be smaller than a batch; it is filled up, so that it needs no program of its own.
-        count, filled = len(of_shard), np.resize(of_shard, max(len(of_shard), batch_size))
-        said = lambda done: report(min(done, count))  # noqa: E731
-        return model.draw(filled, first=first, batch_size=batch_size, report=said, **options)[:count]
+        # The last shard may be smaller than a batch.
+        return model.draw(of_shard, first=first, batch_size=batch_size, whole_batches=True, report=report, **options)
 
     draw_set(shards, labels, draw, _say)
     _say_done(model, len(labels), begin, output)

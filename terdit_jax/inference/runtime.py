@@ -113,6 +113,7 @@ class Denoiser:
         first: int = 0,
         vae: VAE | None = None,
         batch_size: int = 256,
+        whole_batches: bool = False,
         report: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
         """Draws an image for each label; what is left out is as the model's description has it.
@@ -124,6 +125,7 @@ class Denoiser:
           first: index of the first image.
           vae: of `interop.vae_weights.load_vae`, to decode the latents that the model draws.
           batch_size: images drawn at once.
+          whole_batches: draw as many also for fewer labels, and drop the rest: one program for any number of labels.
           report: called with the number of images done so far.
 
         Returns:
@@ -140,8 +142,9 @@ class Denoiser:
             cfg_t_max=cfg_t_max,
         )  # fmt: skip
         latents = draw_all(
-            draw, self.operands, labels, self.mesh, seed, batch_size=batch_size, report=report, first=first
-        )
+            draw, self.operands, labels, self.mesh, seed, batch_size=batch_size, report=report, first=first,
+            whole_batches=whole_batches,
+        )  # fmt: skip
         return to_images(latents, self.description.latent_scale, vae, self.config.activation_dtype, self.mesh)
 
     @pinned()

@@ -111,6 +111,7 @@ def draw_all(
     batch_size: int,
     report: Callable[[int], None],
     first: int = 0,
+    whole_batches: bool = False,
 ) -> np.ndarray:
     """Draws an image for each label, batch by batch, over all devices of the mesh.
 
@@ -120,14 +121,16 @@ def draw_all(
       labels: (N,) int.
       mesh: the devices.
       seed: of all noise.
-      batch_size: images at once, as `fit_batch` has them.
+      batch_size: images at once, rounded up to the number of devices that share a batch.
       report: called with the number of images done so far.
       first: index of the first image.
+      whole_batches: fill up a batch also where there are fewer labels than `batch_size`: one program for any number.
 
     Returns:
       (N, H, W, C) float32 on the host, of every process that has a part in the mesh.
     """
-    bits, batch_size = key_bits(seed), fit_batch(len(labels), batch_size, mesh)
+    at_once = batch_size if whole_batches else min(batch_size, len(labels))
+    bits, batch_size = key_bits(seed), _fit_batch(at_once, mesh)
 
     def draw_batch(start: int) -> Array:
         indices = first + np.arange(start, start + batch_size, dtype=np.int32)
@@ -145,15 +148,15 @@ def draw_all(
 
 def compile_draw(draw: Draw, operands: dict, count: int, mesh: Mesh, batch_size: int) -> None:
     """Compiles what `draw_all` then runs for `count` labels; the operands are shapes with their shardings."""
-    numbers = jax.ShapeDtypeStruct((fit_batch(count, batch_size, mesh),), jnp.int32, sharding=batch_sharding(mesh))
+    at_once = _fit_batch(min(batch_size, count), mesh)
+    numbers = jax.ShapeDtypeStruct((at_once,), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         draw.lower(operands, numbers, numbers, key_bits(0)).compile()
 
 
-def fit_batch(count: int, batch_size: int, mesh: Mesh) -> int:
-    """Images drawn at once: all of them or `batch_size`, rounded up to the number of devices that share a batch."""
+def _fit_batch(batch_size: int, mesh: Mesh) -> int:
     shards = batch_shards(mesh)
-    return -(-min(batch_size, count) // shards) * shards
+    return -(-batch_size // shards) * shards
 
 
 def _gather(batch: Array) -> np.ndarray:
