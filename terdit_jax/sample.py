@@ -132,8 +132,7 @@ def main(argv: Sequence[str]) -> None:
     if output.suffix != ".png" and not (pixels or vae):
         raise UserError(f"--output={output}: this model draws latents: give --vae, or .png for a preview")
     labels = _make_labels(model, classes)
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    settings = dataclasses.replace(model.description.sample, **changes)
+    settings = model.settings_with(**given)
     check_settings(settings, make_objective(model.description.diffusion, model.config.learn_sigma))
     settings = dataclasses.replace(settings, spacing=resolve_spacing(settings.spacing, settings.method))
     options = {"seed": _SEED.value, "vae": vae, **given}

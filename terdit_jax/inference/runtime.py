@@ -153,9 +153,13 @@ class Denoiser:
         operands = abstract_operands(self.config, self.numerics, self.mesh)
         compile_draw(self._draw_with(**settings), operands, count, self.mesh, batch_size)
 
-    def _draw_with(self, **given: Any) -> Draw:
+    def settings_with(self, **given: Any) -> SampleConfig:
+        """The description's settings with those given that are not None."""
         changes = {name: value for name, value in given.items() if value is not None}
-        settings = dataclasses.replace(self.description.sample, **changes)
+        return dataclasses.replace(self.description.sample, **changes)
+
+    def _draw_with(self, **given: Any) -> Draw:
+        settings = self.settings_with(**given)
         return _cached_draw(self.config, self.description.diffusion, self.plan, self.numerics, settings)
 
     def _check_call(self, x_t: Array, y: Array) -> Array:
