@@ -18,11 +18,12 @@ from terdit_jax.checkpoints.manifest import MANIFEST, find_damage, list_files, o
 from terdit_jax.config_rules import flatten
 from terdit_jax.errors import UserError
 from terdit_jax.paths import absolute, as_path
+from terdit_jax.training.layout import CONFIG_FILE, GOODPUT_FILE, GRIDS, HEARTBEAT_FILE, METRICS_FILE
 from terdit_jax.untrusted import is_count, is_number, parse_json
 
 SOUND, UNCHECKED, UNDER_WAY = "sound", "not checked", "being saved"
 _ALIVE_SECONDS = 60  # a heartbeat is renewed every five
-_MADE_BY_RUNS = ("config.json", "metrics.jsonl", "checkpoints")
+_MADE_BY_RUNS = (CONFIG_FILE, METRICS_FILE, "checkpoints")
 _LONG_CHECK_BYTES = 10**9
 _LONGEST = 1e12  # seconds
 
@@ -128,17 +129,17 @@ def _check_is_run(workdir: epath.Path) -> None:
 
 def _read_run(name: str, workdir: epath.Path, check: bool, say: Callable[[str], None]) -> Run:
     run = Run(name, workdir)
-    run.config = dict(flatten(_read_json(run, "config.json")))
+    run.config = dict(flatten(_read_json(run, CONFIG_FILE)))
     run.lines = _read_lines(run)
-    account = _read_json(run, "goodput.json").get("seconds")
+    account = _read_json(run, GOODPUT_FILE).get("seconds")
     run.seconds = _positive(account) if isinstance(account, dict) else spent(run.last_timing())
-    beat: Any = _read_json(run, "heartbeat.json").get("time")
+    beat: Any = _read_json(run, HEARTBEAT_FILE).get("time")
     run.beat = float(beat) if is_number(beat, 0, _LONGEST) else 0.0
-    for path in _entries(run, "samples"):
+    for path in _entries(run, GRIDS):
         if match := re.fullmatch(r"step_(\d{1,12})\.png", path.name):
             run.pictures.append((int(match[1]), path))
     for path in _entries(run, ""):
-        if path.suffix == ".json" and path.name not in ("config.json", "goodput.json", "heartbeat.json"):
+        if path.suffix == ".json" and path.name not in (CONFIG_FILE, GOODPUT_FILE, HEARTBEAT_FILE):
             scores = _read_json(run, path.name)
             if is_count(scores.get("num_samples"), 1, 2**63) and isinstance(scores.get("flags"), dict):
                 run.scores[path.name] = scores
@@ -186,9 +187,9 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
 
 
 def _read_lines(run: Run) -> list[dict[str, Any]]:
-    *whole, last = (_decode(line) for line in _read(run, "metrics.jsonl").split(b"\n"))  # the last may be cut by a kill
+    *whole, last = (_decode(line) for line in _read(run, METRICS_FILE).split(b"\n"))  # the last may be cut by a kill
     if damaged := whole.count(None):
-        run.notes.append(f"metrics.jsonl: {damaged} of {len(whole)} lines are damaged and left out")
+        run.notes.append(f"{METRICS_FILE}: {damaged} of {len(whole)} lines are damaged and left out")
     return [line for line in [*whole, last] if line is not None]
 
 

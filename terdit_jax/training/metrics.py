@@ -17,9 +17,8 @@ from terdit_jax.checkpoints import disk
 from terdit_jax.config import RunConfig
 from terdit_jax.files import set_aside, write_text
 from terdit_jax.paths import is_remote
+from terdit_jax.training.layout import METRICS_FILE
 from terdit_jax.training.trackers import open_trackers, tagged
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:

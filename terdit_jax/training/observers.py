@@ -24,9 +24,10 @@ from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.files import check_output, set_aside, write_json
 from terdit_jax.interrupts import STATUS, SignalWatch
 from terdit_jax.progress import format_duration
+from terdit_jax.training.layout import GOODPUT_FILE, HEARTBEAT_FILE
 from terdit_jax.training.metrics import say
 
-GOODPUT_FILE, HEARTBEAT_FILE, PROFILE_FOLDER = "goodput.json", "heartbeat.json", "profile"
+PROFILE_FOLDER = "profile"
 # start: from a command's start to its first step, less restore and compile; input: waiting for a batch; evaluate:
 # held-out losses, grids, scores and logs; down: between the last record of one command and the start of the next.
 KINDS = ("train", "compile", "restore", "save", "input", "evaluate", "start", "lost", "down")

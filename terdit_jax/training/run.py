@@ -20,6 +20,7 @@ from terdit_jax.errors import UserError, end_if_one_of_several
 from terdit_jax.files import refusing, write_json
 from terdit_jax.reproducible import pinned
 from terdit_jax.training.actions import Actions, DrawGrid
+from terdit_jax.training.layout import CONFIG_FILE
 from terdit_jax.training.loop import run_steps
 from terdit_jax.training.metrics import MetricsWriter, say
 from terdit_jax.training.observers import Goodput, Observers, Steps
@@ -130,7 +131,7 @@ def _ending_together() -> Iterator[None]:
 
 
 def _write_config(setup: Setup) -> None:
-    path = setup.workdir / "config.json"
+    path = setup.workdir / CONFIG_FILE
     try:
         write_json(path, setup.config.to_dict(), indent=1)
     except OSError as error:  # every checkpoint holds it too
