@@ -17,7 +17,7 @@ from terdit_jax.untrusted import is_number
 LOSS, QUARTERS, RATES, SCORES, OTHERS = "loss", "quarters", "rates", "scores", "others"
 _POINTS = 1800  # of one figure, of all runs together: as many as a chart has pixels, and the page stays small
 _UNITS = ((172_800, 86_400, "days"), (7200, 3600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
-_LARGEST = 1e300
+LARGEST = 1e300
 _LEFT_OUT = ("step", "eta_seconds", "restarts", "goodput")
 
 Points = dict[int, float | None]  # value by step; None where nothing finite was seen
@@ -114,7 +114,7 @@ def figures_of(run: Run) -> dict[str, Points]:
         for name, value in (line | timing(line)).items():
             if name in _LEFT_OUT or name.startswith("seconds_"):
                 continue
-            if is_number(value, -_LARGEST, _LARGEST) or value is None:
+            if is_number(value, -LARGEST, LARGEST) or value is None:
                 found.setdefault(_by_noise(run, name), {})[line["step"]] = value
     return {name: points for name, points in found.items() if any(value is not None for value in points.values())}
 

@@ -17,6 +17,7 @@ from terdit_jax.config import FIELDS
 from terdit_jax.config_rules import shown
 from terdit_jax.data.image_file import ImageError
 from terdit_jax.page import curves, pictures
+from terdit_jax.page.curves import LARGEST
 from terdit_jax.page.workdir import SOUND, UNCHECKED, UNDER_WAY, Checkpoint, Run
 from terdit_jax.untrusted import is_count, is_number
 
@@ -235,21 +236,14 @@ def _samples(runs: Sequence[Run]) -> str:
 
 
 def _scores(runs: Sequence[Run]) -> str:
-    reports = [(number, file, scores) for number, run in enumerate(runs) for file, scores in run.scores.items()]
-    names = dict.fromkeys(
-        name for *_, scores in reports for name, value in scores.items() if is_number(value, -1e300, 1e300)
-    )
-    heads = [f"{_named(runs, number)}<br><code>{escape(file)}</code>" for number, file, _ in reports]
-    rows = [
-        [
-            escape(name),
-            *(
-                _number(scores[name]) if is_number(scores.get(name), -1e300, 1e300) else _NO_VALUE
-                for *_, scores in reports
-            ),
-        ]
-        for name in names
+    reports = [
+        (number, file, {name: value for name, value in scores.items() if is_number(value, -LARGEST, LARGEST)})
+        for number, run in enumerate(runs)
+        for file, scores in run.scores.items()
     ]
+    heads = [f"{_named(runs, number)}<br><code>{escape(file)}</code>" for number, file, _ in reports]
+    names = dict.fromkeys(name for *_, numbers in reports for name in numbers)
+    rows = [[escape(name), *(_number(numbers.get(name)) for *_, numbers in reports)] for name in names]
     return _table(["", *heads], rows)
 
 
