@@ -25,7 +25,7 @@ AS_PUBLISHED, LEAST_SQUARES = (MATRIX | {"model.alpha_init": start} for start in
 NO_NORM, EIGHT_BIT = {"model.adaln_rms_norm": False}, {"compute.matmul_dtype": "float8_e4m3fn"}
 WARM, TEACHER = {"train.init_from": RunOf(FULL)}, {"train.teacher": RunOf(FULL)}
 SOFT = {"train.soft_start_steps": ShareOf(0.25)}
-FLOW_TEACHER = {"train.teacher": RunOf(FLOW_FULL)}
+FLOW_WARM, FLOW_TEACHER = {"train.init_from": RunOf(FLOW_FULL)}, {"train.teacher": RunOf(FLOW_FULL)}
 FLOW = {"diffusion.objective": "flow", "model.learn_sigma": False, "sample.method": "heun", "sample.num_steps": 25}
 
 # None: the weights of FULL ternarised as they are, judged beside it.
@@ -58,12 +58,13 @@ VARIANTS: dict[str, dict[str, object] | None] = {
     "flow_least_squares": FLOW | LEAST_SQUARES,
     "flow_channels": FLOW | LEAST_SQUARES | CHANNELS,
     "flow_channels_teacher": FLOW | LEAST_SQUARES | CHANNELS | FLOW_TEACHER,
+    "flow_channels_warm_start_teacher": FLOW | LEAST_SQUARES | CHANNELS | FLOW_WARM | FLOW_TEACHER,
 }
 
 # objective: (sampler, calls of the network a step, fewest calls, most calls)
 SAMPLERS = {
     "ddpm": (("dpmpp_2m", 1, 1, 100), ("ddpm", 1, 100, 1000)),
-    "flow": (("euler", 1, 1, 1000), ("heun", 2, 1, 100), ("sde", 1, 100, 1000)),
+    "flow": (("euler", 1, 1, 1000), ("dpmpp_2m", 1, 1, 100), ("heun", 2, 1, 100), ("sde", 1, 100, 1000)),
 }
 
 

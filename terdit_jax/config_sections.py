@@ -5,7 +5,7 @@
 
 import dataclasses
 
-from terdit_jax.choices import FLOW_METHODS, METHODS, MODES, NUM_TIMESTEPS, SPACINGS
+from terdit_jax.choices import ALL_METHODS, MODES, NUM_TIMESTEPS, SPACINGS
 from terdit_jax.config_rules import (
     AXIS,
     FINITE,
@@ -394,8 +394,9 @@ class SampleConfig:
     method: str = setting(
         "ddpm",
         "`ddpm`: ancestral, with the learned variance. `ddim`: deterministic. `dpmpp_2m`, `dpmpp_2m_sde`, `unipc`: "
-        "solvers for 10 to 25 steps. Of flow models: `euler`, `heun`, `sde` ([sampling.md](sampling.md#samplers)).",
-        one_of(*METHODS, *FLOW_METHODS),
+        "solvers for 10 to 25 steps. Of flow models: `euler`, `heun`, `sde` and those solvers "
+        "([sampling.md](sampling.md#samplers)).",
+        one_of(*ALL_METHODS),
     )
     num_steps: int = setting(
         250,

@@ -9,7 +9,7 @@ The last one, without a reference, gives no FID (docs/evaluation.md).
 
 from absl import flags
 
-from terdit_jax.choices import FEATURE_BATCH_SIZE, FLOW_METHODS, MAX_CFG_SCALE, METHODS, NUM_TIMESTEPS
+from terdit_jax.choices import ALL_METHODS, FEATURE_BATCH_SIZE, MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.errors import parse_flags
 from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_compilation_cache, define_float
 from terdit_jax.paths import define_path
@@ -25,7 +25,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", FEATURE_BATCH_SIZE, "Images a d
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 500, "Images to draw.", 2, MAX_IMAGES)
 _CFG_SCALE = define_float("cfg_scale", None, "Guidance; the run's own if not given.", low=0, high=MAX_CFG_SCALE)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Denoising steps; the run's own if not given.", 1, NUM_TIMESTEPS)
-_METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's own if not given.")
+_METHOD = flags.DEFINE_enum("method", None, ALL_METHODS, "Sampler; the run's own if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of the classifier.", lower_bound=0, upper_bound=2**32 - 1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which of the run's weights draw.")
 _VAE = define_path("vae", None, "Folder of the autoencoder, for a model that draws latents.")

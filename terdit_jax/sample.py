@@ -9,11 +9,10 @@ The second command, given again, goes on where it was stopped (docs/sampling.md)
 from absl import flags
 
 from terdit_jax.choices import (
+    ALL_METHODS,
     DTYPES,
-    FLOW_METHODS,
     LABEL_ORDERS,
     MAX_CFG_SCALE,
-    METHODS,
     MODES,
     NUM_TIMESTEPS,
     SPACINGS,
@@ -39,7 +38,7 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Images; one for each l
 _NUM_STEPS = flags.DEFINE_integer(
     "num_steps", None, "Denoising steps; the run's config.sample if left out.", 1, NUM_TIMESTEPS
 )
-_METHOD = flags.DEFINE_enum("method", None, (*METHODS, *FLOW_METHODS), "Sampler; the run's config.sample if left out.")
+_METHOD = flags.DEFINE_enum("method", None, ALL_METHODS, "Sampler; the run's config.sample if left out.")
 _SPACING = flags.DEFINE_enum("spacing", None, ("auto", *SPACINGS), "Of the steps; as config.sample if left out.")
 _CFG_SCALE = define_float(
     "cfg_scale", None, "Guidance, 1 is none; the run's config.sample if left out.", low=0, high=MAX_CFG_SCALE

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from terdit_jax.choices import FLOW_METHODS, METHODS, NUM_TIMESTEPS, SPACINGS
+from terdit_jax.choices import ALL_METHODS, NUM_TIMESTEPS, SPACINGS
 from terdit_jax.config import FIELDS, RunConfig, base_config, freeze
 from terdit_jax.config_file import nearest
 from terdit_jax.errors import UserError
@@ -39,7 +39,7 @@ LIMITS = {
     "sample.cfg_scale": ((-0.5, NAN, INF, 1e39), (0.0, 1, 4.5)),
     "sample.num_steps": ((0, NUM_TIMESTEPS + 1, 10**18), (1, NUM_TIMESTEPS)),
     "sample.cfg_t_max": ((0, NUM_TIMESTEPS + 1), (1, NUM_TIMESTEPS)),
-    "sample.method": (("", "DDPM", "ddpm "), (*METHODS, *FLOW_METHODS)),
+    "sample.method": (("", "DDPM", "ddpm "), ALL_METHODS),
     "sample.spacing": (("", "none"), ("auto", *SPACINGS)),
     "mesh.gather": (("", "int8"), GATHERS),
     "name": (("", " ", "a\nb", "x" * 101, " x"), ("x", "Ж 1")),

@@ -9,6 +9,7 @@ from terdit_jax.choices import FLOW_METHODS
 from terdit_jax.diffusion.flow import path_at
 from terdit_jax.diffusion.flow_sampler import LAST_STEP, flow_sample, flow_times
 from tests.golden_models import golden_arrays, nhwc
+from tests.test_multistep import run_in_float64
 
 GOLDEN = golden_arrays("flow_samplers")
 PATHS = ["linear", "gvp"]
@@ -75,6 +76,32 @@ def test_ode_solvers_converge_to_the_flow_of_gaussian_data_at_their_order(path, 
     assert order - 0.25 < np.log2(coarse / fine) < order + 0.35
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", ["dpmpp_2m", "unipc"])
+def test_solvers_follow_the_same_flow(path, method):
+    assert ode_error(path, method, 100) < ode_error(path, method, 25) / 1.8 < 0.01
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", ["dpmpp_2m", "unipc"])
+def test_solvers_take_the_steps_of_their_papers_on_the_x_0_of_a_velocity(path, method):
+    """The jitted loop in float32 against `multistep`'s weights in float64, from pure noise, where the SNR is 0."""
+    times = flow_times(method, 8, 2.0)
+    angle = np.pi / 2 * times
+    alpha, sigma = (times, 1 - times) if path == "linear" else (np.sin(angle), np.cos(angle))
+
+    def denoise(x, t):
+        at = path_at(path, t, x.ndim)
+        x_0 = jnp.sin(3 * x + at.alpha)
+        return at.d_alpha * x_0 + at.d_sigma * (x - at.alpha * x_0) / at.sigma
+
+    z = np.random.default_rng(0).standard_normal((2, 4, 4, 1))
+    expected_x0 = lambda x, alpha, sigma: np.sin(3 * x + alpha)  # noqa: E731
+    expected = run_in_float64(expected_x0, z, alpha[:-1], sigma[:-1], method)
+    actual = jax.jit(lambda z: flow_sample(denoise, z, no_noise, path, times, method))(z.astype(np.float32))
+    np.testing.assert_allclose(actual, expected, atol=5e-4)
+
+
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_a_shifted_grid_follows_the_same_flow(method):
     for shift in (0.5, 3.0):
@@ -134,7 +161,7 @@ def test_the_sde_adds_no_noise_in_its_last_step():
     np.testing.assert_array_equal(at(9), without)
 
 
-@pytest.mark.parametrize(("method", "calls"), [("euler", 5), ("heun", 10), ("sde", 5)])
+@pytest.mark.parametrize(("method", "calls"), [("euler", 5), ("heun", 10), ("sde", 5), ("unipc", 5)])
 def test_a_network_sees_the_times_of_its_steps(method, calls):
     seen = []
 

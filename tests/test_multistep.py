@@ -32,12 +32,12 @@ def run_in_float64(expected_x0, x, alpha, sigma, method, weights=None):
 
 
 def solver_weights_between(alpha, sigma, method):
-    """Of noise levels that need not be timesteps; the last step, to no noise at all, is part of them."""
+    """Of noise levels, ascending in log-SNR; the last step, to no noise at all, is added."""
+    return solver_weights(np.append(alpha, 1.0), np.append(sigma, 0.0), method)
 
-    class Levels:
-        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod = alpha[::-1], sigma[::-1]
 
-    return solver_weights(Levels, method)
+def ten_weights(method):
+    return solver_weights_between(TEN.sqrt_alphas_cumprod[::-1], TEN.sqrt_one_minus_alphas_cumprod[::-1], method)
 
 
 def mixture_x0(x, alpha, sigma):
@@ -87,7 +87,7 @@ def test_order_of_convergence_on_a_mixture(method, order):
 def test_weights_of_a_constant_prediction_reach_it():
     """Whatever x is, if the network always names one x_0, every step moves along the straight line to it."""
     for method in SOLVERS:
-        w = solver_weights(TEN, method)
+        w = ten_weights(method)
         alpha = np.append(TEN.sqrt_alphas_cumprod[::-1], 1)
         np.testing.assert_allclose(w.x * alpha[:-1] + w.x0 + w.previous_x0, alpha[1:], atol=1e-12)
         if w.correct_x is not None:
@@ -97,7 +97,7 @@ def test_weights_of_a_constant_prediction_reach_it():
 
 def test_noise_keeps_the_variance_of_the_process():
     """The SDE's step leaves N(0, sigma_i^2) noise around a known x_0 as N(0, sigma_{i+1}^2)."""
-    w = solver_weights(TEN, "dpmpp_2m_sde")
+    w = ten_weights("dpmpp_2m_sde")
     sigma = np.append(TEN.sqrt_one_minus_alphas_cumprod[::-1], 0)
     np.testing.assert_allclose((w.x * sigma[:-1]) ** 2 + w.noise**2, sigma[1:] ** 2, atol=1e-12)
     assert np.all(w.noise[:-1] > 0) and w.noise[-1] == 0
@@ -105,14 +105,14 @@ def test_noise_keeps_the_variance_of_the_process():
 
 def test_the_first_and_the_last_step_are_of_first_order():
     for method in SOLVERS:
-        w = solver_weights(TEN, method)
+        w = ten_weights(method)
         assert w.previous_x0[0] == w.previous_x0[-1] == 0 and np.all(w.previous_x0[1:-1] != 0)
         assert (w.x[-1], w.x0[-1]) == (0, 1)
 
 
 def test_first_step_is_ddims():
     """DPM-Solver++ of first order is DDIM (arXiv 2211.01095, section 4.1)."""
-    w, t = solver_weights(TEN, "dpmpp_2m"), TEN.num_timesteps - 1
+    w, t = ten_weights("dpmpp_2m"), TEN.num_timesteps - 1
     ratio = np.sqrt(1 - TEN.alphas_cumprod_prev[t]) / TEN.sqrt_one_minus_alphas_cumprod[t]
     np.testing.assert_allclose(w.x[0], ratio)
     np.testing.assert_allclose(
@@ -134,7 +134,7 @@ def test_the_scan_adds_up_what_the_weights_say(method):
     x_T = np.random.default_rng(0).standard_normal((2, 4, 4, 1))
     actual = jax.jit(lambda x: sample(denoise, x, lambda i: 1 / 0, TEN, method))(x_T.astype(np.float32))
     alpha, sigma = TEN.sqrt_alphas_cumprod[::-1], TEN.sqrt_one_minus_alphas_cumprod[::-1]
-    expected = run_in_float64(expected_x0, x_T, alpha, sigma, method, solver_weights(TEN, method))
+    expected = run_in_float64(expected_x0, x_T, alpha, sigma, method, ten_weights(method))
     np.testing.assert_allclose(actual, expected, atol=2e-4 * np.abs(expected).max())
 
 
@@ -157,4 +157,4 @@ def test_the_sde_samples_gaussian_data():
     assert abs(np.mean(x_0) - mean) < 4 * std / 128
     assert abs(np.std(x_0) / std - 1) < 4 / 181 + 5e-3
     with pytest.raises(KeyError):
-        solver_weights(schedule, "euler")
+        ten_weights("euler")

@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
 
-from terdit_jax.choices import FLOW_METHODS  # noqa: E402
 from terdit_jax.config_sections import DiffusionConfig, SampleConfig  # noqa: E402
 from terdit_jax.diffusion.flow_sampler import flow_times  # noqa: E402
 from terdit_jax.diffusion.guidance import guided  # noqa: E402
@@ -70,7 +69,7 @@ def test_flow_loops_are_the_public_codes(path, method, count, name):
     assert len(list(noise)) == (0 if method == "sde" else 11)
 
 
-@pytest.mark.parametrize("method", FLOW_METHODS)
+@pytest.mark.parametrize("method", pytorch._METHODS["flow"])
 def test_flows_are_sampled_as_in_jax(method):
     """A whole guided run of a model from the same noise, with a path and a shift that are not the defaults."""
     config = golden_config("sit_tiny")
@@ -99,7 +98,7 @@ def test_flows_are_sampled_as_in_jax(method):
     assert np.abs(expected - in_jax()).max() > 0.01, "the interval leaves steps without guidance"
 
 
-@pytest.mark.parametrize("method", FLOW_METHODS)
+@pytest.mark.parametrize("method", pytorch._METHODS["flow"])
 def test_times_of_a_flow_are_those_of_jax(method):
     for count in (1, 2, 250):
         for shift in (1.0, 0.3, 4.0):

@@ -24,6 +24,11 @@ class PathAt(NamedTuple):
     d_sigma: jax.Array
 
 
+def noise_level(path: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """alpha and sigma of a path at float64 times t, for what is decided before anything runs."""
+    return (t, 1 - t) if path == "linear" else (np.sin(math.pi / 2 * t), np.sin(math.pi / 2 * (1 - t)))
+
+
 def path_at(path: str, t: jax.Array, ndim: int = 4) -> PathAt:
     """A path at t (B,), to broadcast against `ndim` axes: "linear", or "gvp" of constant variance."""
     t = t.astype(jnp.float32).reshape(t.shape + (1,) * (ndim - 1))
@@ -50,6 +55,12 @@ def noise_from_velocity(path: str, v: jax.Array, x_t: jax.Array, t: jax.Array) -
     """The noise in x_t that a velocity implies; its divisor is 1 (linear) or pi / 2 (gvp) at every t."""
     at = path_at(path, t, x_t.ndim)
     return (at.d_alpha * x_t - at.alpha * v) / (at.sigma * at.d_alpha - at.alpha * at.d_sigma)
+
+
+def data_from_velocity(path: str, v: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """The x_0 in x_t that a velocity implies, by the same divisor."""
+    at = path_at(path, t, x_t.ndim)
+    return (at.sigma * v - at.d_sigma * x_t) / (at.sigma * at.d_alpha - at.alpha * at.d_sigma)
 
 
 def score_from_velocity(path: str, v: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terdit_jax.diffusion.flow import path_at, score_from_velocity, shifted
+from terdit_jax.choices import SOLVERS
+from terdit_jax.diffusion.flow import data_from_velocity, noise_level, path_at, score_from_velocity, shifted
 from terdit_jax.diffusion.guidance import Denoise, DrawNoise
+from terdit_jax.diffusion.multistep import solve, solver_weights
 
 LAST_STEP = 0.04  # of the SDE, in t, whatever the shift: without noise, as SiT's
 
@@ -34,7 +36,8 @@ def flow_sample(
       draw_noise: called by "sde" alone, whose last step adds none of it.
       path, times: of `flow.path_at` and of `flow_times`.
       method: "euler"; "heun", of second order at two calls of `denoise` a step; "sde", Euler-Maruyama steps of
-        dx = (v + sigma score) dt + sqrt(2 sigma) dw, which has the ODE's marginals (SiT with w = sigma).
+        dx = (v + sigma score) dt + sqrt(2 sigma) dw, which has the ODE's marginals (SiT with w = sigma); or one of
+        `multistep.solver_weights`, which take the x_0 that the velocity implies.
 
     Returns:
       x_0, (B, H, W, C) float32.
@@ -45,6 +48,10 @@ def flow_sample(
     def velocity(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         t = jnp.full((batch,), grid[i])
         return denoise(x, t)[..., :channels].astype(jnp.float32), t
+
+    if method in SOLVERS:
+        predict_x0 = lambda x, i: data_from_velocity(path, velocity(x, i)[0], x, jnp.full((batch,), grid[i]))  # noqa: E731
+        return solve(predict_x0, noise, draw_noise, solver_weights(*noise_level(path, times), method))
 
     def step(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         dt = step_sizes[i]

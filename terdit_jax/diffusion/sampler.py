@@ -13,7 +13,7 @@ import numpy as np
 from terdit_jax.choices import METHODS, SOLVERS
 from terdit_jax.diffusion.guidance import Denoise
 from terdit_jax.diffusion.loss import mean_variance
-from terdit_jax.diffusion.multistep import Weights, solver_weights
+from terdit_jax.diffusion.multistep import solve, solver_weights
 from terdit_jax.diffusion.schedule import Schedule, gather
 from terdit_jax.errors import UserError
 
@@ -49,51 +49,29 @@ def sample(
         raise UserError(f"{method!r} is no sampling method: give one of {', '.join(METHODS)}")
     if not 0 <= eta <= 1:
         raise UserError(f"eta is {eta}: give a number from 0 to 1")
-    if method in SOLVERS:
-        return _solve(denoise, x_T, draw_noise, schedule, solver_weights(schedule, method))
-    advance = _ddpm_step if method == "ddpm" else functools.partial(_ddim_step, eta=eta)
     batch = x_T.shape[0]
     num_steps = schedule.num_timesteps
 
-    def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+    def predict(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         t = jnp.full((batch,), num_steps - 1 - i, jnp.int32)
-        model_output = denoise(x_t, jnp.asarray(schedule.timestep_map)[t])
+        return denoise(x_t, jnp.asarray(schedule.timestep_map)[t]), t
+
+    if method in SOLVERS:
+        alpha = np.append(schedule.sqrt_alphas_cumprod[::-1], 1.0)
+        sigma = np.append(schedule.sqrt_one_minus_alphas_cumprod[::-1], 0.0)
+
+        def predict_x0(x_t: jax.Array, i: jax.Array) -> jax.Array:
+            model_output, t = predict(x_t, i)
+            return mean_variance(schedule, model_output, x_t, t).pred_x0
+
+        return solve(predict_x0, x_T, draw_noise, solver_weights(alpha, sigma, method))
+    advance = _ddpm_step if method == "ddpm" else functools.partial(_ddim_step, eta=eta)
+
+    def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        model_output, t = predict(x_t, i)
         return advance(schedule, model_output, x_t, t, lambda: draw_noise(i).astype(jnp.float32)), None
 
     x_0, _ = jax.lax.scan(step, x_T.astype(jnp.float32), jnp.arange(num_steps, dtype=jnp.int32))
-    return x_0
-
-
-def _solve(
-    denoise: Denoise, x_T: jax.Array, draw_noise: Callable[[jax.Array], jax.Array], schedule: Schedule, weights: Weights
-) -> jax.Array:
-    tables = jax.tree.map(lambda table: jnp.asarray(table, jnp.float32), weights)
-    corrects, draws = weights.correct_x is not None, bool(np.any(weights.noise))
-    batch, num_steps = x_T.shape[0], schedule.num_timesteps
-
-    def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
-        x, *known = carry
-        w = jax.tree.map(lambda table: table[i], tables)
-        t = jnp.full((batch,), num_steps - 1 - i, jnp.int32)
-        model_output = denoise(x, jnp.asarray(schedule.timestep_map)[t])
-        x0 = mean_variance(schedule, model_output, x, t).pred_x0
-        if corrects:
-            previous_x, previous_x0, second_x0 = known
-            corrected = w.correct_x * previous_x + w.correct_new * x0
-            corrected += w.correct_x0 * previous_x0 + w.correct_previous * second_x0
-            x = jnp.where(i > 0, corrected, x)
-            known = [x, x0, previous_x0]
-        else:
-            (previous_x0,) = known
-            known = [x0]
-        x = w.x * x + w.x0 * x0 + w.previous_x0 * previous_x0
-        if draws:
-            x += w.noise * draw_noise(i).astype(jnp.float32)
-        return (x, *known), None
-
-    x_T = x_T.astype(jnp.float32)
-    unknown = [jnp.zeros_like(x_T)] * (3 if corrects else 1)  # weighed with 0 until there is something
-    (x_0, *_), _ = jax.lax.scan(step, (x_T, *unknown), jnp.arange(num_steps, dtype=jnp.int32))
     return x_0
 
 

@@ -44,7 +44,8 @@ model = terdit_jax.load_model({name})
 images = model.draw([0, 1]{jax_vae})  # (2, H, W, C) float32 in [-1, 1]
 ```"""
 _STABILITY = ("sd-vae-ft-ema", "sd-vae-ft-mse")
-_TORCH_METHODS = ("ddpm", "ddim", "sde", "euler", "heun")  # of `pytorch.sample`
+_TORCH_METHODS = {"ddpm": ("ddpm", "ddim"), "flow": ("sde", "euler", "heun")}  # of `pytorch.sample`
+_IN_PLACE = {"ddpm": ', method="ddim", num_steps=50', "flow": ', method="heun", num_steps=25'}  # of a solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _front(weights: Weights, licence: str | None) -> str:
 
 def _use(weights: Weights, facts: CardFacts) -> str:
     description = weights.description
-    method = "" if description.sample.method in _TORCH_METHODS else ', method="ddim", num_steps=50'
+    objective = description.diffusion.objective
+    method = "" if description.sample.method in _TORCH_METHODS[objective] else _IN_PLACE[objective]
     words = dict.fromkeys(("and_vae", "and_load", "torch_vae", "vae", "jax_vae"), "")
     if description.codec != "none" or weights.model.in_channels not in (1, 3):
         codec = _plain(description.codec)
