@@ -204,7 +204,10 @@ def _reserved(place: Path, name: str, *, folder: bool) -> Iterator[epath.Path]:
         temporary = epath.Path(place) / f".{name[:_PREFIX_CHARACTERS]}.{uuid.uuid4().hex}{_SUFFIX}"
         if folder:
             temporary.mkdir()
-            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                descriptor = os.open(temporary, os.O_RDONLY)
+            except FileNotFoundError:  # another writer took it for an orphan, and has removed it already
+                continue
         else:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:

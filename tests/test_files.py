@@ -135,6 +135,19 @@ with files.{make}("x"):
     assert names(tmp_path) == ["x"]
 
 
+def test_a_folder_that_another_writer_takes_for_an_orphan_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    def open_late(path, *flags, opening=os.open):
+        monkeypatch.undo()
+        files._remove_orphans(tmp_path, "a")
+        assert not os.listdir(tmp_path)
+        return opening(path, *flags)
+
+    monkeypatch.setattr(files.os, "open", open_late)
+    with files.new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "file").read_text() == "x"
+
+
 def test_names_as_long_as_a_file_system_takes_can_be_written(tmp_path):
     files.write_text(tmp_path / ("n" * 255), "long")
     files.write_text(tmp_path / ("ü" * 127), "long in bytes")
