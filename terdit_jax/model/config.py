@@ -97,6 +97,11 @@ class DiTConfig(ModelConfig, ComputeConfig):
         )
 
     @property
+    def architecture(self) -> "DiTConfig":
+        """The same model, without a choice of how it is computed."""
+        return DiTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)})
+
+    @property
     def traits(self) -> Traits:
         """The traits of the family."""
         return FAMILIES[self.family]

@@ -66,14 +66,17 @@ class DiT(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def abstract_model(config: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's graph, and its state with shapes in place of arrays; a run asks for it a dozen times."""
-    return nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(params=0))))
+def abstract_model(architecture: DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph, and its state with shapes in place of arrays; a run asks for it a dozen times.
+
+    Neither depends on how the model is computed: give `config.architecture`, and it is traced once.
+    """
+    return nnx.split(nnx.eval_shape(lambda: DiT(architecture, rngs=nnx.Rngs(params=0))))
 
 
 def abstract_params(config: DiTConfig) -> dict:
     """The parameter tree with shapes in place of arrays; nothing is allocated."""
-    return nnx.to_pure_dict(abstract_model(config)[1])
+    return nnx.to_pure_dict(abstract_model(config.architecture)[1])
 
 
 def init_params(config: DiTConfig, key: Array) -> dict:
@@ -97,10 +100,12 @@ def make_operands(config: DiTConfig, params: dict, make_linear: MakeLinear = tra
       A nested dict whose leaves are arrays and the maps of `terdit_jax.ternary.linear`, constrained to their sharding
       rules if a mesh is in context.
     """
-    graphdef, shapes = abstract_model(config)
+    graphdef, shapes = abstract_model(config.architecture)
     state = jax.tree.map(lambda leaf: leaf, shapes)  # a copy
     nnx.replace_by_pure_dict(state, params)
-    return constrain_tree(nnx.merge(graphdef, state).operands(make_linear))
+    model = nnx.merge(graphdef, state)
+    model.config = config
+    return constrain_tree(model.operands(make_linear))
 
 
 def packed_operands(config: DiTConfig, params: dict) -> dict:
