@@ -6,7 +6,6 @@ and keeps its traceback.
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-from functools import partial
 from logging import root as root_logger
 import os
 import sys
@@ -21,6 +20,7 @@ from terdit_jax.streams import steady_streams
 
 _HELP = {"help", "?", "helpshort", "helpfull", "helpxml", "version"}  # absl's end with status 1
 _LONGEST_LINE, _HEAD = 800, 500  # characters of a message, and of its beginning if it is longer
+_words: list[str] = []  # the name of the program and what is no flag, once `parse_flags` has parsed
 
 
 class UserError(Exception):
@@ -45,27 +45,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def parse_flags(module: str) -> None:
+def parse_flags(module: str, *, arguments: bool = False) -> None:
     """Parses the command line if this module, given as its `__name__`, is the one that Python runs.
 
     A command calls it between its flags and the imports of its work, which take seconds: `--help`, `--version` and
-    flags that do not parse are answered without them.
+    flags that do not parse are answered without them. What is no flag is refused too, unless the command takes
+    `arguments`, which `run_command` hands on; they may stand between flags.
     """
     if module == "__main__":
         streams = steady_streams()
         app.define_help_flags()
         try:
-            _parse_flags(sys.argv)
+            _words[:] = _parse_flags(sys.argv, arguments)
         except SystemExit:
             for stream in streams:
                 stream.finish()
             raise
 
 
-def run_command(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> None:
+def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl and turns a UserError, or flags that do not parse, into one line and status 2.
-
-    What is no flag is refused too, unless the command takes `arguments`; they may stand between flags.
 
     Ctrl-C ends it with one line and status 130 (`interrupts`). A failing standard output does not end it (`streams`).
     """
@@ -87,7 +86,7 @@ def run_command(main: Callable[[Sequence[str]], None], *, arguments: bool = Fals
 
     try:
         with interrupts:
-            app.run(guarded, flags_parser=partial(_parse_flags, arguments=arguments))
+            app.run(guarded, flags_parser=_parse_flags)
     except KeyboardInterrupt:
         interrupts.end()
     finally:
@@ -149,9 +148,9 @@ flags.DEFINE_flag(_VersionFlag(), module_name="absl.app")  # where --help is def
 
 
 def _parse_flags(argv: Sequence[str], arguments: bool = False) -> list[str]:
-    """Parses the flags, unless `parse_flags` has done so; returns the name of the program."""
+    """Parses the flags, unless `parse_flags` has done so; returns the name of the program and what is no flag."""
     if flags.FLAGS.is_parsed():
-        return [argv[0]]
+        return _words or [argv[0]]
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1 and not arguments:

@@ -6,19 +6,23 @@ python -m terdit_jax.report runs/* --output=all.html
 The page opens from disk, without a network. docs/training.md says what is on it.
 """
 
+from absl import flags
+
+from terdit_jax.errors import parse_flags
+from terdit_jax.paths import define_path
+
+_OUTPUT = define_path("output", "report.html", "HTML file to write, replaced if there; local or gs://.")
+_CHECK = flags.DEFINE_bool("check", True, "Compare checkpoints with their SHA-256, which reads every file of them.")
+
+parse_flags(__name__, arguments=True)  # answers --help and wrong flags before the imports below
+
 from collections.abc import Sequence
 import shlex
-
-from absl import flags
 
 from terdit_jax.errors import UserError, printable, run_command
 from terdit_jax.files import check_output, refusing, write_text
 from terdit_jax.page.html import make_page
 from terdit_jax.page.workdir import read_runs
-from terdit_jax.paths import define_path
-
-_OUTPUT = define_path("output", "report.html", "HTML file to write, replaced if there; local or gs://.")
-_CHECK = flags.DEFINE_bool("check", True, "Compare checkpoints with their SHA-256, which reads every file of them.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,4 +46,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, arguments=True)
+    run_command(main)

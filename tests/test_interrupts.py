@@ -51,7 +51,7 @@ def main(argv):
             pass
 """
 READING_FLAGS = """
-def parse(argv, arguments):
+def parse(argv):
     ready()
     time.sleep(600)
 
