@@ -89,7 +89,7 @@ def chart(path: str, title: str, layout: Sequence, height: float, **mosaic: Any)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("charts need matplotlib: pip install matplotlib") from error
+        raise UserError('charts need matplotlib: pip install -e ".[benchmarks]"') from error
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8, height), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
