@@ -44,7 +44,7 @@ from terdit_jax.model.transformer import packed_operands
 from terdit_jax.parallel.processes import initialize_processes
 from terdit_jax.programs import keep_programs
 from terdit_jax.training.actions import DrawGrid
-from terdit_jax.training.layout import GRIDS
+from terdit_jax.training.layout import GRIDS, grid_name
 from terdit_jax.training.metrics import say
 from terdit_jax.training.observers import check_heartbeat, parse_steps
 from terdit_jax.training.overview import make_overview
@@ -136,7 +136,7 @@ def _grid_drawer(setup: Setup, draw: DrawImages) -> DrawGrid:
 
     def draw_grid(step: int, params: dict) -> tuple[epath.Path, np.ndarray]:
         grid = make_grid(to_uint8(draw(params, labels)), columns, titles)
-        path = setup.workdir / GRIDS / f"step_{step:08d}.png"
+        path = setup.workdir / GRIDS / grid_name(step)
         if jax.process_index() == 0:
             with going_on("no grid"):  # a disk without room is no reason to stop training
                 save_png(path, grid)

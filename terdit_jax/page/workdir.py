@@ -5,8 +5,6 @@ What is damaged or missing is left out, and a note says so. What is made of it b
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
-import json
-import re
 import time
 from typing import Any
 
@@ -18,7 +16,15 @@ from terdit_jax.checkpoints.manifest import MANIFEST, find_damage, list_files, o
 from terdit_jax.config_rules import flatten
 from terdit_jax.errors import UserError
 from terdit_jax.paths import absolute, as_path
-from terdit_jax.training.layout import CONFIG_FILE, GOODPUT_FILE, GRIDS, HEARTBEAT_FILE, METRICS_FILE
+from terdit_jax.training.layout import (
+    CONFIG_FILE,
+    GOODPUT_FILE,
+    GRIDS,
+    HEARTBEAT_FILE,
+    METRICS_FILE,
+    decode_line,
+    grid_step,
+)
 from terdit_jax.untrusted import is_count, is_number, parse_json
 
 SOUND, UNCHECKED, UNDER_WAY = "sound", "not checked", "being saved"
@@ -135,9 +141,8 @@ def _read_run(name: str, workdir: epath.Path, check: bool, say: Callable[[str], 
     run.seconds = _positive(account) if isinstance(account, dict) else spent(run.last_timing())
     beat: Any = _read_json(run, HEARTBEAT_FILE).get("time")
     run.beat = float(beat) if is_number(beat, 0, _LONGEST) else 0.0
-    for path in _entries(run, GRIDS):
-        if match := re.fullmatch(r"step_(\d{1,12})\.png", path.name):
-            run.pictures.append((int(match[1]), path))
+    grids = ((grid_step(path.name), path) for path in _entries(run, GRIDS))
+    run.pictures = sorted((step, path) for step, path in grids if step is not None)
     for path in _entries(run, ""):
         if path.suffix == ".json" and path.name not in (CONFIG_FILE, GOODPUT_FILE, HEARTBEAT_FILE):
             scores = _read_json(run, path.name)
@@ -187,18 +192,10 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
 
 
 def _read_lines(run: Run) -> list[dict[str, Any]]:
-    *whole, last = (_decode(line) for line in _read(run, METRICS_FILE).split(b"\n"))  # the last may be cut by a kill
-    if damaged := whole.count(None):
-        run.notes.append(f"{METRICS_FILE}: {damaged} of {len(whole)} lines are damaged and left out")
-    return [line for line in [*whole, last] if line is not None]
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) and is_count(content.get("step"), 0, 2**53) else None
+    lines = list(map(decode_line, _read(run, METRICS_FILE).split(b"\n")))
+    if damaged := lines[:-1].count(None):  # the last may be cut by a kill
+        run.notes.append(f"{METRICS_FILE}: {damaged} of {len(lines) - 1} lines are damaged and left out")
+    return [line for line in lines if line is not None]
 
 
 def _entries(run: Run, folder: str) -> Iterable[epath.Path]:

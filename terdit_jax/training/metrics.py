@@ -17,7 +17,7 @@ from terdit_jax.checkpoints import disk
 from terdit_jax.config import RunConfig
 from terdit_jax.files import set_aside, write_text
 from terdit_jax.paths import is_remote
-from terdit_jax.training.layout import METRICS_FILE
+from terdit_jax.training.layout import METRICS_FILE, decode_line
 from terdit_jax.training.trackers import open_trackers, tagged
 
 
@@ -60,17 +60,17 @@ class MetricsWriter:
     def _read(self) -> tuple[list[tuple[int, str]], bool]:
         """The lines on disk that are whole, and whether all are but one at the end, cut short by a kill."""
         try:
-            found = self._path.read_bytes().split(b"\n")
+            lines = self._path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return [], True
         except OSError as error:
             logging.error("%s cannot be read (%s): it is begun anew", self._path, disk.reason(error))
             return [], False
-        *found, last = found
-        lines = [_decode(line) for line in found]
-        if damaged := sum(line is None for line in lines):
-            logging.error("%s: %d of %d lines are damaged and left out", self._path, damaged, len(lines))
-        return [line for line in [*lines, _decode(last)] if line is not None], not damaged
+        contents = [decode_line(line) for line in lines]
+        if damaged := contents[:-1].count(None):
+            logging.error("%s: %d of %d lines are damaged and left out", self._path, damaged, len(lines) - 1)
+        whole = [(content["step"], line.decode()) for content, line in zip(contents, lines, strict=True) if content]
+        return whole, not damaged
 
     def _set_aside(self) -> None:
         try:
@@ -93,16 +93,6 @@ class MetricsWriter:
 
     def _rewrite(self) -> None:
         write_text(self._path, "".join(line + "\n" for line in self._lines))
-
-
-def _decode(line: bytes) -> tuple[int, str] | None:
-    """A line's step and text, or None if it is not one of ours."""
-    try:
-        text = line.decode()
-        step = json.loads(text)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return (step, text) if type(step) is int else None
 
 
 def _finite(value: Any) -> Any:

@@ -35,7 +35,7 @@ from terdit_jax.config_sections import LogConfig
 from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.files import write_json
 from terdit_jax.paths import is_remote
-from terdit_jax.training.layout import GRIDS
+from terdit_jax.training.layout import GRIDS, grid_step
 
 TRACKERS_FILE = "trackers.json"
 # That the beginning of a run waits for a tracker, and its end. While one is opened nothing else runs, if it can be: its
@@ -128,8 +128,9 @@ def _identify(workdir: epath.Path) -> str:
 
 def _past(workdir: epath.Path, start: int, lines: Iterable[str]) -> Iterator[Row]:
     """What a run has written up to step `start`, in order: its lines, and the grids that are still on disk."""
-    grids = {int(path.stem[5:]): path for path in (workdir / GRIDS).glob("step_" + "[0-9]" * 8 + ".png")}
-    pictures: Iterator[Row] = ((step, {}, _read(path)) for step, path in sorted(grids.items()) if step <= start)
+    grids = {grid_step(path.name): path for path in (workdir / GRIDS).glob("step_*.png")}
+    drawn = sorted(step for step in grids if step is not None and step <= start)
+    pictures: Iterator[Row] = ((step, {}, _read(grids[step])) for step in drawn)
     figures: Iterator[Row] = ((line["step"], tagged(line), {}) for line in map(json.loads, lines))
     return heapq.merge(figures, pictures, key=lambda row: row[0])
 
