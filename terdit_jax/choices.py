@@ -21,6 +21,7 @@ MODES = {
 }
 DTYPES = ("bfloat16", "float32")  # of activations
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # that follow a run
 FORMATS = ("packed", "torch", "safetensors", "hub")  # that weights are exported to
 LABEL_ORDERS = ("balanced", "random")
 FEATURE_BATCH_SIZE = 64  # images that a device extracts features of at once

@@ -29,7 +29,10 @@ _CHUNK_BYTES = 64 << 20
 
 
 class CheckpointWriter(Checkpoints):
-    """The checkpoints of the run that writes them."""
+    """The checkpoints of the run that writes them. Attributes:
+
+    signed: the step of the newest that is whole, which the run would go on from; -1 if there is none.
+    """
 
     def __init__(self, workdir: epath.PathLike, checkpoint: CheckpointConfig):
         """Opens `workdir`/checkpoints, and clears what a killed save left in it.
@@ -43,7 +46,7 @@ class CheckpointWriter(Checkpoints):
         """
         super().__init__(workdir)
         self._keep, self._keep_every = checkpoint.keep, checkpoint.keep_every
-        self._restored: int | None = None
+        self.signed = -1
         self._unsaved: tuple[int, Exception] | None = None
         self._finishing: concurrent.futures.Future | None = None
         try:
@@ -69,7 +72,7 @@ class CheckpointWriter(Checkpoints):
             if set(names) <= set(state)
         }
         self.wait()
-        if step == self._restored:
+        if step == self.signed:
             return  # it came from there
         if self.path(step).exists():  # damaged, and it could not be set aside
             self._unsaved = step, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -127,6 +130,7 @@ class CheckpointWriter(Checkpoints):
                 write_manifest(self.path(step))
         except (OSError, ValueError) as error:
             return step, error
+        self.signed = step
         if jax.process_index() == 0:
             with contextlib.suppress(UserError):  # a directory that cannot be listed: the next save tries again
                 self._delete_old(step)
@@ -183,7 +187,7 @@ class CheckpointWriter(Checkpoints):
 
     def _go_on_from(self, step: int, damaged: list[int]) -> None:
         """Moves damaged steps away: they would be taken for the latest, and their numbers must be free."""
-        self._restored = step
+        self.signed = step
         for number in damaged:
             self._move_away(self.path(number))
 

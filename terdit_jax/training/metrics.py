@@ -26,9 +26,16 @@ class MetricsWriter:
 
     A disk that takes or gives nothing does not end a run: lines are kept and written with the next one that it takes,
     and a file that is not ours to continue is set aside. The trackers of `config.log`, if one is given, follow.
+    `saved` tells the step that the run would go on from if it were killed now.
     """
 
-    def __init__(self, workdir: epath.PathLike, start_step: int, config: RunConfig | None = None):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start_step: int,
+        config: RunConfig | None = None,
+        saved: Callable[[], float] = lambda: math.inf,
+    ):
         self._path = epath.Path(workdir) / METRICS_FILE
         self._waiting = False
         lines, whole = self._read()
@@ -36,7 +43,7 @@ class MetricsWriter:
             self._set_aside()
         self._lines = [line for step, line in lines if step <= start_step]
         self._try(self._rewrite)
-        self._trackers = open_trackers(config, workdir, start_step, self._lines, say) if config else []
+        self._trackers = open_trackers(config, workdir, start_step, self._lines, saved, say) if config else []
 
     def write(self, step: int, figures: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """Writes one line, on disk when this returns if there is room; only `timing` may differ between reruns."""

@@ -71,7 +71,7 @@ def train(
             writer = None
             if jax.process_index() == 0:
                 _write_config(setup)
-                writer = MetricsWriter(workdir, start, config)
+                writer = MetricsWriter(workdir, start, config, lambda: checkpoints.signed)
                 opened.callback(writer.close)  # after the last save, which may have no time to wait for trackers
             opened.callback(checkpoints.close)
             opened.callback(observers.goodput.now, "save")

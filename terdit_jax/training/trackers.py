@@ -4,6 +4,7 @@ A run stays one run of each however often it is resumed: what a tracker lacks of
 what it has it is not given again. Figures are computed elsewhere. The packages are imported where they are used.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import heapq
@@ -29,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from terdit_jax.checkpoints import disk
+from terdit_jax.choices import TRACKERS
 from terdit_jax.config import RunConfig
 from terdit_jax.config_rules import flatten
 from terdit_jax.config_sections import LogConfig
@@ -47,7 +49,12 @@ Row = tuple[int, Mapping[str, float], Mapping[str, np.ndarray]]  # a step, figur
 
 
 class Writer(Protocol):
-    """One tracker, in the shape of clu's MetricWriter, which imports TensorFlow. Methods may raise whatever they do."""
+    """One tracker, in the shape of clu's MetricWriter, which imports TensorFlow. Methods may raise whatever they do.
+
+    waits: whether it is given a step only once the run would go on after it, for it could not take it back.
+    """
+
+    waits: bool
 
     def holds(self, tag: str, step: int) -> bool:
         """Whether it has this already, from before this start."""
@@ -93,20 +100,26 @@ def tagged(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def open_trackers(
-    config: RunConfig, workdir: epath.PathLike, start: int, lines: Sequence[str], say: Callable[[str], None]
+    config: RunConfig,
+    workdir: epath.PathLike,
+    start: int,
+    lines: Sequence[str],
+    saved: Callable[[], float],
+    say: Callable[[str], None],
 ) -> list["Tracker"]:
-    """The trackers of a run that goes on from step `start` with these lines of metrics.jsonl; `say` prints a line."""
+    """The trackers of a run that goes on from step `start` with these lines of metrics.jsonl; `saved` tells the step
+    that it would go on from if it were killed now, and `say` prints a line."""
     names, workdir = chosen(config.log), epath.Path(workdir)
     if not names:
         return []
     run_id = _identify(workdir)
-    makers: dict[str, Callable[[], Writer]] = {
-        "tensorboard": lambda: TensorBoard(workdir, start),
-        "wandb": lambda: WandB(workdir, start, run_id, config.to_dict(), say),
-        "mlflow": lambda: MLflow(workdir, start, run_id, say),
-    }
-    past = tuple(lines)
-    return [Tracker(name, makers[name], config.to_dict(), lambda: _past(workdir, start, past)) for name in names]
+    opening: tuple[Callable[[], Writer], ...] = (
+        lambda: TensorBoard(workdir, start),
+        lambda: WandB(workdir, start, run_id, config.to_dict(), say),
+        lambda: MLflow(workdir, start, run_id, say),
+    )
+    makers, past = dict(zip(TRACKERS, opening, strict=True)), tuple(lines)
+    return [Tracker(name, makers[name], config.to_dict(), lambda: _past(workdir, start, past), saved) for name in names]
 
 
 def _identify(workdir: epath.Path) -> str:
@@ -150,10 +163,12 @@ class Tracker:
         make: Callable[[], Writer],
         hparams: Mapping[str, Any],
         past: Callable[[], Iterable[Row]] = tuple,
+        saved: Callable[[], float] = lambda: math.inf,
     ):
-        """Begins with what `make` makes, the configuration, and those rows of the `past` that it does not hold."""
+        """Begins with what `make` makes, the configuration, and those rows of the `past` that it does not hold; a
+        writer that waits is given rows up to the step that `saved` tells."""
         self._queue: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._name, self._make, self._hparams, self._past = name, make, hparams, past
+        self._name, self._make, self._hparams, self._past, self._saved = name, make, hparams, past, saved
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -179,21 +194,35 @@ class Tracker:
             writer = self._make()
             writer.write_hparams(self._hparams)
             self._opened.set()
-            for step, scalars, images in itertools.chain(self._past(), iter(self._queue.get, None)):
-                if lacking := {tag: value for tag, value in scalars.items() if not writer.holds(tag, step)}:
-                    writer.write_scalars(step, lacking)
-                if unseen := {tag: image for tag, image in images.items() if not writer.holds(tag, step)}:
-                    writer.write_images(step, unseen)
+            waiting = collections.deque[Row]()
+            for row in itertools.chain(self._past(), iter(self._queue.get, None)):
+                waiting.append(row)
+                self._write(writer, waiting)
+            self._write(writer, waiting)
             writer.close()
+            if waiting:
+                said = "%s is given what follows step %d once the run goes on: it takes nothing back"
+                logging.warning("log.writers: " + said, self._name, self._saved())
         except (Exception, SystemExit) as error:  # of packages that are not ours, and no reason to stop training
             said = disk.reason(error) if isinstance(error, OSError) else in_a_line(error)
             logging.error("log.writers: %s fails (%s): it gets nothing until the next start", self._name, said)
         finally:
             self._opened.set()
 
+    def _write(self, writer: Writer, rows: collections.deque[Row]) -> None:
+        """Hands over the rows at the front that need not wait, and drops them."""
+        while rows and not (writer.waits and rows[0][0] > self._saved()):
+            step, scalars, images = rows.popleft()
+            if lacking := {tag: value for tag, value in scalars.items() if not writer.holds(tag, step)}:
+                writer.write_scalars(step, lacking)
+            if unseen := {tag: image for tag, image in images.items() if not writer.holds(tag, step)}:
+                writer.write_images(step, unseen)
+
 
 class TensorBoard:
     """A file of TensorBoard's events, written as they come: the library's thread would die of a full disk unseen."""
+
+    waits = False
 
     def __init__(self, workdir: epath.PathLike, start: int):
         """Opens a new file, which tells TensorBoard to drop what an earlier one holds after step `start`."""
@@ -258,6 +287,8 @@ class WandB:
     whole run and replaces those before it, as syncing it replaces what was synced.
     """
 
+    waits = False  # a run is watched online: after a kill, repeated steps stay as they were first logged
+
     def __init__(
         self, workdir: epath.Path, start: int, run_id: str, config: Mapping[str, Any], say: Callable[[str], None]
     ):
@@ -316,8 +347,10 @@ class WandB:
 class MLflow:
     """A run of MLflow, in the store that MLFLOW_TRACKING_URI names or that MLflow takes itself, found again by a tag.
 
-    MLflow takes figures in any order and none back, so it keeps the first of a step.
+    MLflow takes figures in any order and none back: steps that a resumed run might repeat wait for their checkpoint.
     """
+
+    waits = True
 
     def __init__(self, workdir: epath.Path, start: int, run_id: str, say: Callable[[str], None]):
         import mlflow
