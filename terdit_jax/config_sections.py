@@ -5,7 +5,7 @@
 
 import dataclasses
 
-from terdit_jax.choices import ALL_METHODS, MODES, NUM_TIMESTEPS, SPACINGS
+from terdit_jax.choices import ALL_METHODS, MODES, NUM_TIMESTEPS, SPACINGS, TRACKERS
 from terdit_jax.config_rules import (
     AXIS,
     FINITE,
@@ -382,7 +382,7 @@ class LogConfig:
         "tensorboard",
         "What follows `metrics.jsonl`: any of `tensorboard`, `wandb` and `mlflow`, separated by commas "
         "([training.md](training.md#trackers)).",
-        any_of("tensorboard", "wandb", "mlflow"),
+        any_of(*TRACKERS),
     )
     tensorboard: bool = setting(True, "`False`: `log.writers` without `tensorboard`, as older files say it.")
 
