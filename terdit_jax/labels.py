@@ -1,6 +1,9 @@
-"""Labels are classes: whole numbers that the model or the data set has. All that takes labels checks them here."""
+"""Labels are classes: whole numbers that the model or the data set has. All that takes labels, or the names of classes,
+checks them here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+import difflib
+import json
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,49 @@ def check_labels(labels: Iterable[Any], num_classes: int, *, owner: str = "the m
     if outside.size:
         raise UserError(f"{prefix}label {outside[0]} is out of range: {owner} has classes 0 to {num_classes - 1}")
     return array
+
+
+def find_classes(wanted: Iterable[str], names: Sequence[str], *, prefix: str = "") -> list[int]:
+    """Returns the numbers of the classes with these names.
+
+    A class goes by its name and, as ImageNet's "tench, Tinca tinca", by each part of it between commas.
+
+    Args:
+      wanted: names.
+      names: of all classes, in their order; empty if they are not known.
+      prefix: what the message begins with, such as the flag.
+
+    Raises:
+      UserError: a name that no class has, or several.
+    """
+    if not names:
+        raise UserError(f"{prefix}the names of the classes are not known: give whole numbers, as 0,1,2")
+    classes = []
+    for one in wanted:
+        found = [number for number, name in enumerate(names) if one in _parts(name)]
+        if not found:
+            parts = dict.fromkeys(part for name in names for part in _parts(name))
+            close = difflib.get_close_matches(one, parts, 3)
+            there = f"did you mean {' or '.join(close)}?" if close else f"the first are {', '.join(names[:3])}"
+            raise UserError(f"{prefix}no class is called {one[:100]!r}: {there}")
+        if found[1:]:
+            raise UserError(f"{prefix}{one!r} is what classes {found[0]} and {found[1]} are called: give the number")
+        classes += found
+    return classes
+
+
+def _parts(name: str) -> list[str]:
+    return [name, *(part.strip() for part in name.split(","))]
+
+
+def is_class_name(value: object) -> bool:
+    """Whether a value is a text that can be encoded: of a class, whose folder may have any other name."""
+    return isinstance(value, str) and len(value) <= 1000 and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def can_be_kept(names: Sequence[object]) -> bool:
+    """Whether these are names of classes, and together short enough to be written beside weights."""
+    return all(map(is_class_name, names)) and len(json.dumps(names)) <= 1 << 19
 
 
 _EXPECTED = "give whole numbers from 0 to {}"

@@ -92,6 +92,20 @@ def test_a_run_describes_itself():
     assert Description.from_dict(json.loads(json.dumps(description.to_dict())), "a") == description
 
 
+def test_a_run_names_its_classes_and_files_without_names_are_as_ever():
+    run = resume.describe_run(RunConfig(), 1, make_synthetic((32, 32, 4), 1000).metadata)
+    described = describe_run(run, ema=True, source="runs/a")
+    assert described.class_names == tuple(map(str, range(1000)))
+    assert Description.from_dict(json.loads(json.dumps(described.to_dict())), "a") == described
+    before = describe_run({name: value for name, value in run.items() if name != "class_names"}, True, "runs/a")
+    assert before.class_names == () and "class_names" not in before.to_dict()
+    too_long = dataclasses.replace(make_synthetic((8, 8, 4), 2).metadata, class_names=("x" * 400_000, "y" * 400_000))
+    assert resume.describe_run(RunConfig(), 1, too_long)["class_names"] == []
+    for forged in (["a"], [*range(1000)], "a" * 1000, ["\ud800"] * 1000, ["a" * 600] * 1000, None):
+        with pytest.raises(UserError, match="^runs/a: "):
+            describe_run(run | {"class_names": forged}, ema=True, source="runs/a")
+
+
 def test_a_run_names_its_teacher():
     metadata = make_synthetic((32, 32, 4), 1000).metadata
     run = resume.describe_run(RunConfig(), 1, metadata, "f" * 64)

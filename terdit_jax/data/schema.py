@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from terdit_jax.errors import UserError
+from terdit_jax.labels import is_class_name
 from terdit_jax.untrusted import is_count, is_number, parse_json, reading, short
 
 SCHEMA_VERSION = 1
@@ -222,7 +223,7 @@ def _parse(raw: dict[str, Any]) -> Metadata:
     _expect(isinstance(metadata.source, dict) and isinstance(metadata.source.get("kind"), str), "source", raw["source"])
     for name in ("codec", "fingerprint"):
         _expect(_is_line(raw[name]), name, raw[name])
-    _expect(all(map(_is_name, metadata.class_names)), "class_names", raw["class_names"])
+    _expect(all(map(is_class_name, metadata.class_names)), "class_names", raw["class_names"])
     for name in ("channel_mean", "channel_std"):
         lowest, values = 0 if name == "channel_std" else -_MAX_MOMENT, getattr(metadata, name)
         _expect(len(values) == channels, name, raw[name])
@@ -263,11 +264,6 @@ def _expect(sound: bool, name: str, value: object) -> None:
 
 def _is_line(value: object) -> bool:
     return isinstance(value, str) and len(value) <= 200 and value.isprintable()
-
-
-def _is_name(value: object) -> bool:
-    """Whether a value is a text that can be encoded: of a class, whose folder may have any other name."""
-    return isinstance(value, str) and len(value) <= 1000 and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _check_files(path: epath.Path, metadata: Metadata) -> None:

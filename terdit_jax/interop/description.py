@@ -13,6 +13,7 @@ from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.config_sections import DiffusionConfig, ModelConfig, SampleConfig
 from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError
+from terdit_jax.labels import can_be_kept
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.untrusted import is_number, reading, short
 
@@ -36,6 +37,7 @@ class Description:
     sample: the run's settings for drawing.
     provenance: where it comes from, in words.
     diffusion: what it learned to predict; files from before there was a choice say nothing, and are DDPM's.
+    class_names: in the order of the labels; empty if they are not known, as of older files, and then not written.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Description:
     sample: SampleConfig
     provenance: Mapping[str, str]
     diffusion: DiffusionConfig = DiffusionConfig()
+    class_names: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -55,6 +58,8 @@ class Description:
         unsaid = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.metadata["omitted"]}
         model = {name: value for name, value in sorted(model.items()) if (name, value) not in unsaid.items()}
         sections = {name: dict(sorted(vars(fields[name]).items())) for name in ("sample", "diffusion")}
+        if names := fields.pop("class_names"):
+            fields["class_names"] = list(names)
         return fields | {"model": model, **sections, "provenance": dict(self.provenance)}
 
     @classmethod
@@ -66,10 +71,10 @@ class Description:
         """
         expected = {
             "name": str, "model": dict, "ema": bool, "step": int | None, "codec": str, "latent_scale": float | int,
-            "sample": dict, "provenance": dict, "diffusion": dict,
+            "sample": dict, "provenance": dict, "diffusion": dict, "class_names": list,
         }  # fmt: skip
         if isinstance(fields, dict):
-            fields = {"diffusion": {}} | fields
+            fields = {"diffusion": {}, "class_names": []} | fields
         if not isinstance(fields, dict) or fields.keys() != expected.keys():
             raise UserError(f"{source}: its description must have exactly the fields {', '.join(expected)}")
         for name, kind in expected.items():
@@ -94,7 +99,12 @@ class Description:
             raise UserError(f"{source}: its description makes no model: {str(error)[:200]}") from error
         if model.num_tokens > _MAX_TOKENS:
             raise UserError(f"{source}: description.model.input_size={model.input_size} is too large")
-        return cls(**fields | {"model": model, "sample": sample, "diffusion": diffusion})
+        names = tuple(fields["class_names"])
+        if names and not (len(names) == model.num_classes and can_be_kept(names)):
+            raise UserError(
+                f"{source}: its description does not name {model.num_classes} classes, or at too great length"
+            )
+        return cls(**fields | {"model": model, "sample": sample, "diffusion": diffusion, "class_names": names})
 
 
 def architecture(model: ModelConfig) -> DiTConfig:
@@ -126,6 +136,7 @@ def describe_run(run: Mapping[str, Any], ema: bool, source: str) -> Description:
             "sample": {**vars(SampleConfig()), **config["sample"]},
             "provenance": {"data_fingerprint": fingerprint, "seed": str(seed)} | teacher,
             "diffusion": config.get("diffusion", {}),
+            "class_names": run.get("class_names", []),
         }
     return Description.from_dict(fields, source)
 

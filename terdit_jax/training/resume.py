@@ -4,6 +4,7 @@ The rate, its drop and the length of a run are decided in mid-run, so they may c
 another run (model, data, order, batch) may not.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from terdit_jax.config import FIELDS, RunConfig
 from terdit_jax.config_rules import flatten
 from terdit_jax.data.schema import Metadata
 from terdit_jax.errors import UserError
+from terdit_jax.labels import can_be_kept
 from terdit_jax.parallel.sharding import path_name
 from terdit_jax.training.state import State
 from terdit_jax.training.teacher import Teacher
@@ -28,6 +30,7 @@ def describe_run(config: RunConfig, step: int, data: Metadata, teacher: str = ""
         "data_fingerprint": data.fingerprint,
         "latent_scale": data.latent_scale,
         "codec": data.codec,
+        "class_names": list(data.class_names) if can_be_kept(data.class_names) else [],
         "config": config.to_dict(),
     }
 
@@ -50,7 +53,7 @@ def check_resumable(
         return _compare(run, config, fingerprint, workdir)
 
 
-def data_dir(run: dict[str, Any], workdir: str) -> str:
+def data_dir(run: Mapping[str, Any], workdir: str) -> str:
     """Where the data set of a saved run lies. Raises UserError for JSON that describes no run."""
     with reading(f"{workdir}: its newest checkpoint does not describe a run"):
         path = run["config"]["data"]["dir"]
