@@ -36,7 +36,7 @@ from terdit_jax.diffusion.objective import make_objective
 from terdit_jax.errors import UserError, going_on, run_command
 from terdit_jax.evaluation.judge import DrawImages, make_proxy_judge
 from terdit_jax.inference.decoding import to_images
-from terdit_jax.inference.images import make_grid, save_png, to_uint8
+from terdit_jax.inference.images import class_columns, make_grid, save_png, to_uint8
 from terdit_jax.inference.sampling import check_settings, draw_all, make_draw
 from terdit_jax.inference.teacher import abstract_teacher, load_teacher
 from terdit_jax.interop.start import Source, open_source
@@ -130,7 +130,7 @@ def _drawer(setup: Setup) -> DrawImages:
 def _grid_drawer(setup: Setup, draw: DrawImages) -> DrawGrid:
     """Draws a column a class: of all classes, or of as many, evenly spaced, as make the grid a square."""
     count, names = setup.config.sample.num_images, setup.dataset.metadata.class_names
-    columns = len(names) if 1 < len(names) <= min(count, 10) else math.ceil(math.sqrt(count))
+    columns = class_columns(count, len(names)) or math.ceil(math.sqrt(count))
     labels = np.arange(count) % columns * max(1, len(names) // columns) % len(names)
     titles = [names[label] for label in labels[:columns]]
 

@@ -32,7 +32,7 @@ _MODEL = define_path("model", None, "A workdir, an artifact, a published checkpo
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest sound one if left out.", 0)
 _NUM_HEADS = define_num_heads()
 _OBJECTIVE = define_objective()
-_LABELS = flags.DEFINE_list("labels", None, "Classes to draw; all of them if left out.")
+_LABELS = flags.DEFINE_list("labels", None, "Classes to draw, by number or name; all of them if left out.")
 _LABEL_ORDER = flags.DEFINE_enum("label_order", "balanced", LABEL_ORDERS, "The classes in turn, or drawn by seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Images; one for each label if left out.", 1, MAX_IMAGES)
 _NUM_STEPS = flags.DEFINE_integer(
@@ -78,12 +78,12 @@ from terdit_jax.diffusion.spacing import resolve_spacing
 from terdit_jax.errors import UserError, run_command
 from terdit_jax.files import check_output
 from terdit_jax.inference.image_set import SHARD_SIZE, digest, draw_set, make_labels, make_plan
-from terdit_jax.inference.images import make_grid, save_png, to_uint8
+from terdit_jax.inference.images import class_columns, make_grid, save_png, to_uint8
 from terdit_jax.inference.runtime import Denoiser, load_model
 from terdit_jax.inference.sampling import check_settings
 from terdit_jax.inference.shards import Shards, check_set
 from terdit_jax.interop.vae_weights import load_vae
-from terdit_jax.labels import check_labels
+from terdit_jax.labels import check_labels, find_classes
 from terdit_jax.memory import check_host
 from terdit_jax.parallel.mesh import local_mesh
 from terdit_jax.parallel.processes import initialize_processes
@@ -98,7 +98,6 @@ def main(argv: Sequence[str]) -> None:
     output = epath.Path(_OUTPUT.value)
     if output.suffix not in ("", ".png", ".npz"):
         raise UserError(f"--output={output}: must end in .png or .npz, or name a folder")
-    classes = _parse_classes()
     if output.suffix == ".png":
         check_output(output, replace=True)
     else:
@@ -113,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     }  # fmt: skip
 
     def compile_ahead(model: Denoiser) -> None:
-        count = len(_make_labels(model, classes))
+        count = len(_make_labels(model))
         model.compile_draw(count, batch_size=_batch_size(count, output), **given)
 
     model = load_model(
@@ -125,12 +124,13 @@ def main(argv: Sequence[str]) -> None:
         mode=_MODE.value,
         num_heads=_NUM_HEADS.value,
         objective=_OBJECTIVE.value,
+        check=_make_labels,
         meanwhile=compile_ahead,
     )
     pixels = model.description.codec == "none" and model.config.in_channels in (1, 3)
     if output.suffix != ".png" and not (pixels or vae):
         raise UserError(f"--output={output}: this model draws latents: give --vae, or .png for a preview")
-    labels = _make_labels(model, classes)
+    labels = _make_labels(model)
     settings = model.settings_with(**given)
     check_settings(settings, make_objective(model.description.diffusion, model.config.learn_sigma))
     settings = dataclasses.replace(settings, spacing=resolve_spacing(settings.spacing, settings.method))
@@ -140,8 +140,7 @@ def main(argv: Sequence[str]) -> None:
         check_host(20 * len(labels) * size**2, f"--num_samples={len(labels)}", "write a .npz, which is drawn in parts")
         _draw_grid(model, output, labels, options)
     else:
-        classes = list(range(model.config.num_classes)) if classes is None else classes
-        _draw_set(model, output, classes, labels, settings, options)
+        _draw_set(model, output, labels, settings, options)
 
 
 def _draw_grid(model: Denoiser, output: epath.Path, labels: np.ndarray, options: dict[str, Any]) -> None:
@@ -151,14 +150,15 @@ def _draw_grid(model: Denoiser, output: epath.Path, labels: np.ndarray, options:
     images = model.draw(
         labels, batch_size=_BATCH_SIZE.value, report=lambda done: _say(f"{done}/{len(labels)} images"), **options
     )
-    save_png(output, make_grid(to_uint8(images)))
+    names = model.class_names
+    columns = class_columns(len(labels), len(_parse_classes(model))) if names else 0
+    save_png(output, make_grid(to_uint8(images), columns, [names[label] for label in labels] if names else ()))
     _say_done(model, len(labels), begin, output)
 
 
 def _draw_set(
     model: Denoiser,
     output: epath.Path,
-    classes: list[int],
     labels: np.ndarray,
     settings: SampleConfig,
     options: dict[str, Any],
@@ -171,7 +171,7 @@ def _draw_set(
             "weights": digest(model.operands), "vae": digest(vae[1]) if vae else None,
         },
         settings=vars(settings),
-        labels={"order": _LABEL_ORDER.value, "classes": classes},
+        labels={"order": _LABEL_ORDER.value, "classes": _parse_classes(model)},
         num_samples=len(labels),
         seed=_SEED.value,
     )  # fmt: skip
@@ -190,19 +190,20 @@ def _draw_set(
     _say_done(model, len(labels), begin, output)
 
 
-def _parse_classes() -> list[int] | None:
-    """The classes of --labels, or None if it is left out."""
+def _parse_classes(model: Denoiser) -> list[int]:
+    """The classes of --labels, or all if it is left out."""
     if _LABELS.value is None:
-        return None
+        return list(range(model.config.num_classes))
+    prefix, classes = f"--labels={','.join(_LABELS.value)}: ", []
     for label in _LABELS.value or [""]:
-        if not re.fullmatch(r"-?[0-9]{1,10}", label):
-            raise UserError(f"--labels={','.join(_LABELS.value)}: give whole numbers, as 0,1,2")
-    return [int(label) for label in _LABELS.value]
+        is_number = re.fullmatch(r"-?[0-9]{1,10}", label)
+        classes += [int(label)] if is_number else find_classes([label], model.class_names, prefix=prefix)
+    return classes
 
 
-def _make_labels(model: Denoiser, classes: list[int] | None) -> np.ndarray:
-    """The labels to draw, of these classes, or of all if there are none given."""
-    classes = list(range(model.config.num_classes)) if classes is None else classes
+def _make_labels(model: Denoiser) -> np.ndarray:
+    """The labels to draw."""
+    classes = _parse_classes(model)
     check_labels(classes, model.config.num_classes)
     return make_labels(classes, _NUM_SAMPLES.value or len(classes), _LABEL_ORDER.value, _SEED.value)
 

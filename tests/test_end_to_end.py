@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from terdit_jax.inference.images import GAP, LINE
+from terdit_jax.interop.weights import open_weights
 from tests.faults.damages import flip
 from tests.golden_models import BY_CHANNEL, DIT
 from tests.runs import (
@@ -188,7 +190,8 @@ def test_sample_draws_from_the_run(places, tmp_path):
     _, whole = places
     common = ("sample", f"--model={whole}", "--labels=0,1,2", "--num_samples=6", "--num_steps=5")
     execute(*common, f"--output={tmp_path / 'grid.png'}")
-    assert Image.open(tmp_path / "grid.png").size[0] > 64
+    rows, columns, side = 2, 3, 64 + GAP
+    assert Image.open(tmp_path / "grid.png").size == (columns * side + GAP, LINE + rows * side + GAP), "named columns"
     execute(*common, f"--output={tmp_path / 'a.npz'}", "--batch_size=6")
     execute(*common, f"--output={tmp_path / 'b.npz'}", "--batch_size=4")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
@@ -202,7 +205,7 @@ def test_an_exported_run_draws_the_runs_pictures(places, tmp_path):
     _, whole = places
     artifact = tmp_path / "digits.safetensors"
     out, _ = execute("export", f"--workdir={whole}", f"--output={artifact}")
-    assert "step 40, averaged weights" in out
+    assert "step 40, averaged weights" in out and open_weights(artifact).description.class_names == tuple("0123456789")
     for model, output in ((whole, "a.npz"), (artifact, "b.npz")):
         execute("sample", f"--model={model}", "--num_samples=6", f"--output={tmp_path / output}")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:

@@ -52,6 +52,17 @@ def test_titles_stand_above_the_columns_and_change_no_image():
     assert (left < 128).any() and (right < 128).any() and (titled[:LINE, -GAP:] == 255).all(), "cut to the column"
 
 
+def test_titles_stand_above_each_image_where_a_column_has_several():
+    images, step = pictures(5), 64 + GAP + LINE
+    plain, titled = make_grid(images, 2), make_grid(images, 2, ["cat", "dog", "dog", "cat\n", "an\x1b[31m\nox"])
+    assert len(titled) == len(plain) + 3 * LINE
+    for row in range(3):
+        above, below = titled[row * step : row * step + LINE], titled[row * step + LINE : (row + 1) * step]
+        assert (above < 128).any()
+        np.testing.assert_array_equal(below, plain[row * (64 + GAP) : (row + 1) * (64 + GAP)])
+    np.testing.assert_array_equal(make_grid(images, 2, list("ababa")), make_grid(images, 2, list("ab")))
+
+
 def test_small_pictures_are_enlarged_by_a_whole_factor_without_smoothing():
     images = pictures(1, side=24, channels=1)
     grid = make_grid(images)

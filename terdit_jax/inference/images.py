@@ -11,7 +11,7 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from terdit_jax.errors import UserError
+from terdit_jax.errors import UserError, printable
 from terdit_jax.files import refusing, write_bytes
 
 GAP = 2  # pixels between the images of a grid
@@ -45,33 +45,42 @@ def make_grid(images: np.ndarray, columns: int = 0, titles: Sequence[str] = ()) 
     Args:
       images: C is 1 or 3.
       columns: images a row; 0: a square, or rows of ten where N is a multiple of ten.
-      titles: texts above the columns, cut to their width; none if left out.
+      titles: a text above each image, cut to its width, or above each column where all in it have the same; none if
+        left out.
 
     Returns:
       (height, width, 3) uint8.
     """
     count, height, width, channels = images.shape
     columns = columns or (10 if count % 10 == 0 else math.ceil(math.sqrt(count)))
-    rows, head = math.ceil(count / columns), LINE if titles else 0
+    rows = math.ceil(count / columns)
+    lines = rows if any(title != titles[i % columns] for i, title in enumerate(titles)) else min(len(titles), 1)
     factor = max(1, math.ceil(MIN_SIDE / height))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     images = np.broadcast_to(images, (*images.shape[:3], 3)) if channels == 1 else images
     cell_height, cell_width = height * factor + GAP, width * factor + GAP
-    grid = np.full((head + rows * cell_height + GAP, columns * cell_width + GAP, 3), 255, np.uint8)
+    grid = np.full((lines * LINE + rows * cell_height + GAP, columns * cell_width + GAP, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = head + GAP + i // columns * cell_height, GAP + i % columns * cell_width
+        row, left = i // columns, GAP + i % columns * cell_width
+        top = min(row + 1, lines) * LINE + GAP + row * cell_height
         grid[top : top + cell_height - GAP, left : left + cell_width - GAP] = image
     if titles:
         sheet = Image.fromarray(grid)
-        for i, title in enumerate(titles):
-            write_caption(sheet, (GAP + i * cell_width, 0), title, cell_width - GAP)
+        for i, title in enumerate(titles[: lines * columns]):
+            row, left = i // columns, GAP + i % columns * cell_width
+            write_caption(sheet, (left, row * (LINE + cell_height)), title, cell_width - GAP)
         grid = np.asarray(sheet)
     return grid
 
 
+def class_columns(count: int, classes: int) -> int:
+    """Columns of a grid of `count` images, in turn of so many classes, that has one for each; 0 where it has not."""
+    return classes if 1 < classes <= min(count, 10) else 0
+
+
 def write_caption(sheet: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
     """Writes a line of text, LINE high, from this (left, top) on, cut to a width in pixels."""
-    font = ImageFont.load_default(11)
+    font, text = ImageFont.load_default(11), printable(text)
     if font.getlength(text) > width:
         while text and font.getlength(text + "...") > width:
             text = text[:-1]

@@ -3,7 +3,7 @@
 What files look like is `interop`'s; what happens between two denoising steps is `sampling`'s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 from functools import lru_cache, partial
@@ -30,7 +30,7 @@ from terdit_jax.inference.sampling import Draw, compile_draw, draw_all, make_dra
 from terdit_jax.interop.description import Description
 from terdit_jax.interop.published import Leaves, params_tree
 from terdit_jax.interop.weights import open_weights, packed_leaves
-from terdit_jax.labels import check_labels
+from terdit_jax.labels import check_labels, find_classes
 from terdit_jax.model.config import DiTConfig
 from terdit_jax.model.plan import Plan
 from terdit_jax.model.transformer import abstract_params, forward, packed_operands
@@ -153,6 +153,19 @@ class Denoiser:
         operands = abstract_operands(self.config, self.numerics, self.mesh)
         compile_draw(self._draw_with(**settings), operands, count, self.mesh, batch_size)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; empty if they are not known."""
+        return self.description.class_names
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """The labels of the classes with these names, as diffusers' DiTPipeline has them.
+
+        Raises:
+          UserError: a name that no class has, or several (`labels.find_classes`).
+        """
+        return find_classes([label] if isinstance(label, str) else label, self.class_names)
+
     def settings_with(self, **given: Any) -> SampleConfig:
         """The description's settings with those given that are not None."""
         changes = {name: value for name, value in given.items() if value is not None}
@@ -232,6 +245,7 @@ def load_model(
     mode: str = "auto",
     num_heads: int | None = None,
     objective: str | None = None,
+    check: Callable[["Denoiser"], object] = lambda model: None,
     meanwhile: Callable[["Denoiser"], None] = lambda model: None,
 ) -> Denoiser:
     """Loads a model to run it; its weights pass through host memory leaf by leaf and reach the devices packed.
@@ -245,6 +259,7 @@ def load_model(
       dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
       mode: of `choices.MODES`: how weights lie in memory and what matmuls compute in.
       num_heads, objective: of a DiT's or SiT's checkpoint that does not tell (`interop.weights.open_weights`).
+      check: called with the model before its weights are read, which may take long; what it raises ends the loading.
       meanwhile: called in a thread with the model while its weights are read, as for `Denoiser.compile_draw`; what it
         raises is lost.
 
@@ -256,6 +271,7 @@ def load_model(
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")).name
     model = describe_denoiser(weights.description, mesh or single_device_mesh(), dtype, mode)
+    check(model)
 
     def work() -> None:
         with contextlib.suppress(Exception):  # whoever draws with the same settings meets it again
