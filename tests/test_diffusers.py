@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import terdit_jax
+from terdit_jax.errors import UserError
 from terdit_jax.interop.exports import export
 from terdit_jax.interop.weights import HUB_WEIGHTS
 from tests.deployed import golden_weights, random_weights, small_config
@@ -86,6 +87,20 @@ def test_config_json_has_what_diffusers_needs_and_the_architecture(tmp_path):
     assert (tmp_path / "hub/terdit.py").read_text() == (ROOT / "terdit_jax/interop/pytorch.py").read_text()
     with pytest.raises(ValueError, match="trust_remote_code"):
         diffusers.AutoModel.from_pretrained(str(tmp_path / "hub"))
+
+
+def test_classes_go_by_their_names_as_in_diffusers(tmp_path):
+    names = ("tench, Tinca tinca", *map(str, range(1, 9)), "ship")
+    export(random_weights(small_config(**DIGITS), class_names=names), tmp_path / "hub", "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["id2label"] == {str(label): name for label, name in enumerate(names)}
+    for model in (auto_model(tmp_path / "hub"), terdit_jax.load_model(tmp_path / "hub")):
+        assert model.get_label_ids(["ship", "tench", "Tinca tinca"]) == [9, 0, 0] and model.get_label_ids("ship") == [9]
+        with pytest.raises((ValueError, UserError), match="cat"):
+            model.get_label_ids(["ship", "cat"])
+    export(MODELS["digits"](), tmp_path / "nameless", "hub")
+    with pytest.raises(ValueError, match="'ship' is the name of no class"):
+        auto_model(tmp_path / "nameless").get_label_ids("ship")
 
 
 def test_a_name_on_the_hub_is_fetched(tmp_path, monkeypatch):

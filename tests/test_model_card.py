@@ -110,9 +110,19 @@ def test_latents_are_decoded_by_their_autoencoder(codec, vae):
     assert r'load_model("a\"b")' in card and f"| Encoded by | `{codec}` |" in card
 
 
+def test_classes_are_named_as_far_as_there_is_room():
+    names = tuple(f"class {label}" for label in range(12))
+    few = card_of(random_weights(small_config(num_classes=2), class_names=names[:2]))
+    many = card_of(random_weights(small_config(num_classes=12), class_names=names))
+    assert "| Classes | 2 `class 0, class 1` |" in few
+    assert f"| Classes | 12 `{', '.join(names[:10])}` ... |" in many
+    assert "| Classes | 12 |" in card_of(random_weights(small_config(num_classes=12)))
+
+
 def test_text_of_others_stays_text():
     evil = "`x` | y\n## Licence\n<b>mit</b>"
-    weights = random_weights(small_config(), name=evil, codec=evil, provenance={evil: evil})
+    names = (evil,) * small_config().num_classes
+    weights = random_weights(small_config(), name=evil, codec=evil, provenance={evil: evil}, class_names=names)
     card = card_of(weights, scores={"a`|\n## b": 1.0, "flags": {"c\n## d": "e\n## f"}})
     headings = [line for line in card.splitlines() if line.startswith("#")]
     sections = ("Use", "Model", "Data", "Recipe", "Scores", "Size", "Licence")

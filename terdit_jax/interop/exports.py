@@ -79,10 +79,11 @@ def export(
 
 
 def _hub_config(description: Description) -> dict[str, Any]:
-    """What `AutoModel` of diffusers reads: a class and where its code is. The architecture is there for people: code
-    reads the description in the file of weights."""
+    """What `AutoModel` of diffusers reads: a class and where its code is. The architecture and the classes' names, as
+    transformers writes them, are there for people: code reads the description in the file of weights."""
     code = {"_class_name": "TerDiT", "auto_map": {"AutoModel": f"{_HUB_MODULE}.TerDiT"}}
-    return code | description.to_dict()["model"]
+    names = {str(label): name for label, name in enumerate(description.class_names)}
+    return code | description.to_dict()["model"] | ({"id2label": names} if names else {})
 
 
 def check_options(kind: str, *, masters: bool, compress: bool) -> None:

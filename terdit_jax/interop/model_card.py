@@ -19,6 +19,7 @@ from terdit_jax.interop.weights import Weights
 from terdit_jax.untrusted import is_number, parse_json, reading, short
 
 _MAX_SCORES_BYTES = 1 << 20
+_NAMES_SHOWN = 10  # of classes
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # as the Hub writes them: apache-2.0, cc-by-nc-4.0, other
 _RECIPE = ("optimizer.", "train.", "diffusion.", "compute.dtype", "compute.grad", "compute.matmul", "data.horizontal")
 _TERDIT, _DIT, _SIT = (
@@ -142,7 +143,9 @@ def _model(weights: Weights) -> Iterator[tuple[str, str]]:
     yield "Parameters", f"{model.num_params:,}"
     yield "Layers, width, heads", f"{model.depth}, {model.hidden_size}, {model.num_heads}"
     yield "Input", f"{model.input_size} x {model.input_size} x {model.in_channels}, patches of {model.patch_size}"
-    yield "Classes", f"{model.num_classes:,}"
+    names = description.class_names
+    named = [_code(", ".join(names[:_NAMES_SHOWN])), "..." * (len(names) > _NAMES_SHOWN)] if names else []
+    yield "Classes", " ".join([f"{model.num_classes:,}", *named]).strip()
     yield "Predicts", "the velocity of a flow" if flow else "the noise (DDPM)"
     yield "Weights", "averaged (EMA)" if description.ema else "of the last step"
     yield "Drawn by", f"{sample.method}, {sample.num_steps} steps, guidance {sample.cfg_scale:g}, or as asked for"

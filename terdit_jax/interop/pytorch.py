@@ -143,6 +143,21 @@ class TerDiT(nn.Module):
     def device(self) -> torch.device:
         return self.frequencies.device
 
+    def get_label_ids(self, label: str | Iterable[str]) -> list[int]:
+        """The labels of the classes with these names, as diffusers' DiTPipeline has them.
+
+        A class goes by its name in the description's `class_names` and, as "tench, Tinca tinca", by each part of it
+        between commas. Raises ValueError for a name that no class has, or several.
+        """
+        names, labels = (self.description or {}).get("class_names", []), []
+        for one in [label] if isinstance(label, str) else label:
+            found = [i for i, name in enumerate(names) if one in (name, *map(str.strip, name.split(",")))]
+            if len(found) != 1:
+                count = f"classes {found[0]} and {found[1]}" if found else f"no class, of {len(names)} with names"
+                raise ValueError(f"{one!r} is the name of {count}")
+            labels += found
+        return labels
+
     def draw(self, labels: Iterable[int] | Tensor, *, vae: Any = None, **settings: Any) -> Tensor:
         """Draws an image for each label, all in one batch: `sample`, decoded.
 
