@@ -32,9 +32,12 @@ _REPORT = flags.DEFINE_bool("report", False, "Print how large the model is, part
 
 parse_flags(__name__)  # answers --help and wrong flags before the imports below, which take seconds
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import contextlib
 import ctypes
+import dataclasses
 import sys
+from typing import Any
 
 from etils import epath
 import jax
@@ -46,6 +49,7 @@ from terdit_jax.interop.hub import check_push, push
 from terdit_jax.interop.model_card import CardFacts, read_scores
 from terdit_jax.interop.report import size_report
 from terdit_jax.interop.weights import Weights, open_weights
+from terdit_jax.labels import can_be_kept
 from terdit_jax.options import refuse_unused
 from terdit_jax.paths import local_path
 
@@ -93,12 +97,28 @@ def main(argv: Sequence[str]) -> None:
     if not output:
         print(size_report(weights.model, file.stat().length if (file := epath.Path(source)).is_file() else None))
         return
+    if weights.run is not None and not weights.description.class_names:
+        weights = _with_class_names(weights, weights.run)
     masters, compress = _MASTERS.value, _COMPRESS.value
     for remark in export(weights, output, _FORMAT.value, masters=masters, compress=compress, facts=facts):
         print(remark)
     print(_say_what(weights, epath.Path(output)), flush=True)
     if _PUSH_TO.value:
         print(f"pushed to {push(output, _PUSH_TO.value)}")
+
+
+def _with_class_names(weights: Weights, run: Mapping[str, Any]) -> Weights:
+    """A run's weights with the names of its data set's classes, if that is where it was: checkpoints from before they
+    held them have none."""
+    from terdit_jax.data.schema import read_metadata  # here, for both import TFDS
+    from terdit_jax.training.resume import data_dir
+
+    with contextlib.suppress(UserError):
+        metadata = read_metadata(data_dir(run, weights.source))
+        if metadata.fingerprint == run["data_fingerprint"] and can_be_kept(metadata.class_names):
+            description = dataclasses.replace(weights.description, class_names=metadata.class_names)
+            return dataclasses.replace(weights, description=description)
+    return weights
 
 
 def _return_freed_memory() -> None:

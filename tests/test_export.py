@@ -1,7 +1,9 @@
 """The export command from its flags: what it says, what it writes, and that bad input is one line and nothing else."""
 
+import dataclasses
 from pathlib import Path
 import shutil
+from types import SimpleNamespace
 
 from absl import flags
 from absl.testing import flagsaver
@@ -56,6 +58,24 @@ def test_a_run_is_exported(workdir, tmp_path, capsys, options, said):
     assert last == f"{said}{output.stat().st_size / 1e6:,.1f} MB in {output}"
     weights = open_weights(output)
     assert weights.description.ema == ("averaged" in said) and weights.masters == ("--masters" in options)
+
+
+def test_a_run_that_was_saved_without_names_of_classes_takes_those_of_its_data_set(monkeypatch):
+    weights, fingerprint = random_weights(small_config(num_classes=2)), "a"
+    run = {"config": {"data": {"dir": "data/pets"}}, "data_fingerprint": "a"}
+
+    def read_metadata(path):
+        if path != "data/pets":
+            raise UserError("no data set")
+        return SimpleNamespace(fingerprint=fingerprint, class_names=("cat", "dog"))
+
+    monkeypatch.setattr("terdit_jax.data.schema.read_metadata", read_metadata)
+    named = command._with_class_names(weights, run)
+    assert named.description == dataclasses.replace(weights.description, class_names=("cat", "dog"))
+    assert command._with_class_names(weights, run | {"config": {"data": {"dir": "data/gone"}}}) is weights
+    assert command._with_class_names(weights, run | {"config": None}) is weights
+    fingerprint = "b"  # another data set is there now
+    assert command._with_class_names(weights, run) is weights
 
 
 def test_a_torch_folder_is_remarked_upon(sources, tmp_path, capsys):
