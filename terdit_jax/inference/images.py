@@ -80,7 +80,7 @@ def class_columns(count: int, classes: int) -> int:
 
 def write_caption(sheet: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
     """Writes a line of text, LINE high, from this (left, top) on, cut to a width in pixels."""
-    font, text = ImageFont.load_default(11), printable(text)
+    font, text = ImageFont.load_default(11), printable(text)[:width]
     if font.getlength(text) > width:
         while text and font.getlength(text + "...") > width:
             text = text[:-1]

@@ -201,8 +201,8 @@ class Tracker:
             self._write(writer, waiting)
             writer.close()
             if waiting:
-                said = "%s is given what follows step %d once the run goes on: it takes nothing back"
-                logging.warning("log.writers: " + said, self._name, self._saved())
+                said = "%s takes nothing back: it is given what follows the last checkpoint once the run goes on"
+                logging.warning("log.writers: " + said, self._name)
         except (Exception, SystemExit) as error:  # of packages that are not ours, and no reason to stop training
             said = disk.reason(error) if isinstance(error, OSError) else in_a_line(error)
             logging.error("log.writers: %s fails (%s): it gets nothing until the next start", self._name, said)
