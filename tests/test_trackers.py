@@ -106,6 +106,9 @@ class Kept:
         self._may_fail("write_images")
         self.pictures.append(step)
 
+    def flush(self):
+        self._may_fail("flush")
+
     def close(self):
         self._may_fail("close")
         self.closed = True
@@ -145,7 +148,7 @@ def test_a_tracker_that_takes_nothing_back_gets_a_step_once_the_run_would_go_on_
     assert "kept takes nothing back: it is given what follows the last checkpoint" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["make", "write_hparams", "write_scalars", "write_images", "close"])
+@pytest.mark.parametrize("method", ["make", "write_hparams", "write_scalars", "write_images", "flush", "close"])
 def test_a_tracker_that_fails_is_said_once(caplog, method):
     def make():
         if method == "make":

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import heapq
 import importlib.util
-import itertools
 import json
 from logging import ERROR, WARNING, getLogger
 import math
@@ -44,6 +43,7 @@ TRACKERS_FILE = "trackers.json"
 # imports parse Python, and two threads that do end in a SystemError under Python 3.11.
 OPENING_SECONDS, CLOSING_SECONDS = 60.0, 60.0
 _PROJECT = "terdit_jax"
+_METRICS_AT_ONCE = 1000  # that MLflow takes; a request each would not be done when a run ends
 
 Row = tuple[int, Mapping[str, float], Mapping[str, np.ndarray]]  # a step, figures by tag, images (H, W, 3) uint8 by tag
 
@@ -67,6 +67,9 @@ class Writer(Protocol):
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Takes images, (H, W, 3) uint8, by tag."""
+
+    def flush(self) -> None:
+        """Passes on what it has kept of what it was given."""
 
     def close(self) -> None:
         """Ends it: nothing more is to come."""
@@ -195,9 +198,14 @@ class Tracker:
             writer.write_hparams(self._hparams)
             self._opened.set()
             waiting = collections.deque[Row]()
-            for row in itertools.chain(self._past(), iter(self._queue.get, None)):
+            for row in self._past():
                 waiting.append(row)
                 self._write(writer, waiting)
+            writer.flush()
+            for row in iter(self._queue.get, None):
+                waiting.append(row)
+                self._write(writer, waiting)
+                writer.flush()
             self._write(writer, waiting)
             writer.close()
             if waiting:
@@ -255,6 +263,9 @@ class TensorBoard:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         self._write(step, [self._summary.image(tag, image, dataformats="HWC") for tag, image in images.items()])
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
 
@@ -273,7 +284,6 @@ class TensorBoard:
     def _write(self, step: int, summaries: Iterable[Any]) -> None:
         for one in summaries:
             self._append(step, summary=one)
-        self._file.flush()
 
     def _append(self, step: int, **content: Any) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
@@ -331,6 +341,9 @@ class WandB:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         self._add(step, {tag: self._image(image) for tag, image in images.items()})
 
+    def flush(self) -> None:
+        pass  # a step is whole once the next one comes
+
     def close(self) -> None:
         self._add(-1, {})
         self._run.finish()
@@ -363,6 +376,7 @@ class MLflow:
         found = self._client.search_runs([experiment], f"tags.`{tag}` = '{run_id}'")
         run = found[0] if found else self._client.create_run(experiment, tags={tag: run_id}, run_name=workdir.name)
         self._id, self._params = run.info.run_id, run.data.params
+        self._metrics: list[Any] = []
         self._held = {
             key: max(metric.step for metric in self._client.get_metric_history(self._id, key))
             for key in run.data.metrics
@@ -387,15 +401,21 @@ class MLflow:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._id, metrics=[self._entities.Metric(tag, value, now, step) for tag, value in scalars.items()]
-        )
+        self._metrics += [self._entities.Metric(tag, value, now, step) for tag, value in scalars.items()]
+        if len(self._metrics) >= _METRICS_AT_ONCE:
+            self.flush()
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for tag, image in images.items():
             self._client.log_image(self._id, image, key=tag, step=step, synchronous=True)
 
+    def flush(self) -> None:
+        for first in range(0, len(self._metrics), _METRICS_AT_ONCE):
+            self._client.log_batch(self._id, metrics=self._metrics[first : first + _METRICS_AT_ONCE])
+        self._metrics.clear()
+
     def close(self) -> None:
+        self.flush()
         self._client.set_terminated(self._id)
 
 
