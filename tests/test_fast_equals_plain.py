@@ -14,7 +14,7 @@ import pytest
 
 from terdit_jax.config_sections import MeshConfig
 import terdit_jax.fast
-from terdit_jax.fast import eight_bit, inference_pass, xla_passes
+from terdit_jax.fast import cpu_attention, eight_bit, inference_pass, xla_passes
 from terdit_jax.fast.expand import expand
 from terdit_jax.fast.hopper import backward, biased
 from terdit_jax.fast.hopper import forward as hopper_passes
@@ -122,6 +122,11 @@ PAIRS = {
             lambda dy, codes: eight_bit.rounded_input_gradient(dy, codes, "int8"),
             (DY, CODES), 0.01, False,
         ),
+    ],
+    "cpu_attention": [
+        (jax.nn.dot_product_attention, cpu_attention.attention, tuple(draws(2, 5, n, 6, seed=n) for n in heads), 1e-6,
+         False)
+        for heads in ((4, 4, 4), (4, 2, 2))
     ],
     "expand": [(unpack, lambda packed: expand(packed, "bfloat16"), (pack(CODES),), 0, False)],
     "unrolled": [

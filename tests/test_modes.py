@@ -15,6 +15,7 @@ from tests.deployed import small_config
 
 GPU = {"platform": "gpu", "compute_capability": "9.0", "memory_stats": lambda: {"bytes_limit": 2**37}}
 FP8 = Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16", attention="cudnn")
+CPU = {"platform": "cpu"}
 TPU = {"platform": "tpu", "memory_stats": lambda: {"bytes_limit": 2**34}}
 
 
@@ -43,6 +44,9 @@ def wide_config(**overrides):
         (GPU | {"compute_capability": "8.0"}, "fast", Numerics("int8", "int8", "int32", attention="cudnn")),
         (TPU, "fast", Numerics("int8", "int8", "int32")),
         (TPU, "small", Numerics("packed", "int8", "int32")),
+        (CPU, "auto", Numerics("packed", "bfloat16", "float32", attention="cpu")),
+        (CPU, "exact", Numerics("bfloat16", "bfloat16", "float32", attention="cpu")),
+        (CPU, "fast", Numerics("float8_e4m3fn", "float8_e4m3fn", "bfloat16")),
     ],
 )
 def test_each_device_has_its_numbers(device, mode, expected):

@@ -123,7 +123,7 @@ def test_an_exported_model_computes_what_was_trained(exported, dtype, fields):
     """Bit for bit, as codes are exact in every dtype and the scales are applied alike; grouped heads included."""
     config = small_config(num_kv_heads=1, **fields)
     params = random_params(config)
-    model = load_model(exported(weights_of(config, params)), dtype=dtype)
+    model = load_model(exported(weights_of(config, params)), dtype=dtype, mode="plain")
     assert model.config.dtype == dtype
     packed = [leaf for leaf in jax.tree.leaves(model.operands, is_leaf=_is_packed) if _is_packed(leaf)]
     assert len(packed) == 5 and all(leaf.packed.dtype == jnp.uint8 for leaf in packed)
@@ -139,7 +139,7 @@ def _is_packed(leaf):
 
 def test_a_full_precision_model_holds_its_matrices_in_the_activations_dtype(exported):
     weights = random_weights(small_config(ternary=False))
-    model = load_model(exported(weights), dtype="bfloat16")
+    model = load_model(exported(weights), dtype="bfloat16", mode="plain")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.operands["blocks"]) if leaf.ndim > 3} == {
         jnp.dtype(jnp.bfloat16)
     }

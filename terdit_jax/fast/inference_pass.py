@@ -13,10 +13,11 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 import numpy as np
 
 from terdit_jax.diffusion.guidance import ConditionalDenoise
-from terdit_jax.fast import xla_passes
+from terdit_jax.fast import cpu_attention, xla_passes
 from terdit_jax.fast.expand import expand
 from terdit_jax.fast.hopper import forward as hopper_passes
 from terdit_jax.fast.hopper import swiglu_matmul
@@ -220,7 +221,7 @@ def _blocks(config: DiTConfig, numerics: Numerics, operands: dict, x_t: Array, c
     h, scale = xla_passes.quantize(xla_passes.norm_modulate(x, vectors[-1, 1], vectors[-1, 2], norm), matmul_dtype)
     for index, layer in enumerate(operands["layers"]):
         q, k, v = _queries_keys_values(config, numerics, _multiply(numerics, h, layer["qkv"]), scale, layer)
-        h = jax.nn.dot_product_attention(q, k, v, implementation=numerics.attention).reshape(x.shape)
+        h = _attend(numerics, q, k, v, x.dtype).reshape(x.shape)
         h, scale = _quantized(numerics, h)
         y = _multiply(numerics, h, layer["out"])
         x, h, scale = passes.add_norm_modulate(x, y, scale, vectors, jnp.int32(2 * index), matmul_dtype, norm)
@@ -239,6 +240,13 @@ def _queries_keys_values(
     rope = jnp.asarray(rope_table(config.num_tokens, config.head_dim))
     passes = _passes(numerics)
     return passes.queries_keys_values(y, scale, layer["alphas_qkv"], layer["norms"], rope, config.num_heads)
+
+
+def _attend(numerics: Numerics, q: Array, k: Array, v: Array, dtype: DTypeLike) -> Array:
+    """Attention of q over k and v, (B, T, heads, head_dim) each; `dtype` is that of the activations."""
+    if numerics.attention == "cpu":  # of products in float32
+        return cpu_attention.attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
+    return jax.nn.dot_product_attention(q, k, v, implementation=numerics.attention)
 
 
 def _hidden(

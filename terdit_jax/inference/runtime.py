@@ -93,7 +93,8 @@ class Denoiser:
         flow = self.description.diffusion.objective == "flow"
         y = self._check_call(x_t, y)
         _check_times(t, len(x_t), flow)
-        denoise, x_t = _compiled(self.numerics), jnp.asarray(x_t, jnp.float32)
+        within = any(isinstance(array, jax.core.Tracer) for array in (x_t, t, y))  # of a program with its own options
+        denoise, x_t = _compiled(None if within else self.numerics), jnp.asarray(x_t, jnp.float32)
         t, y = jnp.asarray(t, jnp.float32 if flow else jnp.int32), jnp.asarray(y, jnp.int32)
         out = denoise(self.config, self.plan, self.numerics, self.mesh, self.operands, x_t, t, y)
         return out[..., : x_t.shape[-1]] if flow else out

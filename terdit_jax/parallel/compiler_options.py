@@ -34,6 +34,9 @@ _OVERLAP: dict[str, Options] = {
 # Trying Triton's kernels for each matmul takes minutes of compiling, most in 8 bits; cuBLASLt's are chosen in the end.
 WITHOUT_TRITON: Options = {"xla_gpu_enable_triton_gemm": False}
 
+# On CPUs: what needs little memory is run first, not what could run at the same time.
+LAYER_BY_LAYER: Options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 _ALWAYS: dict[str, Options] = {
     "gpu": {
         **WITHOUT_TRITON,
