@@ -81,13 +81,13 @@ def kernel_times(run: Callable[[], object], num_steps: int, most: int = 40) -> d
 
 
 @contextlib.contextmanager
-def locked(path: str | None) -> Iterator[None]:
-    """Holds an exclusive lock on a file, if there is one to hold: processes that take turns on a device."""
+def locked(path: str | None, shared: bool = False) -> Iterator[None]:
+    """Holds a lock on a file, if there is one to hold, alone or with others: processes that take turns on a device."""
     if path is None:
         yield
         return
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

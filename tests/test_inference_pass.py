@@ -146,6 +146,8 @@ def test_golden_outputs_of_the_public_code(tmp_path, mode, dtype, tolerance):
     model, io = load_model(tmp_path / "model.safetensors", dtype=dtype, mode=mode), golden_arrays("terdit_tiny_io")
     assert model.numerics.matmul_dtype == dtype
     assert_close(model(nhwc(io["x"]), io["t"], io["y"]), nhwc(io["out"]), tolerance)
+    if mode == "small_exact":  # within a program of the caller's, which has options of its own
+        assert_close(jax.jit(lambda x_t: model(x_t, io["t"], io["y"]))(nhwc(io["x"])), nhwc(io["out"]), tolerance)
 
 
 @pytest.fixture

@@ -80,8 +80,8 @@ def choose_numerics(mode: str, config: DiTConfig, mesh: Mesh) -> Numerics | None
 
 
 def compiler_options(numerics: Numerics | None) -> Options | None:
-    """For `jax.jit` of what computes in these numbers: in 8 bits, where Triton costs most, GPUs do without it. CPUs would
-    unpack all layers before the first is run."""
+    """For `jax.jit` of what computes in these numbers: in 8 bits, where Triton costs most, GPUs do without it; CPUs
+    would otherwise unpack all layers before they run the first."""
     if numerics and numerics.attention == "cpu":
         return LAYER_BY_LAYER
     if numerics is None or jax.default_backend() != "gpu" or jnp.dtype(numerics.matmul_dtype).itemsize > 1:

@@ -257,7 +257,7 @@ def load_model(
       mesh: devices to spread it over, of `terdit_jax.parallel.mesh`; the first device alone if left out.
       ema: the averaged weights, where there are both.
       step: which checkpoint of a workdir; the newest sound one if left out.
-      dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs, which are faster so.
+      dtype: of activations, float32 or bfloat16; if left out, bfloat16, but float32 on CPUs: few multiply 16 bits.
       mode: of `choices.MODES`: how weights lie in memory and what matmuls compute in.
       num_heads, objective: of a DiT's or SiT's checkpoint that does not tell (`interop.weights.open_weights`).
       check: called with the model before its weights are read, which may take long; what it raises ends the loading.
