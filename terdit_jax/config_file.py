@@ -23,6 +23,8 @@ from terdit_jax.errors import UserError, in_a_line
 from terdit_jax.paths import as_path
 from terdit_jax.untrusted import parse_json
 
+flags.disclaim_key_flags()  # --config belongs to the command that defines it, and to its --helpshort
+
 _UNSET = object()  # the value of a placeholder
 _SUFFIXES = (".py", ".json")
 # By name, those that come with the package: in a checkout, the files of its folder configs/.

@@ -19,7 +19,7 @@ _NAME = re.compile(rf"(?!.*\.\.)({_REPOSITORY.pattern})(?:@([\w.-]+))?(?:/(.*))?
 
 
 def is_name(path: str | os.PathLike) -> bool:
-    """Whether a path, of nothing on this machine, could be a name: "organisation/name[@revision][/path]"."""
+    """Whether a path, of nothing on this machine, could be a name, `organisation/name[@revision][/path]`."""
     return bool(_NAME.fullmatch(os.fspath(path)))
 
 

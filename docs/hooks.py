@@ -1,0 +1,44 @@
+"""What mkdocs.yml cannot say: files of the site that lie outside docs/, pages of the API, and equations without scripts.
+
+The site keeps the repository's paths, so that a link works here as it does in a checkout.
+"""
+
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from markdown.extensions import Extension
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = ("*.md", "LICENSE", "CITATION.cff", "models/*.md", "configs/*.py", "benchmarks/*.py")
+PACKAGES = [path.parent.name for path in sorted(ROOT.glob("terdit_jax/*/__init__.py"))]
+API = {name: f"::: terdit_jax.{name}" for name in PACKAGES} | {
+    "terdit_jax": "::: terdit_jax\n    options: {show_submodules: false}\n"
+    + "".join(f"\n::: terdit_jax.{name}\n" for name in ("config", "errors", "memory", "reproducible"))
+}
+
+
+class LiteralAngles(Extension):
+    """Reads <W, T> as text, as GitHub does: no page holds HTML."""
+
+    def extendMarkdown(self, md):
+        md.inlinePatterns.deregister("html")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    config.markdown_extensions.append(LiteralAngles())
+    math = {"name": "math", "class": "math", "format": lambda text, *_, **__: convert(text, display="block")}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [math]}
+
+
+@event_priority(100)  # before plugins that replace files
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    def at(path: str) -> File:
+        return File(path, str(ROOT), config.site_dir, config.use_directory_urls)
+
+    moved = [at(f"docs/{file.src_uri}") if file.src_dir == config.docs_dir else file for file in files]
+    added = [at(path.relative_to(ROOT).as_posix()) for pattern in OUTSIDE for path in sorted(ROOT.glob(pattern))]
+    api = [File.generated(config, f"api/{name}.md", content=content) for name, content in API.items()]
+    return Files([*moved, *added, *api])
