@@ -14,10 +14,10 @@ from terdit_jax.__main__ import COMMANDS
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """# Commands
 
-Every command is written `python -m terdit_jax.COMMAND`, or in short `terdit COMMAND`; `terdit` alone lists them with the
-configurations that come with the package. `--help` prints what stands here. A flag with `[no]` is given as `--name` or `--noname`.
-Input that a command cannot use ends it with one line and exit status 2. An empty default means that nothing is set: the meaning says
-what happens then.
+Every command is written `python -m terdit_jax.COMMAND`, or in short `terdit COMMAND`; `terdit` alone lists them, with
+the configurations that come with the package. `--help` prints what stands here. A flag with `[no]` is given as `--name`
+or `--noname`. Where there is no default, the meaning says what happens without the flag. Input that a command cannot
+use ends it with one line and exit status 2.
 """
 
 

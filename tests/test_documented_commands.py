@@ -76,7 +76,7 @@ def all_commands() -> Iterator[tuple[Block, str]]:
 def test_every_block_says_what_it_holds():
     for block in blocks():
         where = f"{block.page}:{block.line}"
-        assert block.kind in ("sh", "python", "text", "bibtex"), f"{where}: mark it ```sh, ```python or ```text"
+        assert block.kind in ("sh", "python", "text", "math", "bibtex"), f"{where}: mark it ```sh, ```python or ```text"
         if block.kind == "text":
             hidden = re.search(rf"^\s*(\$ )?{COMMAND_WORDS}", block.text, re.MULTILINE)
             assert not hidden, f"{where}: a command in a block of text: {hidden[0]}"
