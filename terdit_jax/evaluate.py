@@ -77,7 +77,6 @@ from terdit_jax.untrusted import load_arrays
 from terdit_jax.versions import versions
 
 DEFAULT_OUTPUT = "proxy_metrics.json"
-_DRAWN_AT_ONCE = 256
 
 
 def main(argv: Sequence[str]) -> None:
@@ -153,7 +152,7 @@ def _open_samples(path: str) -> ImageSource:
 
     def stream(first: int, stop: int, size: int) -> Iterator[np.ndarray]:
         for start in range(first, stop, size):
-            of_portion, at_once = labels[start : min(start + size, stop)], min(size, len(labels), _DRAWN_AT_ONCE)
+            of_portion, at_once = labels[start : min(start + size, stop)], min(size, len(labels), _drawn_at_once())
             images = _draw(model, of_portion, first=start, batch_size=at_once, whole_batches=True, vae=vae)
             yield in_color(to_uint8(images))
 
@@ -172,8 +171,13 @@ def _settings() -> dict[str, Any]:
 
 def _compile_ahead(model: Denoiser) -> None:
     """Compiles what draws at once: as many images as the network looks at, where there is one."""
-    looked_at = _BATCH_SIZE.value * model.mesh.size if _REFERENCE.value else _DRAWN_AT_ONCE
-    model.compile_draw(_NUM_SAMPLES.value, batch_size=min(looked_at, _DRAWN_AT_ONCE), **_settings())
+    looked_at = _BATCH_SIZE.value * model.mesh.size if _REFERENCE.value else _drawn_at_once()
+    model.compile_draw(_NUM_SAMPLES.value, batch_size=min(looked_at, _drawn_at_once()), **_settings())
+
+
+def _drawn_at_once() -> int:
+    """Images: on CPUs as many as `sample` draws at once, so that the two run one program."""
+    return 64 if jax.default_backend() == "cpu" else 256
 
 
 def _judge_by_classifier(workdir: str) -> None:
@@ -193,7 +197,7 @@ def _judge_by_classifier(workdir: str) -> None:
         ema, mesh = _WEIGHTS.value == "ema", make_mesh(MeshConfig())
         model = load_model(workdir, mesh=mesh, ema=ema, meanwhile=_compile_ahead)
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
-        samples = LabelledImages(_draw(model, labels), labels)
+        samples = LabelledImages(_draw(model, labels, batch_size=_drawn_at_once()), labels)
     # Minutes on a CPU where images are many.
     print(f"training a classifier of {len(train.labels):,} images to judge {len(samples.labels):,} by", flush=True)
     metrics = proxy_metrics(train, heldout, samples, dataset.metadata.num_classes, _SEED.value)
