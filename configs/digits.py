@@ -4,7 +4,8 @@ python -m terdit_jax.prepare --source=digits --output=data/digits
 python -m terdit_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Hardware: two CPU cores. Hours: 0.08.
-Expected: 499 of 500 guided samples read as the label asked for, Frechet ratio 2.42 (python -m terdit_jax.evaluate).
+Expected: 494 to 497 of 500 guided samples read as the label asked for, Frechet ratio 2.64 to 2.72
+(python -m terdit_jax.evaluate, seeds 0 to 2).
 """
 
 from ml_collections import ConfigDict
@@ -36,24 +37,25 @@ def get_config() -> ConfigDict:
     config.data.in_memory = True
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 2e-3
-    optimizer.drop_step = 2600
-    optimizer.drop_learning_rate = 2e-4
+    optimizer.learning_rate = 4e-3
+    optimizer.drop_step = 1700
+    optimizer.drop_learning_rate = 4e-4
     optimizer.ema_decay = 0.995
     optimizer.ema_ramp = True
 
-    config.train.num_steps = 3500
-    config.train.batch_size = 128
+    config.train.num_steps = 2250
+    config.train.batch_size = 96
 
-    config.checkpoint.every = 500
+    config.checkpoint.every = 750
     config.log.every = 100
-    config.log.heldout_every = 1000
-    config.log.heldout_batches = 2
-    config.log.samples_every = 1000
+    config.log.heldout_every = 750
+    config.log.heldout_batches = 3
+    config.log.samples_every = 750
 
     sample = config.sample
     sample.method = "ddpm"
     sample.num_steps = 50
+    sample.spacing = "quadratic"
     sample.cfg_scale = 1.25
     sample.cfg_channels = 0
     sample.num_images = 20
