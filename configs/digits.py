@@ -4,8 +4,8 @@ python -m terdit_jax.prepare --source=digits --output=data/digits
 python -m terdit_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Hardware: two CPU cores. Hours: 0.08.
-Expected: 494 to 497 of 500 guided samples read as the label asked for, Frechet ratio 2.64 to 2.72
-(python -m terdit_jax.evaluate, seeds 0 to 2).
+Expected: 491 to 497 of 500 guided samples read as the label asked for, Frechet ratio 2.40 to 2.82
+(python -m terdit_jax.evaluate, seeds 0 to 5).
 """
 
 from ml_collections import ConfigDict
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     sample.method = "ddpm"
     sample.num_steps = 50
     sample.spacing = "quadratic"
-    sample.cfg_scale = 1.25
+    sample.cfg_scale = 1.2
     sample.cfg_channels = 0
     sample.num_images = 20
     return config
