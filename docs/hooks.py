@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("*.md", "LICENSE", "CITATION.cff", "models/*.md", "configs/*.py", "benchmarks/*.py")
+OUTSIDE = ("*.md", "LICENSE", "CITATION.cff", "models/*.md", "configs/*.md", "configs/*.py", "benchmarks/*.py")
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("terdit_jax/*/__init__.py"))]
 API = {name: f"::: terdit_jax.{name}" for name in PACKAGES} | {
     "terdit_jax": "::: terdit_jax\n    options: {show_submodules: false}\n"

@@ -80,10 +80,10 @@ def test_published_size_and_number_of_images(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_docstring_and_readme_give_the_right_sizes(name):
+def test_docstring_and_table_give_the_right_sizes(name):
     model = model_of(name)
     total, packed = f"{count_params(model)['total']:,}", f"{packed_bytes(model) / 1e6:,.1f} MB packed"
-    (row,) = re.findall(rf"^\| `configs/{name}.py` \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (row,) = re.findall(rf"^\| `configs/{name}.py` \|.*$", (ROOT / "configs/README.md").read_text(), re.MULTILINE)
     assert f"| {total} |" in row
     assert not model.ternary or f"| {packed} |" in row
     assert set(re.findall(r"([\d,]+) parameters", load(name).__doc__)) <= {total}
