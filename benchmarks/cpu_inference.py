@@ -32,8 +32,9 @@ from terdit_jax.versions import versions
 _MODELS = flags.DEFINE_list("models", None, "Artifacts, or configurations of which one is made.")
 _WAYS = flags.DEFINE_list(
     "ways",
-    "ours float32,torch float32,torch compiled float32,ours bfloat16,torch bfloat16,torch compiled bfloat16",
-    "What is compared; `ours exact DTYPE` and `torch packed DTYPE` too.",
+    "ours float32,ours exact float32,torch float32,torch compiled float32,"
+    "ours bfloat16,ours exact bfloat16,torch bfloat16,torch compiled bfloat16",
+    "What is compared; `torch packed DTYPE` too.",
 )
 _BATCHES = flags.DEFINE_list("batches", "1,4", "Images at once.")
 _TURNS = flags.DEFINE_integer("turns", 7, "Calls of each way that are timed.", lower_bound=1)

@@ -197,7 +197,9 @@ def _judge_by_classifier(workdir: str) -> None:
         ema, mesh = _WEIGHTS.value == "ema", make_mesh(MeshConfig())
         model = load_model(workdir, mesh=mesh, ema=ema, meanwhile=_compile_ahead)
         labels = sample_labels(heldout.labels, _NUM_SAMPLES.value)
-        samples = LabelledImages(_draw(model, labels, batch_size=_drawn_at_once()), labels)
+        print(f"drawing {len(labels):,} images", flush=True)
+        report = lambda done: print(f"{done:,}/{len(labels):,} images", flush=True)  # noqa: E731
+        samples = LabelledImages(_draw(model, labels, batch_size=_drawn_at_once(), report=report), labels)
     # Minutes on a CPU where images are many.
     print(f"training a classifier of {len(train.labels):,} images to judge {len(samples.labels):,} by", flush=True)
     metrics = proxy_metrics(train, heldout, samples, dataset.metadata.num_classes, _SEED.value)

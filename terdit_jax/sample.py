@@ -135,6 +135,8 @@ def main(argv: Sequence[str]) -> None:
     check_settings(settings, make_objective(model.description.diffusion, model.config.learn_sigma))
     settings = dataclasses.replace(settings, spacing=resolve_spacing(settings.spacing, settings.method))
     options = {"seed": _SEED.value, "vae": vae, **given}
+    how = f"{settings.method}, {settings.num_steps} steps, guidance {settings.cfg_scale:g}"
+    _say(f"drawing {len(labels):,} images by {how}")
     if output.suffix == ".png":
         size = (vae[0].downsampling if vae else 1) * model.config.input_size
         check_host(20 * len(labels) * size**2, f"--num_samples={len(labels)}", "write a .npz, which is drawn in parts")
@@ -217,8 +219,8 @@ def _batch_size(count: int, output: epath.Path) -> int:
 
 def _say_done(model: Denoiser, count: int, begin: float, output: epath.Path) -> None:
     description, seconds = model.description, time.perf_counter() - begin
-    which = description.name if description.step is None else f"{description.name}, step {description.step:,}"
-    _say(f"{count:,} images of {which} in {seconds:.1f} s: {output}")
+    which = description.name if description.step is None else f"{description.name} (step {description.step:,})"
+    _say(f"{output}: {count:,} images of {which}, in {seconds:.1f} s")
 
 
 def _say(line: str) -> None:

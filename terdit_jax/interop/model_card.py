@@ -42,7 +42,7 @@ In JAX with terdit_jax:
 import terdit_jax{and_load}
 
 model = terdit_jax.load_model({name})
-images = model.draw([0, 1]{jax_vae})  # (2, H, W, C) float32 in [-1, 1]
+images = model.draw([0, 1]{jax_vae})  # (2, H, W, C) float32, about -1 to 1
 ```"""
 _STABILITY = ("sd-vae-ft-ema", "sd-vae-ft-mse")
 _TORCH_METHODS = {"ddpm": ("ddpm", "ddim"), "flow": ("sde", "euler", "heun")}  # of `pytorch.sample`
