@@ -46,8 +46,8 @@ class Unfinished:
         if found := self._read(PLAN_FILE):
             if change := difference(found, plan):
                 raise UserError(
-                    f"--output={path}: holds an unfinished data set, whose {change}; finish that one, delete it or "
-                    "name another directory"
+                    f"--output={path}: holds an unfinished data set, whose {change}; finish that one, or delete it, as "
+                    "when images have changed since it was begun, or name another directory"
                 )
         else:
             write_json(self.folder / PLAN_FILE, plan)
