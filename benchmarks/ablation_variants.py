@@ -82,7 +82,7 @@ def needs(name: str) -> list[str]:
 
 
 def overrides(name: str, workdir: Callable[[str], str], steps: int) -> dict[str, object]:
-    """The fields that a variant sets, in a run of so many steps; `workdir` of another variant is that of its run."""
+    """The fields that a variant sets, in a run of `steps` steps; `workdir` of another variant is that of its run."""
 
     def resolve(value: object) -> object:
         if isinstance(value, RunOf):

@@ -236,7 +236,7 @@ def by_calls(model: Denoiser, judge: Callable[..., tuple[dict, np.ndarray]], pla
 
 
 def workdir(name: str, seed: str) -> pathlib.Path:
-    """Of a run."""
+    """The folder of a run."""
     return pathlib.Path(_FOLDER.value) / f"{name}-{seed}"
 
 

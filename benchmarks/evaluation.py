@@ -4,7 +4,7 @@ python -m benchmarks.evaluation --output=evaluation.json
 python -m benchmarks.evaluation --quick --output=evaluation.json     # a few small pictures: does it run?
 
 Random pictures and random weights: neither changes the work. Features of the second set, the reference's, are drawn at
-random from the first one's distribution. Peak memory of the device is the allocator's, above the network's weights; of
+random from the first one's distribution. Peak memory of the device comes from the allocator, above the network's weights; of
 the host, the process's largest resident size so far above what it had once the network had seen its first pictures.
 """
 
@@ -138,7 +138,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _alike(features: ImageFeatures, seed: int) -> ImageFeatures:
-    """As many features of other pictures: each column's values in another order, with a little noise."""
+    """Features of the same number of other pictures: each column's values permuted, with a little noise."""
     rng, moments = np.random.default_rng(seed), {}
     pool = features.pool[rng.permutation(len(features.pool))]
     pool = pool + rng.standard_normal(pool.shape, np.float32) * (0.1 * pool.std(axis=0) + np.float32(1e-3))

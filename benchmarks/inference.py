@@ -176,7 +176,7 @@ def _resident(model, numerics, packed: dict) -> dict:
 
 
 def _outputs(model, numerics, operands: dict) -> np.ndarray:
-    """Of two noisy latents; in float32 by the forward pass of training if there are no numerics."""
+    """Outputs for two noisy latents; without numerics, in float32 by the forward pass of training."""
     import jax
 
     from terdit_jax.fast.inference_pass import inference_forward
@@ -194,7 +194,7 @@ def _outputs(model, numerics, operands: dict) -> np.ndarray:
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the noise, the first half of the channels."""
+    """The relative error of the noise, which is the first half of the channels."""
     a, b = (np.split(array.astype(np.float64), 2, axis=-1)[0] for array in (a, b))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 

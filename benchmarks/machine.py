@@ -1,4 +1,4 @@
-"""What benchmarks share: configurations, turns on devices, their matmul rate and their kernels' times."""
+"""Parts that benchmarks share: configurations, turns on devices, their matmul rate and their kernels' times."""
 
 import ast
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What 8-bit activations cost a trained model: the error of its predictions, and of its pictures by the proxy's judge.
+"""The cost of 8-bit activations in a trained model: the error of its predictions, and of its pictures by the proxy's judge.
 
 python -m benchmarks.mode_error --workdir=runs/digits --output=docs/benchmarks/mode_error_digits.json
 
@@ -153,13 +153,13 @@ def matmul_precision(numerics: Numerics) -> contextlib.AbstractContextManager:
 
 
 def relative_errors(eps: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Of each timestep."""
+    """The relative error at each timestep."""
     norm = lambda array: np.linalg.norm(array.reshape(len(array), -1), axis=1)  # noqa: E731
     return (norm(eps - reference) / norm(reference)).tolist()
 
 
 def table(rows: list[dict]) -> str:
-    """As docs/deployment.md has it."""
+    """The Markdown table of docs/deployment.md."""
     lines = ["| Mode | error of eps | Frechet ratio | read as the label asked for |", "|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['frechet_ratio_std']:.3f}" if row["frechet_ratio_std"] is not None else ""

@@ -1,4 +1,4 @@
-"""What preparing latents costs a host's processor: archives listed, pictures decoded and cropped, records written.
+"""The processor time of a host that prepares latents: archives listed, pictures decoded and cropped, records written.
 
 python -m benchmarks.preparation --output=preparation.json
 
@@ -53,11 +53,11 @@ class FreeCodec:
         self._std = generator.lognormal(-3, 0.5, shape).astype(np.float16)
 
     def latent_shape(self, picture_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """As `Codec.latent_shape`."""
+        """See `Codec.latent_shape`."""
         return picture_shape[0] // 8, picture_shape[1] // 8, 4
 
     def encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Codec.encode`."""
+        """See `Codec.encode`."""
         return self._mean[: len(pictures)], self._std[: len(pictures)]
 
 
@@ -101,7 +101,7 @@ def decode(jpegs: list[bytes]) -> None:
 
 
 def write(path: pathlib.Path) -> None:
-    """As many records as pictures, with their mirrors, into one shard."""
+    """Writes one record a picture, with its mirror, into one shard."""
     codec = FreeCodec(_IMAGE_SIZE.value)
     mean, std = (array[0] for array in codec.encode(np.empty((1, 1, 1, 3))))
     record = {"mean": mean, "std": std, "mean_mirror": mean, "std_mirror": std, "label": 1, "source_id": "n01/n01_1"}
@@ -139,7 +139,7 @@ def measure(run: Callable[[pathlib.Path], object]) -> dict[str, float]:
 
 
 def write_archives(folder: pathlib.Path, pictures: int, size: int) -> None:
-    """Ten tars of classes that hold so many pictures of `size` bytes together, all of them holes."""
+    """Writes ten tars of classes that together hold this number of pictures of `size` bytes, all of them holes."""
     for label in range(10):
         with (folder / f"n{label:08d}.tar").open("wb") as file:
             for index in range(label, pictures, 10):

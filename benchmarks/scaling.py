@@ -140,7 +140,7 @@ def plan_sampling(paths: list[str], counts: Sequence[int], batch: int, steps: in
 
 
 def deal(rows: list[dict], num_devices: int) -> list[list[int]]:
-    """Devices for each row: rows of as many devices take turns among the groups of so many."""
+    """Devices for each row: rows of equal device counts take turns among the groups of that size."""
     seen: dict[int, int] = {}
     dealt = []
     for row in rows:

@@ -116,7 +116,7 @@ class _Job:
         return state, jax.device_put(batch, batch_sharding(self.mesh))
 
     def row(self) -> dict:
-        """What every row of training says."""
+        """The fields that every row of training has."""
         return {
             **self.run,
             "config": self.config.name,

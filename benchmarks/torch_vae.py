@@ -1,6 +1,6 @@
 """The encoder of `terdit_jax.model.vae` in plain PyTorch, written for speed: what `benchmarks.vae` sets ours beside.
 
-It owns the network and how its weights come from ours; timing it is the benchmark's.
+It owns the network and how its weights come from ours; the benchmark times it.
 """
 
 import numpy as np

@@ -6,7 +6,7 @@ python -m benchmarks.vae --quick --output=vae.json    # bfloat16 beside torch.co
 Every run is a process of its own, all with the same random full-size weights and pictures; encoding starts from
 float32 pictures on the device and ends with mean and standard deviation there. Numbers are printed and written as soon
 as they are known, the table last. Outputs for two pictures are compared with PyTorch's in float32, and the command
-fails if they are another network's. TFLOP are counted from shapes and read against bfloat16 matmuls, measured as well.
+fails if they differ. TFLOP are counted from shapes and read against bfloat16 matmuls, measured as well.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -7,7 +7,7 @@
 #
 #   --slices    several slices are one run: data parallel over the network between them, mesh.data on the outside
 #   --image     where the image of this checkout goes
-#   behind --   options of terdit_jax.main
+#   after --    options of terdit_jax.main
 #
 # The run is in BUCKET/NAME; the same command goes on from there. docs/pods.md is the guide.
 set -euo pipefail

@@ -8,7 +8,7 @@
 #   --workdir   on a file system that every node sees
 #   --gpus      of a node
 #   --chain     jobs that wait for one another; a run that is complete says so and ends at once
-#   behind --   options of terdit_jax.main
+#   after --    options of terdit_jax.main
 #
 # Two minutes before the time is up SLURM sends SIGTERM: all processes save and end with status 0.
 set -euo pipefail

@@ -23,7 +23,7 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 needed heartbeat
-[[ $# -gt 0 ]] || fail "no command: write it behind --"
+[[ $# -gt 0 ]] || fail "no command: write it after --"
 for number in "$STALE" "$RESTARTS" "$PAUSE" "$GRACE"; do
   [[ $number =~ ^[0-9]+$ ]] || fail "$number is not a number of seconds or restarts"
 done

@@ -8,7 +8,7 @@
 #   --runtime   the image of the hosts; found from the type if left out
 #   --spot      yes: capacity that may be taken away at any time
 #   --only      one part of it
-#   behind --   options of terdit_jax.main, such as --config.data.dir=gs://B/imagenet256
+#   after --    options of terdit_jax.main, such as --config.data.dir=gs://B/imagenet256
 #
 # The run is in BUCKET/NAME; the same command goes on from there. docs/pods.md is the guide.
 set -euo pipefail
@@ -110,7 +110,7 @@ quick=0
 for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
   begun=$SECONDS
   status=0
-  set +e  # and on again within: behind `if` or `||` bash would pass over every failure inside
+  set +e  # and on again within: after `if` or `||` bash would pass over every failure inside
   (set -e; acquire; install_on_all_hosts; [[ $ONLY == train ]] || bring_up "$@")
   status=$?
   if [[ $status == 0 && $ONLY != bring-up ]]; then

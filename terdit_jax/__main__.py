@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def overview() -> str:
-    """What there is, a line each."""
+    """The commands and shipped configurations, one a line."""
     commands = [f"  {name:<9} {_title(Path(__file__).with_name(f'{name}.py'))}" for name in COMMANDS]
     configs = [f"  {name:<18} {_title(path)}" for name, path in SHIPPED.items()]
     return "\n".join(

@@ -1,6 +1,6 @@
 """Configurations and the flag that names one: shipped with the package, or a file with `get_config()`, or a run's JSON.
 
-Fields, types and rules are `config`'s. Whatever is wrong with a file or an override is a UserError of one line.
+Fields, types and rules live in `config`. Whatever is wrong with a file or an override is a UserError of one line.
 """
 
 from collections.abc import Collection, Iterator

@@ -113,7 +113,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """What the network learns to predict, and at which levels of noise."""
+    """The target that the network learns to predict, and the levels of noise it is trained at."""
 
     objective: str = setting(
         "ddpm",

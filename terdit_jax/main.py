@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _starter(setup: Setup) -> Callable[[], dict] | None:
-    """Loads the parameters that a run begins with, if they are another model's.
+    """Loads the parameters that a run begins with, if they come from another model.
 
     Those of a new run are opened and checked at once; a run that goes on needs them only if no checkpoint is sound.
     """

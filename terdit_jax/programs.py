@@ -28,7 +28,7 @@ _CPU = ("model name", "flags", "Features", "CPU implementer", "CPU part")  # lin
 def keep_programs(place: str | None, name: str) -> None:
     """Says where this process keeps the programs that it compiles, and finds those that others have compiled.
 
-    In the user's cache folder JAX evicts the least recently used. A folder there that is of no use costs a line on
+    In the user's cache folder JAX evicts the least recently used. A folder there that cannot be used costs a line on
     standard error. Several processes of one run keep none unless they are given a place: the first alone would write.
 
     Args:

@@ -51,7 +51,7 @@ class Bar:
             )  # fmt: skip
 
     def reached(self, done: int) -> None:
-        """So many are done."""
+        """Shows that `done` are done."""
         if self.shown:
             self._bar.update(done - self._bar.n)
 
@@ -81,14 +81,14 @@ class Progress:
         show: bool = True,
     ):
         """Takes how many there are, of which `start` are done, and what prints a line, which begins with `name` and
-        comes every so many `seconds`; `show`: whether there may be a bar."""
+        comes every `seconds` seconds; `show`: whether there may be a bar."""
         self._total, self._say, self._name, self._seconds = total, say, name, seconds
         self._start = self.done = start
         self._begin = self._last = time.monotonic()
         self._bar = Bar(total, "images", start=start, name=name, show=show)
 
     def reached(self, done: int, *, now: bool = False) -> None:
-        """So many images are done; a line is due now and then, and `now`."""
+        """Shows that `done` images are done; a line is due now and then, and `now`."""
         self.done = min(done, self._total)
         self._bar.reached(self.done)
         moment = time.monotonic()

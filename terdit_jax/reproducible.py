@@ -2,7 +2,7 @@
 
 Commands pin them for the whole process, the library's entry points while they run; whatever JAX_* variables or
 `jax.config` say, the same seed gives the same numbers. Settings that only round otherwise (matmul precision, compiler
-flags) stay the user's.
+flags) are left to the user.
 """
 
 from collections.abc import Iterator

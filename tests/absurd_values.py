@@ -246,7 +246,7 @@ class Place:
 
 
 def _faults(case: Case, status: int | None, errors: str, before: set[str], changed: set[str]) -> Iterator[str]:
-    """What is wrong with how a command ended; `changed` are the paths that are new, gone or otherwise than before."""
+    """Faults in how a command ended; `changed` are the paths that are new, gone or otherwise than before."""
     if overwritten := sorted(before & changed):
         yield f"overwrote {overwritten[:3]}"
     if status == 0:
@@ -271,7 +271,7 @@ def _names(line: str, case: Case) -> bool:
 
 
 def _state(folder: Path) -> dict[str, tuple]:
-    """What stands in a folder: path -> size, time of the last change, and target of a link."""
+    """The contents of a folder: path -> size, time of the last change, and target of a link."""
     found = {}
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -307,7 +307,7 @@ def make_inputs(folder: Path, environment: dict[str, str]) -> None:
 
 
 def make_places(root: Path, jobs: int) -> tuple[list[Place], dict[str, str]]:
-    """As many places as commands may run at once, and the environment of the commands."""
+    """A place for each command that may run at once, and the environment of the commands."""
     (root / "home").mkdir(parents=True)
     path = f"{quick_python()}:{os.environ['PATH']}"
     environment = {**command_environment(programs()), "PATH": path, "HOME": str(root / "home")}
@@ -316,7 +316,7 @@ def make_places(root: Path, jobs: int) -> tuple[list[Place], dict[str, str]]:
 
 
 def run(cases: list[Case], root: Path, jobs: int) -> Iterator[dict]:
-    """What came of each case, as `Place.judge` returns it, in no particular order."""
+    """The verdict on each case, as `Place.judge` returns it, in no particular order."""
     places, environment = make_places(root, jobs)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         free: queue.Queue[Place] = queue.Queue()

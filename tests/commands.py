@@ -8,7 +8,7 @@ from absl import flags
 
 @contextlib.contextmanager
 def no_flags() -> Iterator[None]:
-    """Commands imported inside leave their functions behind and their flags not: those cannot be read afterwards."""
+    """Commands imported inside keep their functions and lose their flags, which cannot be read afterwards."""
     before = _take_ours()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the pages take for granted: folders of images, an archive, checkpoints, all of them tiny."""
+"""Files that the pages take for granted: folders of images, an archive, checkpoints, all of them tiny."""
 
 import argparse
 import importlib.util
@@ -80,7 +80,7 @@ def _published(path: Path) -> None:
 
 
 def _state_dict() -> dict:
-    """What files of DiT and SiT hold, of a tiny model, as tensors."""
+    """The state dict of a tiny model as files of DiT and SiT hold it, as tensors."""
     model = small_config(**DIT, ternary=False, depth=1, num_classes=1000)
     return {name: as_tensor(array) for name, array in published_tensors(model, random_weights(model).leaves())}
 
@@ -102,7 +102,7 @@ def _dit_training(path: Path) -> None:
 
 
 def _environment(path: Path) -> None:
-    """What launch/setup.sh takes for an installed environment: its Python is the one on the PATH."""
+    """Makes a folder that launch/setup.sh takes for an installed environment: its Python is the one on the PATH."""
     (path / "bin").mkdir(parents=True)
     (path / "bin" / "python").write_text('#!/bin/sh\nexec python "$@"\n')
     (path / "bin" / "python").chmod(0o755)

@@ -218,7 +218,7 @@ def _number(text: bytes, random: Random) -> bytes:
 
 
 def _objects(text: bytes, random: Random) -> bytes:
-    """As many objects as the longest header can hold, or more."""
+    """Inserts the most objects that the longest header can hold, or more."""
     unit = _pick(random, (b"[],", b"{},", b"1.5,", b'"\xc4\x80",', b"[[]],"))
     return _insert(text, b"[" + unit * int(_pick(random, (60_000, 200_000, 2_000_000)) // len(unit)) + b"0]")
 

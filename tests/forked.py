@@ -42,7 +42,7 @@ def programs() -> Path:
 
 @contextlib.contextmanager
 def python_on_path(folder, environment):
-    """A folder for the PATH whose `python` is a server's, started with this environment.
+    """A folder for the PATH whose `python` belongs to a server started with this environment.
 
     The server ends with the context, or with the process that has started it, however that ends.
     """
@@ -207,7 +207,7 @@ def _be(request: dict) -> None:
 
 
 def _end(status: int) -> None:
-    """As Python ends a process, but for taking apart all that the server has imported, which takes seconds."""
+    """Ends a process like Python, but does not take apart all that the server has imported, which takes seconds."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -42,7 +42,7 @@ OBJECTS_PER_BYTE = 80
 FIXED_BYTES = 4 << 20
 PATIENCE = 60  # seconds by the clock, after which the process hangs
 ADDRESS_SPACE = 256 << 20  # of the loading process, above what it has after it loaded every sound file
-# Most of the time would go to these: so many of the runs use a large file, and so many others keep a slow mutation.
+# Most of the time would go to these: shares of the runs that use a large file, and that keep a slow mutation.
 _LARGE_SHARE, _SLOW_SHARE = 0.03, 0.1
 _SLOW = ("many objects", "quadratic", "shared storage")
 
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(kinds: str, runs: int, options: argparse.Namespace, folder: Path) -> tuple[list[Outcome], dict[str, int]]:
-    """The outcomes of so many cases, loaded by a process of their own, and the memory that sound files take."""
+    """The outcomes of `runs` cases, loaded by a process of their own, and the memory that sound files take."""
     loader, outcomes = Loader(kinds, options.seed, folder / "case"), []
     case = folder / "case"
     for number in range(options.first, options.first + runs):

@@ -1,4 +1,4 @@
-"""What came of a case: damage to a file's bytes, and the verdict on whoever loads it."""
+"""The outcome of a case: damage to a file's bytes, and the verdict on whoever loads it."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,7 +22,7 @@ BLIND = ("one bit", "bits", "bytes", "zeros", "cut off", "longer", "piece gone",
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a case: `result` is refused, loaded or FAILED."""
+    """The outcome of a case: `result` is refused, loaded or FAILED."""
 
     kind: str
     mutation: str

@@ -75,7 +75,7 @@ def execute(
 
 
 def completed(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """As `execute`, whatever the status."""
+    """Like `execute`, whatever the status."""
     process = start(module, *arguments, cache=programs())
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.arguments, process.returncode, out, err)
@@ -112,7 +112,7 @@ def free_port() -> int:
 def start_together(
     module: str, arguments: list[str], *, processes: int, cache: Path, devices: int = 2
 ) -> list[Command]:
-    """The same command in processes that jax.distributed joins on loopback, each with so many CPU devices.
+    """The same command in processes that jax.distributed joins on loopback, each with `devices` CPU devices.
 
     One process is started alone, as a user starts one.
     """

@@ -217,7 +217,7 @@ def test_streams_that_lie_are_refused(artifacts, tmp_path):
 
 
 def test_an_empty_shape_does_not_inflate_a_bomb(tmp_path, artifacts):
-    """As above, read directly: the model's shapes would have refused it before."""
+    """The bomb is read directly: the model's shapes would have refused it before."""
     bomb = zlib.compress(bytes(1 << 20))
     (tmp_path / "a").write_bytes(forged(artifacts[0][False], put_stream(bomb, [0])))
     _, state_dict = open_artifact(open_container(tmp_path / "a"), "a")

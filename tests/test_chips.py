@@ -1,4 +1,4 @@
-"""What chips can do: the peak that a run's utilisation is measured against, and how fast they reach each other."""
+"""Figures of chips: the peak that a run's utilisation is measured against, and how fast they reach each other."""
 
 import pytest
 

@@ -26,7 +26,7 @@ main()
 
 @functools.cache
 def said(*words: str, status: int = 0, folder: Path = ROOT) -> str:
-    """What `terdit` prints on both streams."""
+    """The text that `terdit` prints on both streams."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, *words], cwd=folder, env={"PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,

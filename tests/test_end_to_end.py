@@ -42,7 +42,7 @@ def places(tmp_path_factory):
 
 
 def killed_run(places, workdir: Path, at_step: int, saves: int = 1, **overrides) -> None:
-    """Starts the run and kills it with -9 once it has logged `at_step` and so many of its saves are on disk."""
+    """Starts the run and kills it with -9 once it has logged `at_step` and `saves` of its saves are on disk."""
     data, _ = places
     process = start("main", *train_arguments(data, workdir, **overrides), cache=programs())
     deadline = time.monotonic() + 240

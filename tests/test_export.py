@@ -26,7 +26,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(workdir, tmp_path_factory):
-    """What commands are pointed at, by name."""
+    """Models that commands are pointed at, by name."""
     place = tmp_path_factory.mktemp("sources")
     export(golden_weights("terdit_tiny"), place / "packed.safetensors", "packed")
     export(random_weights(small_config(ternary=False)), place / "full.safetensors", "safetensors")

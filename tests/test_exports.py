@@ -1,4 +1,4 @@
-"""What was loaded is exported bit for bit in every format and comes back so; a failed export leaves nothing."""
+"""A loaded model is exported bit for bit in every format and comes back so; a failed export leaves nothing."""
 
 import concurrent.futures
 import dataclasses
@@ -67,7 +67,7 @@ def test_a_golden_state_dict_is_exported_as_it_was_loaded(tmp_path, name, kind):
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_every_kind_of_model_goes_from_format_to_format(tmp_path, overrides, kind):
-    """As packed -> torch -> packed: the last equals the first, byte for byte."""
+    """For example packed -> torch -> packed: the last equals the first, byte for byte."""
     weights = random_weights(small_config(**overrides), latent_scale=0.5, step=None)
     model = weights.model
     first = "packed" if model.ternary else "safetensors"

@@ -85,7 +85,7 @@ def gradient_of_norm_modulate(x, gain, shift):
 
 
 def gradient_of_gelu(y, bias):
-    """Of a sum of all that `mlp` makes of products with a bias."""
+    """The gradient of the sum of all that `mlp` makes of products with a bias."""
     return jax.grad(lambda y: jnp.sum(jax.nn.gelu(y + bias, approximate=True)))(y)
 
 

@@ -27,7 +27,7 @@ from tests.test_checkpoint import open_checkpoints, restored_step, state
 
 
 class full_disk:
-    """No file of this process may grow beyond so many bytes."""
+    """Keeps every file of this process from growing beyond `room` bytes."""
 
     def __init__(self, room: int):
         self.room = room

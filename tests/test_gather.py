@@ -194,7 +194,7 @@ def test_operands_are_cut_as_their_weights():
 
 @pytest.mark.parametrize("kind", ["codes", "bfloat16"])
 def test_policies_of_rematerialisation_see_gathered_matmuls(kind):
-    """As many bytes an image are kept as without a mesh, under every policy."""
+    """Every policy keeps the same number of bytes an image with a mesh as without."""
     for remat in ("none", "dots", "block"):
         model, plan = tiny_config(remat=remat), FastPlan(gather=kind)
         assert activation_bytes(model, mesh_of(4, 2, 1), plan) == activation_bytes(model)

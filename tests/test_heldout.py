@@ -43,7 +43,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def losses(params, batch):
-    """Of the same records as batch 0, as batch 1 and as batch 0 again."""
+    """Losses of the same records as batch 0, as batch 1 and as batch 0 again."""
     config = RunConfig()
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     loss = make_heldout_loss(config, MODEL, DDPM, mesh, SCALE, PLAIN)

@@ -99,7 +99,7 @@ def test_add_norm_modulate(case, dtype):
 @both_dtypes
 @pytest.mark.parametrize("width", [256, 384, 1152])
 def test_layer_norm_and_offset(dtype, width):
-    """Of rows far from zero, and of unequal size."""
+    """Rows lie far from zero and differ in size."""
     y_scale, d_scale = (None, None) if dtype is None else (scales(7), scales(8))
     sizes = jnp.geomspace(0.1, 30, T)[:, None]
     x, y = ((sizes * (1 + draws(B, T, width, seed=seed))).astype(BF16) for seed in (1, 9))

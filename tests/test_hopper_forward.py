@@ -62,7 +62,7 @@ def test_add_norm_modulate(dtype):
 
 @widths
 def test_layer_norm_and_offset(dtype, width):
-    """Of rows far from zero, and of unequal size."""
+    """Rows lie far from zero and differ in size."""
     y_scale = None if dtype == "bfloat16" else jnp.abs(draws(B, T, seed=1))
     sizes = jnp.array([1e-2, 30, 1, 1e3])[:, None]
     x, y = ((sizes * (3 + draws(B, T, width, seed=seed))).astype(jnp.bfloat16) for seed in (2, 3))

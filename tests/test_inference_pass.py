@@ -1,4 +1,4 @@
-"""The forward pass rearranged for inference is the trained model's, in every mode, on one device and on eight."""
+"""The forward pass rearranged for inference equals that of the trained model, in every mode, on one device and on eight."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def inputs(config, batch=8):
 
 
 def both(config, numerics, batch=8):
-    """What training's forward pass, in float32, and that of inference return."""
+    """Outputs of the forward pass of training, in float32, and of that of inference."""
     operands = packed_operands(config, random_params(config))
     exact = dataclasses.replace(config, dtype="float32")
     expected = jax.jit(forward, static_argnums=0)(exact, operands, *inputs(config, batch))

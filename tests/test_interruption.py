@@ -34,7 +34,7 @@ def ask(number, times=1):
 
 
 def said(capfd, count):
-    """The lines on standard error, once there are so many and a moment to see more."""
+    """The lines on standard error, once there are `count` and a moment to see more."""
     text, deadline = "", time.monotonic() + 10
     while text.count("\n") < count and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -45,7 +45,7 @@ def said(capfd, count):
 
 @pytest.fixture
 def handlers():
-    """What each signal did before, and does again after an interruption."""
+    """Checks that each signal does after an interruption what it did before."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -1,4 +1,4 @@
-"""What is no class is refused wherever labels are taken."""
+"""A label that is no class is refused wherever labels are taken."""
 
 import os
 import subprocess

@@ -25,7 +25,7 @@ SCRIPTS = {"tpu_pod.sh": TPU, "gke_xpk.sh": XPK, "slurm.sh": SLURM}
 
 
 def launch(script: str, *arguments: str, status: int = 0, path: Path | None = None, **environment) -> str:
-    """What a script prints on both streams; `path` stands in front of the PATH."""
+    """The text that a script prints on both streams; `path` stands in front of the PATH."""
     search = os.environ["PATH"] if path is None else f"{path}:{os.environ['PATH']}"
     done = subprocess.run(
         [LAUNCH / script, *arguments],

@@ -17,7 +17,7 @@ from terdit_jax.parallel.mesh import AXES, fsdp_rings, make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a TPU as the order of a mesh depends on."""
+    """The attributes of a TPU that the order of a mesh depends on."""
 
     id: int
     coords: tuple[int, ...]

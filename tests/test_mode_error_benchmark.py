@@ -1,4 +1,4 @@
-"""What 8 bits cost is documented as it was measured."""
+"""The cost of 8 bits is documented as it was measured."""
 
 import json
 from pathlib import Path

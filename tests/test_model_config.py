@@ -1,4 +1,4 @@
-"""What follows from a model's fields, which fields make no model, and the work of one forward pass."""
+"""Values derived from a model's fields, which fields make no model, and the work of one forward pass."""
 
 import dataclasses
 

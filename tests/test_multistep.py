@@ -32,7 +32,7 @@ def run_in_float64(expected_x0, x, alpha, sigma, method, weights=None):
 
 
 def solver_weights_between(alpha, sigma, method):
-    """Of noise levels, ascending in log-SNR; the last step, to no noise at all, is added."""
+    """Weights between noise levels, ascending in log-SNR; the last step, to no noise at all, is added."""
     return solver_weights(np.append(alpha, 1.0), np.append(sigma, 0.0), method)
 
 

@@ -93,7 +93,7 @@ def test_times_on_the_scale_of_guidance():
 
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_guidance_mixes_the_first_channels_of_a_velocity(outputs):
-    """Of a network with C or 2C channels, within its interval of noise levels, and there alone."""
+    """Networks have C or 2C channels; guidance acts within its interval of noise levels, and there alone."""
     calls = []
 
     def network(x, t, y):

@@ -1,4 +1,4 @@
-"""Heartbeat, traces and the account of time as a run leaves them behind."""
+"""Heartbeat, traces and the account of time as a run leaves them."""
 
 import json
 import time

@@ -309,7 +309,7 @@ def test_other_kinds_of_file_are_refused(tmp_path, tiny, torch_export):
 
 
 class Touch:
-    """What a hostile pickle would do, were it run."""
+    """An object of a hostile pickle, which touches a file if it is run."""
 
     def __init__(self, path):
         self.path = path

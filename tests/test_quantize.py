@@ -136,7 +136,7 @@ def test_codes_are_not_zero_beyond_the_threshold(gamma_per, threshold):
 
 
 def test_the_published_threshold_is_rounding():
-    """Of numbers just below, at and above the half, where gamma = 2 up to 1e-6, and of the least and largest."""
+    """Numbers lie just below, at and above the half, where gamma = 2 up to 1e-6, and of the least and largest."""
     half = np.float32(0.5) * (2 + 1e-6)
     near = half * (1 + np.float32(2.0**-23) * np.arange(-4, 5, dtype=np.float32))
     weight = np.concatenate([near, -near, [0, 1e-38, 3, -5]]).astype(np.float32)
@@ -151,7 +151,7 @@ def test_the_published_threshold_is_rounding():
 @pytest.mark.parametrize(("alpha_per", "rounding"), SHARED)
 @pytest.mark.parametrize("ternarize", [ternarize, ternarize_by_layer])
 def test_gradients_are_those_of_autograd_in_float64(ternarize, alpha_per, rounding):
-    """Of a sum of all that the maps make, with w = alpha (W + (T - W)) and T - W held fixed."""
+    """Gradients are those of the sum of all that the maps make, with w = alpha (W + (T - W)) and T - W held fixed."""
     torch = pytest.importorskip("torch")
     random, weight = np.random.default_rng(1), uneven(1)
     alpha = random.standard_normal(weight.shape[:2] if alpha_per == "channel" else weight.shape[:1]).astype(np.float32)

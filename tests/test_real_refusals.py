@@ -1,4 +1,4 @@
-"""What real file systems and users refuse: another user's checkpoints, immutable ones, ones on another file system."""
+"""Refusals of real file systems and users: another user's checkpoints, immutable ones, ones on another file system."""
 
 import contextlib
 import os

@@ -34,7 +34,7 @@ def changed(**fields):
 
 
 def saved_run():
-    """As it comes back from the checkpoint's JSON."""
+    """The description of a run as the checkpoint's JSON returns it."""
     return json.loads(json.dumps(describe_run(RunConfig(), 120, DATA)))
 
 

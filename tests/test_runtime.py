@@ -57,7 +57,7 @@ def inputs(config, batch=8):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def trained_forward(config, plan, params, x_t, t, y) -> Array:
-    """As in training: from master weights, through the codes that have a gradient."""
+    """The forward pass of training: from master weights, through the codes that have a gradient."""
     return forward(config, make_operands(config, params), x_t, t, y, plan.run_blocks)
 
 

@@ -1,4 +1,4 @@
-"""Bad input is one line and leaves nothing behind, whatever part of a run finds it."""
+"""Bad input is one line and leaves no files, whatever part of a run finds it."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a training keeps of another model's weights, what it begins afresh, and how near it then starts."""
+"""Training keeps some of another model's weights and begins others afresh; how near it then starts."""
 
 import dataclasses
 from functools import partial
@@ -53,7 +53,7 @@ def test_master_weights_come_back_bit_for_bit():
 
 @pytest.mark.parametrize("rounding", [PUBLISHED, Rounding("channel", 0.95)], ids=["published", "channel"])
 def test_codes_become_master_weights_of_a_fresh_ones_size(rounding):
-    """Ternarised they are the same codes; their mean size is a xavier-uniform matrix's, so rates fit them as well."""
+    """Ternarised they are the same codes; their mean size is that of a xavier-uniform matrix, so rates fit them as well."""
     weights = golden_weights("terdit_tiny")
     leaves = dict(weights.leaves())
     params = dict(params_leaves(master_params(weights.model, leaves.items())))

@@ -105,7 +105,7 @@ def test_a_teacher_predicts_once_a_microbatch_and_is_never_differentiated(steps)
 
 
 def run_of(teacher, mesh, student=STUDENT, latent_scale=1.0, **fields):
-    """As much of a run's setup as finding its teacher takes."""
+    """The part of a run's setup that finding its teacher takes."""
     model = {f"model.{name}": getattr(student, name) for name in ("input_size", "in_channels", "num_classes")}
     config = RunConfig().with_fields({
         "train.teacher": str(teacher), "train.teacher_weight": WEIGHT, "compute.dtype": "float32",

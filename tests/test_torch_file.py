@@ -71,7 +71,7 @@ def refusal(path, load=load_state_dict):
 
 
 class _Runs:
-    """What a hostile pickle holds."""
+    """An object of a hostile pickle, which makes a folder if it is run."""
 
     def __init__(self, path):
         self._path = path

@@ -1,4 +1,4 @@
-"""What cuts rows over threads lowers for GPUs at the models' widths; values are test_mosaic's and test_fused's."""
+"""Code that cuts rows over threads lowers for GPUs at the models' widths; test_mosaic and test_fused test values."""
 
 import itertools
 

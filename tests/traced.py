@@ -1,4 +1,4 @@
-"""What a traced program computes, for tests that look into jaxprs."""
+"""Reads what a traced program computes, for tests that look into jaxprs."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
 """The training stream's random draws: which record lies at each place, and which of its two views is shown there.
 
-Both follow from (seed, place) alone, whoever asks; reading what was drawn is the reader's.
+Both follow from (seed, place) alone, whoever asks; the reader reads what was drawn.
 """
 
 import threading

@@ -1,7 +1,7 @@
 """A data set under construction, shared by all who write it: its plan, its finished shards, what was left out.
 
 All of it lies in a folder `.unfinished` inside the data set, on whatever file system that is, and only ever changes by
-the renaming of whole files; what goes into a shard is the builder's.
+the renaming of whole files; the builder decides what goes into a shard.
 """
 
 from collections.abc import Iterator, Sequence

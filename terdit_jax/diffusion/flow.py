@@ -1,6 +1,6 @@
 """Flow matching: the paths from noise to data, and what the velocity along one says of noise and score.
 
-After SiT (Ma et al. 2024, arXiv 2401.08740): t runs from 0, noise, to 1, data. Names are this package's: x_0 is the
+After SiT (Ma et al. 2024, arXiv 2401.08740): t runs from 0, noise, to 1, data. Names follow this package: x_0 is the
 data (SiT's x_1), `noise` its x_0. `flow_sampler` follows the velocity; all is float32, (B, H, W, C) with t (B,).
 """
 

@@ -1,4 +1,4 @@
-"""What a network learns to predict, and all that follows: the t and x_t of an example, its loss, and sampling.
+"""The target a network learns to predict, and all that follows: the t and x_t of an example, its loss, and sampling.
 
 Training and sampling are handed one of the two objectives and ask nothing else which it is.
 """
@@ -46,7 +46,7 @@ class Ddpm:
         return training_losses(self.schedule, out, x_0, x_t, t, noise)
 
     def part(self, t: Array, parts: int) -> Array:
-        """Which of so many equal parts of its range t (B,) lies in, int32."""
+        """The index of the part that t (B,) lies in, of `parts` equal parts of its range, int32."""
         return t * parts // self.schedule.num_timesteps
 
     def timestep(self, t: Array) -> Array:

@@ -59,7 +59,7 @@ def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int
 
     Args:
       num_timesteps: length of the schedule trained on.
-      section_counts: a count; counts as a sequence or as "10,15,20", one for each of so many equal sections of the
+      section_counts: a count; counts as a sequence or as "10,15,20", one for each of the equal sections of the
         schedule; or "ddimN", N steps at an integer stride from 0 (Song et al. 2021, arXiv 2010.02502).
 
     Raises:
@@ -134,7 +134,7 @@ def _strided_timesteps(num_timesteps: int, section_counts: str) -> tuple[int, ..
         timesteps = range(0, num_timesteps, stride)
         if section_counts == f"ddim{len(timesteps)}":
             return tuple(timesteps)
-    raise UserError(f"{section_counts!r}: no integer stride takes so many of {num_timesteps} timesteps; drop 'ddim'")
+    raise UserError(f"{section_counts!r}: no integer stride takes this number of {num_timesteps} timesteps; drop 'ddim'")
 
 
 def _parse_counts(section_counts: int | str | Sequence[int]) -> tuple[int, ...]:

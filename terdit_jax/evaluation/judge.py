@@ -1,6 +1,6 @@
 """Scores of a run in training: samples of the averaged weights, judged by the proxy's classifier.
 
-When that happens and what becomes of it is the training loop's.
+The training loop decides when that happens and what becomes of it.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ Map = FullLinear | TernaryLinear | FastLinear
 class Static(NamedTuple):
     """heads: of queries, keys and values alike. attention: implementation. matmul_dtype: EIGHT_BIT, or None for
     bfloat16. recompute: whether the backward pass makes anew what kernels and not matmuls have made. dit: whether the
-    block is DiT's, with layer norms, biases and GELU for RMS norms, qk-norm, RoPE and SwiGLU."""
+    block is that of DiT, with layer norms, biases and GELU for RMS norms, qk-norm, RoPE and SwiGLU."""
 
     heads: int
     attention: Implementation

@@ -60,7 +60,7 @@ def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dic
 
 
 def _site(blocks: dict, norm: str, branch: dict, last: str) -> dict:
-    """Of all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, where it has one."""
+    """For all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, where it has one."""
     alpha = alphas_of(branch[last])[:, 0]
     site = {"norm": blocks[norm]["scale"] if norm in blocks else jnp.ones(len(alpha)), "alpha": alpha}
     return site | ({"bias": branch[f"{last}_bias"][:, 0]} if f"{last}_bias" in branch else {})
@@ -127,7 +127,7 @@ def _make_vectors(operands: dict, m: Array) -> Array:
     """Vectors for `xla_passes.add_norm_modulate` at each of its sites, (2 L, 3 or 4, R, D) float32, from modulations.
 
     Site 2 l leads from attention to feed-forward, site 2 l + 1 from there to the next layer's attention; after the
-    last layer gain and shift are the first one's, which its start needs.
+    last layer gain and shift are those of the first layer, which its start needs.
     """
     parts = (m[:, :, part].astype(jnp.float32) for part in range(6))  # (L, R, D) each
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts

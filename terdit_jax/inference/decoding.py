@@ -30,7 +30,7 @@ def to_images(
       mesh: the devices that share the decoding; the default one does it if left out, or if some are of other processes.
 
     Returns:
-      (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped; with an autoencoder H and W are the images'.
+      (N, H, W, 1 or 3) float32, pixels in [-1, 1] but not clipped; with an autoencoder H and W are those of the images.
 
     Raises:
       UserError: an autoencoder of other latents than these.
@@ -49,6 +49,6 @@ def to_images(
 
 
 def check_vae(vae: VAE, channels: int) -> None:
-    """Raises UserError if an autoencoder does not decode latents of so many channels."""
+    """Raises UserError if an autoencoder does not decode latents of `channels` channels."""
     if vae[0].latent_channels != channels:
         raise UserError(f"the autoencoder's latents have {vae[0].latent_channels} channels, the model draws {channels}")

@@ -74,7 +74,7 @@ def make_grid(images: np.ndarray, columns: int = 0, titles: Sequence[str] = ()) 
 
 
 def class_columns(count: int, classes: int) -> int:
-    """Columns of a grid of `count` images, in turn of so many classes, that has one for each; 0 where it has not."""
+    """Columns of a grid of `count` images that cycle through `classes` classes, one a class; 0 if that does not fit."""
     return classes if 1 < classes <= min(count, 10) else 0
 
 

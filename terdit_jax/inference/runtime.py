@@ -1,6 +1,6 @@
 """The runtime: a model from any file or run as a denoiser on devices, ternary weights at 2 bits in their memory.
 
-What files look like is `interop`'s; what happens between two denoising steps is `sampling`'s.
+File formats belong to `interop`; the work between two denoising steps belongs to `sampling`.
 """
 
 from collections.abc import Callable, Sequence

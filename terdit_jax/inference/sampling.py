@@ -1,6 +1,6 @@
 """Guided sampling from operands: whole loops in one jit, each image fixed by (seed, its index).
 
-Where the weights come from is `runtime`'s, what images look like on disk `images`'s.
+`runtime` loads the weights; `images` writes images to disk.
 """
 
 from collections.abc import Callable

@@ -48,7 +48,7 @@ def load_teacher(setup: Setup) -> Teacher | None:
 
 
 def abstract_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
-    """As `load_teacher`, with shapes in place of its operands: little is read, and the mesh's devices may be absent."""
+    """Like `load_teacher`, with shapes in place of operands: little is read, and the mesh's devices may be absent."""
     opened = _open(config, mesh)
     return _make_teacher(config, opened[1], "") if opened else None
 

@@ -36,7 +36,7 @@ class Description:
     latent_scale: what training multiplied latents by.
     sample: the run's settings for drawing.
     provenance: where it comes from, in words.
-    diffusion: what it learned to predict; files from before there was a choice say nothing, and are DDPM's.
+    diffusion: what it learned to predict; files from before there was a choice say nothing, which means DDPM.
     class_names: in the order of the labels; empty if they are not known, as of older files, and then not written.
     """
 

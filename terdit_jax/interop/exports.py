@@ -79,7 +79,7 @@ def export(
 
 
 def _hub_config(description: Description) -> dict[str, Any]:
-    """What `AutoModel` of diffusers reads: a class and where its code is. The architecture and the classes' names, as
+    """The JSON that `AutoModel` of diffusers reads: a class and where its code is. The architecture and the classes' names, as
     transformers writes them, are there for people: code reads the description in the file of weights."""
     code = {"_class_name": "TerDiT", "auto_map": {"AutoModel": f"{_HUB_MODULE}.TerDiT"}}
     names = {str(label): name for label, name in enumerate(description.class_names)}

@@ -60,7 +60,7 @@ def fetch(name: str, choose: Callable[[list[str], str], list[str]]) -> Path:
 
 
 def _find_cached(hub: ModuleType, repository: str, revision: str | None, inside: str) -> Path | None:
-    """What the cache has of a repository, which may be a part of it; None if nothing."""
+    """The path of a repository in the cache, which may hold only a part of it; None if there is nothing."""
     try:  # of no file, which is never an incomplete part
         snapshot = hub.snapshot_download(repository, revision=revision, allow_patterns=[], local_files_only=True)
     except hub.errors.LocalEntryNotFoundError:

@@ -38,7 +38,7 @@ _PROVENANCE = {"source": "a checkpoint in the published layout"}
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """What the caller says of a checkpoint, for a file that does not say it; None is nothing. Attributes:
+    """Facts of a checkpoint that the caller gives because the file may lack them; None: not given. Attributes:
 
     num_heads: of attention.
     objective: "ddpm" or "flow".
@@ -159,7 +159,7 @@ def public_model_args(description: Description) -> dict[str, Any]:
 
 
 def public_name(description: Description) -> str | None:
-    """What the public sampler calls the shape of a model, as DiT_Llama_3B_patch2 or DiT-XL/2; None if nothing."""
+    """The public sampler's name for a model's shape, such as DiT_Llama_3B_patch2 or DiT-XL/2; None if it has none."""
     model = description.model
     shape = model.hidden_size, model.depth
     if model.family == "large_dit":
@@ -169,7 +169,7 @@ def public_name(description: Description) -> str | None:
 
 
 def public_remark(description: Description, file: Path) -> str | None:
-    """What to know, in a line, before the public code is given an exported state dict; None if it is like any other."""
+    """A line to read before giving an exported state dict to the public code; None if there is nothing to note."""
     model, project = description.model, _PROJECTS[description.diffusion.objective]
     if model.family == "large_dit":
         if _is_public_large_dit(description):

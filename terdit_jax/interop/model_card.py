@@ -51,7 +51,7 @@ _IN_PLACE = {"ddpm": ', method="ddim", num_steps=50', "flow": ', method="heun", 
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """What a card says that no weights know. Attributes:
+    """Facts on a card that the weights do not hold. Attributes:
 
     name: of the repository, or of the folder.
     licence: of the weights, as the Hub writes it; None if unknown.

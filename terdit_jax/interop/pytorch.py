@@ -796,8 +796,8 @@ def sample(
         Of a flow "sde", which adds noise; "euler"; "heun", of second order at two calls of the network a step.
       first: the number of the first image, to draw a large set in several calls.
 
-    Settings left out are the description's, or else 250 steps of ddpm or sde, guided by 4.0 on 3 channels. A flow's
-    path and shift are the description's, or else "linear" and 1.
+    Settings left out come from the description, or else 250 steps of ddpm or sde, guided by 4.0 on 3 channels. A flow's
+    path and shift come from it too, or else "linear" and 1.
 
     Returns:
       (N, C, H, W) float32 on the model's device: latents, or the pixels of a pixel-space model.

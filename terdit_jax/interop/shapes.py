@@ -1,4 +1,4 @@
-"""What the names and shapes of a state dict's tensors tell of an architecture, for either family of blocks.
+"""Reads an architecture from the names and shapes of a state dict's tensors, for either family of blocks.
 
 Nothing is sized by what a file says before it has been compared with this.
 """

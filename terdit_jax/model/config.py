@@ -121,7 +121,7 @@ class DiTConfig(ModelConfig, ComputeConfig):
         return self.hidden_size // self.num_heads
 
     def fits_cudnn(self, widest_head: int) -> bool:
-        """Whether cuDNN's attention, on a GPU that takes heads of up to so many features, takes the model's."""
+        """Whether cuDNN's attention, on a GPU that takes heads of up to `widest_head` features, takes the model's."""
         return self.dtype == "bfloat16" and self.head_dim % 8 == 0 and self.head_dim <= widest_head
 
     @property

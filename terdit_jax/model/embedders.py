@@ -1,6 +1,6 @@
 """Everything that enters or leaves the transformer: patches, timesteps, labels, positions and the final layer.
 
-All of it is full precision in every model, as published; the blocks between are `block`'s.
+All of it is full precision in every model, as published; the blocks between live in `block`.
 """
 
 from flax import nnx

@@ -95,7 +95,7 @@ def count_params(config: VAEConfig) -> int:
 
 
 def encode_flops(config: VAEConfig, height: int, width: int) -> int:
-    """Work of `encode` on an image of so many pixels, from shapes alone: two a multiplication and addition.
+    """Work of `encode` on an image of `height` x `width` pixels, from shapes alone: two a multiplication and addition.
 
     Convolutions and attention only; norms and activations are limited by memory and add less than 1%.
     """
@@ -192,7 +192,7 @@ def decode_all(
 ) -> np.ndarray:
     """Decodes any number of latents on the host, at most `batch_size` at a time on each device of a mesh.
 
-    The devices must all be this process's; without a mesh the default device does the work.
+    The devices must all belong to this process; without a mesh the default device does the work.
 
     All batches have one shape, the last one filled up with zeros, so that one program serves them. The default size
     goes by the images': 8 of 256 px, 2 of 512 px, 1 of more. For either XLA plans 1.3 GB on a GPU in float32, 0.7 GB

@@ -1,7 +1,7 @@
 """The layers of the autoencoder: for each, the shapes of its parameters and the function of them.
 
 Parameters are nested dicts under the names that diffusers gives them, convolutions as (out, height, width, in) and the
-attention's maps as (out, in); which layers follow one another is `vae`'s.
+attention's maps as (out, in); `vae` says which layers follow one another.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """Figures of the vendors' data sheets: for the utilisation a run reports, and for estimates of runs to come.
 
-All figures are a chip's, as JAX sees it as one device, and nominal: what is reached is for measurements to say.
+All figures are for a chip, as JAX sees it as one device, and nominal: what is reached is for measurements to say.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ class Chip:
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e}. Interconnect figures there are both ways and of all
-# ports together: 1200 GB/s of v5p are six ports of 100 GB/s each way. The network's are a pod's or a host's, by its
+# ports together: 1200 GB/s of v5p are six ports of 100 GB/s each way. Those of the network are for a pod or a host, by its
 # chips. Memory is what the compiler (libtpu 0.0.42) lets a program have, a little less than the data sheet's.
 # GPUs: NVIDIA's data sheets of A100 80GB, H100 SXM and H200 SXM (NVLink 600 and 900 GB/s both ways; sparse figures
-# halved); the network is a DGX's, one adapter of 200 or 400 Gbit/s a GPU.
+# halved); the network is that of a DGX, one adapter of 200 or 400 Gbit/s a GPU.
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 275e12, int(30.75 * GIB), 1228e9, 3, 50e9, 0, 6.25e9),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 393e12, int(15.75 * GIB), 819e9, 2, 50e9, 0, 3.125e9),

@@ -112,7 +112,7 @@ class Actions:
         self._pending: tuple[int, dict[str, Array]] | None = None
 
     def _every(self, steps: int) -> Callable[[int], bool]:
-        """Due every so many steps and after the last; never for 0."""
+        """Due every `steps` steps and after the last; never for 0."""
         num_steps = self.setup.config.train.num_steps
         return lambda step: steps > 0 and (step % steps == 0 or step == num_steps)
 

@@ -1,6 +1,6 @@
 """A run described before it starts: its configuration, devices, parameters and the memory that its arrays will take.
 
-Everything follows from shapes; nothing is allocated, written or compiled. What the compiler adds is `aot`'s to say.
+Everything follows from shapes; nothing is allocated, written or compiled. `aot` says what the compiler adds.
 """
 
 from collections.abc import Callable

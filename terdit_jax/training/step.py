@@ -111,7 +111,7 @@ def loss_and_grads(
         sums, grads = micro(examples)
     else:
         sums, grads = _accumulate(micro, place, examples, accumulation_steps)
-    # Codes are integers: their gradient is the sink's.
+    # Codes are integers: their gradient comes from the sink.
     (param_grads,) = to_params(with_floats(grads, no_gradient))
     return sums, param_grads
 

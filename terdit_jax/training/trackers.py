@@ -143,7 +143,7 @@ def _identify(workdir: epath.Path) -> str:
 
 
 def _past(workdir: epath.Path, start: int, lines: Iterable[str]) -> Iterator[Row]:
-    """What a run has written up to step `start`, in order: its lines, and the grids that are still on disk."""
+    """Rows that a run has written up to step `start`, in order: its lines, and the grids that are still on disk."""
     grids = {grid_step(path.name): path for path in (workdir / GRIDS).glob("step_*.png")}
     drawn = sorted(step for step in grids if step is not None and step <= start)
     pictures: Iterator[Row] = ((step, {}, _read(grids[step])) for step in drawn)
@@ -190,7 +190,7 @@ class Tracker:
         self._queue.put(None)
         self._thread.join(CLOSING_SECONDS)
         if self._thread.is_alive():
-            logging.error("log.writers: %s has not taken all of it and is left behind", self._name)
+            logging.error("log.writers: %s has not taken all of it and is abandoned", self._name)
 
     def _work(self) -> None:
         try:

@@ -61,7 +61,7 @@ def describe_machine() -> dict:
 
 
 def _run_side_by_side(name: str, rounds: int, seed: int | None, jobs: int) -> dict:
-    """As `_run`, its rounds shared among `jobs` processes, each with data and an undisturbed run of its own."""
+    """Like `_run`, with its rounds shared among `jobs` processes, each with data and an undisturbed run of its own."""
     if jobs == 1:
         return _run(name, rounds, seed)
     shares = [rounds // jobs + (job < rounds % jobs) for job in range(jobs)]

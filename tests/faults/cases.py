@@ -77,7 +77,7 @@ def kill(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
 
 
 def kill_2_processes(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
-    """As `kill`, of one of two processes: the other must end by itself, with a status that is not 0."""
+    """Like `kill`, of one of two processes: the other must end by itself, with a status that is not 0."""
     yield from _kill(Bench(root, steps=60, processes=2, seed=seed), rounds)
 
 
@@ -148,7 +148,7 @@ def _output(processes: list[Command]) -> list[str]:
 
 
 def _check_resumed(output: str, expected: int) -> None:
-    """What a process printed, if it came so far, says that it began where the newest sound checkpoint is."""
+    """Checks that a process said it began at the newest sound checkpoint, if it came so far."""
     begun = re.search(r"(?:resuming|starting) at step ([\d,]+) in", output)
     if begun:
         step = int(begun.group(1).replace(",", ""))
@@ -161,17 +161,17 @@ def sigterm(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
 
 
 def sigterm_2_processes(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
-    """As `sigterm`, sent to one of two processes: both save and end with status 0."""
+    """Like `sigterm`, sent to one of two processes: both save and end with status 0."""
     yield from _sigterm(Bench(root, steps=200, processes=2, seed=seed), rounds)
 
 
 def sigterm_repeated(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
-    """As `sigterm`, with two more within a second, as schedulers send them: what the first began is completed."""
+    """Like `sigterm`, with two more within a second, as schedulers send them: what the first began is completed."""
     yield from _sigterm(Bench(root, steps=400, seed=seed), rounds, more=2)
 
 
 def sigterm_repeated_2_processes(root: Path, rounds: int, seed: int | None = None) -> Iterator[dict]:
-    """As `sigterm_repeated`, each sent to one of two processes at random."""
+    """Like `sigterm_repeated`, each sent to one of two processes at random."""
     yield from _sigterm(Bench(root, steps=200, processes=2, seed=seed), rounds, more=2)
 
 

@@ -1,4 +1,4 @@
-"""What can happen to a checkpoint on disk: each damage is done to the directory of one step."""
+"""Damages that a checkpoint on disk can suffer: each damage is done to the directory of one step."""
 
 from pathlib import Path
 import shutil
@@ -7,7 +7,7 @@ MANIFEST = "sha256.json"
 
 
 def largest_file(step: Path) -> Path:
-    """Of the raw weights."""
+    """The largest file of the raw weights."""
     return max((path for path in (step / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
@@ -27,7 +27,7 @@ def empty(step: Path) -> None:
 
 
 def half_write(step: Path) -> None:
-    """As a kill within a save leaves it: under its temporary name, with some of its files, unsigned."""
+    """Leaves the step like a kill within a save: under its temporary name, with some of its files, unsigned."""
     temporary = step.with_name(f"{step.name}.orbax-checkpoint-tmp")
     step.rename(temporary)
     (temporary / MANIFEST).unlink()

@@ -182,7 +182,7 @@ def scale_at(alphas_ref, which: int, at) -> Array:
 
 
 def scales_of_products(alphas_ref, places: list, y_scale_ref, token: Callable) -> list[Array]:
-    """What a token's products of one map are multiplied by in each place: a number, or a row of those of outputs."""
+    """Scales of a token's products of one map, in each place: a number, or a row with one for each output."""
 
     def scale(at):
         alpha = scale_at(alphas_ref, 0, at)
@@ -192,7 +192,7 @@ def scales_of_products(alphas_ref, places: list, y_scale_ref, token: Callable) -
 
 
 def gelu_sigmoid(a: Array) -> Array:
-    """What `a` is multiplied by in GELU: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). The hardware's tanh would lose the
+    """The factor that GELU multiplies `a` by: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). The hardware's tanh would lose the
     small values on the left, which exp has to the last places."""
     return 1 / (1 + jnp.exp(a * (-2 * GELU_SLOPE - 2 * GELU_SLOPE * GELU_CUBE * (a * a))))
 
@@ -369,7 +369,7 @@ def store_row(pieces: list[Array], outs: Sequence, image: Array, token: Array, s
 
 
 def centred(row: Array, norm: Norm) -> Array:
-    """What the norm divides by its root mean square: a row (W,), of the layer norm less its mean."""
+    """The row (W,) that the norm divides by its root mean square: for the layer norm, the row less its mean."""
     return row if norm == "rms" else row - jnp.sum(row) * (1 / row.size)
 
 
@@ -414,7 +414,7 @@ def parts_of_row(width: int, most: int = 8) -> int:
 
 
 def wide_parts(width: int) -> int:
-    """As many pieces of a row, up to four, as leave what a thread loads at once as wide as of the whole row."""
+    """The most pieces of a row, up to four, that leave a thread's loads as wide as those of the whole row."""
     return next(
         n
         for n in (4, 3, 2, 1)

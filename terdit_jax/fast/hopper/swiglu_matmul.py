@@ -27,7 +27,7 @@ _WORTH_ROWS = 4096
 
 
 def pays(rows: int, width: int, hidden: int) -> bool:
-    """Whether (rows, width) by (2 hidden, width) is this kernel's: it fits, and XLA is no faster."""
+    """Whether this kernel takes (rows, width) by (2 hidden, width): it fits, and XLA is no faster."""
     return rows >= _WORTH_ROWS and rows % _ROWS == 0 and width % _FETCHED_BYTES == 0 and hidden % _COLUMNS == 0
 
 

@@ -3,7 +3,7 @@
 A thread holds pieces as wide as the hardware loads and the row's width allows. Where they have two features at least,
 what needs both features of a pair, RoPE, asks no other thread. Rows of an odd number of features a thread (1,152 is 9)
 lie in memory's order in stretches alone: all such rows of a kernel are cut alike, and what is done with them, feature
-by feature or as a sum, does not ask for the order. What is computed with rows is `forward`'s and `backward`'s.
+by feature or as a sum, does not ask for the order. `forward` and `backward` compute with the rows.
 """
 
 from etils import epy
