@@ -4,7 +4,7 @@ python -m benchmarks.evaluation --output=evaluation.json
 python -m benchmarks.evaluation --quick --output=evaluation.json     # a few small pictures: does it run?
 
 Random pictures and random weights: neither changes the work. Features of the second set, the reference's, are drawn at
-random from the first one's distribution. Peak memory of the device comes from the allocator, above the network's weights; of
+random from the first one's distribution. Peak memory of the device is what the allocator says, above the weights; of
 the host, the process's largest resident size so far above what it had once the network had seen its first pictures.
 """
 

@@ -3,8 +3,8 @@
 python -m benchmarks.memory --configs=configs/terdit_600m.py,configs/terdit_4b.py --output=memory.json
 
 Weights are random codes. Each model is drawn from twice, each time in a process of its own: the first fills the
-compilation cache, the second is measured, so that autotuning's scratch memory does not count. The figures are the
-allocator's; the driver's own context comes on top.
+compilation cache, the second is measured, so that autotuning's scratch memory does not count. The figures come
+from the allocator; the driver's own context comes on top.
 """
 
 from collections.abc import Iterator, Sequence

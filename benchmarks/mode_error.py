@@ -1,4 +1,4 @@
-"""The cost of 8-bit activations in a trained model: the error of its predictions, and of its pictures by the proxy's judge.
+"""The cost of 8-bit activations in a trained model: errors of its predictions, and of pictures by the proxy's judge.
 
 python -m benchmarks.mode_error --workdir=runs/digits --output=docs/benchmarks/mode_error_digits.json
 

@@ -2,8 +2,8 @@
 
 python -m terdit_jax.main --config=configs/large_dit_4b.py --workdir=runs/large_dit_4b
 
-The recipe is that of its twin, so that the two runs differ in the weights and the RMSNorm after adaLN alone; that Large-DiT
-itself was trained at these rates is not confirmed.
+The twins share a recipe, so the two runs differ in the weights and the RMSNorm after adaLN alone; that Large-DiT itself
+was trained at these rates is not confirmed.
 Data: latents of the Stable Diffusion VAE in data/imagenet256, made from ImageNet's archive (docs/data.md) by
 python -m terdit_jax.prepare --source=tar --input=ILSVRC2012_img_train.tar --vae=sd-vae-ft-ema --output=data/imagenet256
 --config.data.synthetic=True trains on random latents instead, for bring-up and for speed.

@@ -1,4 +1,4 @@
-"""Hooks for what mkdocs.yml cannot say: files outside docs/, notebooks, pages of the API, and equations without scripts.
+"""Adds what mkdocs.yml cannot say: files outside docs/, notebooks, pages of the API, and equations without scripts.
 
 The site keeps the repository's paths, so that a link works here as it does in a checkout.
 """

@@ -164,7 +164,7 @@ def _lacks_package(text: str) -> bool:
 
 @pytest.fixture(scope="module")
 def environment():
-    """The environment of commands: one CPU device, programs kept in a cache, and a `python` that need not import JAX each time."""
+    """The environment of commands: one CPU device, a cache of programs, and a `python` that need not import JAX."""
     return {**command_environment(programs()), "PATH": f"{quick_python()}:{os.environ['PATH']}"}
 
 

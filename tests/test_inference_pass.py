@@ -1,4 +1,4 @@
-"""The forward pass rearranged for inference equals that of the trained model, in every mode, on one device and on eight."""
+"""The forward pass rearranged for inference equals the trained model, in every mode, on one device and on eight."""
 
 import dataclasses
 

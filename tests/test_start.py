@@ -53,7 +53,7 @@ def test_master_weights_come_back_bit_for_bit():
 
 @pytest.mark.parametrize("rounding", [PUBLISHED, Rounding("channel", 0.95)], ids=["published", "channel"])
 def test_codes_become_master_weights_of_a_fresh_ones_size(rounding):
-    """Ternarised they are the same codes; their mean size is that of a xavier-uniform matrix, so rates fit them as well."""
+    """Ternarised they are the same codes; their mean size is that of a xavier-uniform matrix, so rates fit as well."""
     weights = golden_weights("terdit_tiny")
     leaves = dict(weights.leaves())
     params = dict(params_leaves(master_params(weights.model, leaves.items())))

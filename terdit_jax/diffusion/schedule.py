@@ -134,7 +134,7 @@ def _strided_timesteps(num_timesteps: int, section_counts: str) -> tuple[int, ..
         timesteps = range(0, num_timesteps, stride)
         if section_counts == f"ddim{len(timesteps)}":
             return tuple(timesteps)
-    raise UserError(f"{section_counts!r}: no integer stride takes this number of {num_timesteps} timesteps; drop 'ddim'")
+    raise UserError(f"{section_counts!r}: no integer stride takes this many of {num_timesteps} timesteps; drop 'ddim'")
 
 
 def _parse_counts(section_counts: int | str | Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The weights of the FID Inception network from the PyTorch port's `.pth`.
 
-Every name and shape is checked, and batch norms are folded into the convolutions before them. The network is
-`inception`'s.
+Every name and shape is checked, and batch norms are folded into the convolutions before them. The network
+lives in `inception`.
 """
 
 from collections.abc import Mapping

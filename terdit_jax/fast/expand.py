@@ -1,6 +1,6 @@
 """2-bit codes straight to the numbers that matmuls read; equal to `ternary.packing.unpack` and a cast.
 
-`packing` defines how codes are packed. Each packed byte becomes a whole word by integer arithmetic: four bytes of fp8 or
+`packing` defines the packing. Each packed byte becomes a whole word by integer arithmetic: four bytes of fp8 or
 int8, two halves of bf16, so that the compiler's loop reads and writes words.
 """
 

@@ -60,7 +60,7 @@ def make_inference_operands(config: DiTConfig, numerics: Numerics, operands: dic
 
 
 def _site(blocks: dict, norm: str, branch: dict, last: str) -> dict:
-    """For all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, where it has one."""
+    """In all layers: the scale of a norm, alpha of the last map of its branch and that map's bias, if it has one."""
     alpha = alphas_of(branch[last])[:, 0]
     site = {"norm": blocks[norm]["scale"] if norm in blocks else jnp.ones(len(alpha)), "alpha": alpha}
     return site | ({"bias": branch[f"{last}_bias"][:, 0]} if f"{last}_bias" in branch else {})

@@ -1,6 +1,6 @@
 """Drawing a set of any size: its labels, the plan that fixes it, and the shards that every process draws of it.
 
-Processes talk through the shards on disk alone, each drawing its own with the devices it has; `shards` reads and writes the files.
+Processes talk through the shards on disk alone, each drawing its own with the devices it has; `shards` owns the files.
 """
 
 from collections.abc import Callable, Mapping, Sequence

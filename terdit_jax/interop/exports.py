@@ -79,8 +79,8 @@ def export(
 
 
 def _hub_config(description: Description) -> dict[str, Any]:
-    """The JSON that `AutoModel` of diffusers reads: a class and where its code is. The architecture and the classes' names, as
-    transformers writes them, are there for people: code reads the description in the file of weights."""
+    """The JSON that `AutoModel` of diffusers reads: a class and where its code is. The architecture and the classes'
+    names, as transformers writes them, are there for people: code reads the description in the file of weights."""
     code = {"_class_name": "TerDiT", "auto_map": {"AutoModel": f"{_HUB_MODULE}.TerDiT"}}
     names = {str(label): name for label, name in enumerate(description.class_names)}
     return code | description.to_dict()["model"] | ({"id2label": names} if names else {})

@@ -36,8 +36,8 @@ class Chip:
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e}. Interconnect figures there are both ways and of all
-# ports together: 1200 GB/s of v5p are six ports of 100 GB/s each way. Those of the network are for a pod or a host, by its
-# chips. Memory is what the compiler (libtpu 0.0.42) lets a program have, a little less than the data sheet's.
+# ports together: 1200 GB/s of v5p are six ports of 100 GB/s each way. Those of the network are for a pod or a host, by
+# its chips. Memory is what the compiler (libtpu 0.0.42) lets a program have, a little less than the data sheet's.
 # GPUs: NVIDIA's data sheets of A100 80GB, H100 SXM and H200 SXM (NVLink 600 and 900 GB/s both ways; sparse figures
 # halved); the network is that of a DGX, one adapter of 200 or 400 Gbit/s a GPU.
 CHIPS = (

@@ -111,7 +111,7 @@ def ternarize(
 def straight_through(codes: Array, alpha: Array, dalpha: Array, dsink: Array) -> tuple[Array, Array]:
     """The gradients of a master weight and its scale, from the cotangents of what `ternarize` returned.
 
-    dL/dW is that of the sink, without a mask where W was clipped and without a term through gamma. dL/dalpha = <dL/dw, T>,
+    dL/dW equals dsink, without a mask where W was clipped and without a term through gamma. dL/dalpha = <dL/dw, T>,
     over the matrix or the row that shares alpha, is made of it once a step, where matmuls run once a microbatch.
 
     Args:

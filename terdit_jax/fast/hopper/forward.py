@@ -192,8 +192,8 @@ def scales_of_products(alphas_ref, places: list, y_scale_ref, token: Callable) -
 
 
 def gelu_sigmoid(a: Array) -> Array:
-    """The factor that GELU multiplies `a` by: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). The hardware's tanh would lose the
-    small values on the left, which exp has to the last places."""
+    """The factor that GELU multiplies `a` by: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). The hardware's tanh would lose
+    the small values on the left, which exp has to the last places."""
     return 1 / (1 + jnp.exp(a * (-2 * GELU_SLOPE - 2 * GELU_SLOPE * GELU_CUBE * (a * a))))
 
 
