@@ -68,6 +68,7 @@ NOT_RUN = {
     "launch/test.sh": "runs the tests, this one among them",
     "git clone *": "needs a network",
     "python3 -m venv *": INSTALLS,
+    "source .venv/bin/activate": "changes the shell it is typed into",
     ".venv/bin/pip install *": INSTALLS,
     "pip install *": INSTALLS,
     "curl *": "needs a network",
