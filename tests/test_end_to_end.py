@@ -88,7 +88,7 @@ def test_without_fast_paths_a_run_learns_the_same_and_resumes_as_exactly(places,
     assert_same_run(killed, plain)
 
 
-TERNARY_SIT = {"diffusion__objective": "flow", "sample__method": "heun"}
+TERNARY_SIT = {"diffusion__objective": "flow", "sample__method": "heun", "sample__spacing": "auto"}
 TERNARY_SIT |= {f"model__{name}": value for name, value in (DIT | BY_CHANNEL).items()}
 
 
@@ -103,7 +103,10 @@ def test_a_ternary_sit_killed_and_resumed_equals_uninterrupted_and_is_drawn_from
     assert not {"mse", "vb"} & last.keys() and {"loss", "loss_t1of4", "grad_norm"} <= last.keys()
     draw = ("sample", f"--model={whole}", "--labels=0,1", f"--output={tmp_path / 'flow.npz'}")
     _, err = execute(*draw, "--method=ddim", status=2)
-    assert err.strip() == "error: sample.method='ddim' samples no flow model: give euler, heun, sde"
+    assert (
+        err.strip()
+        == "error: sample.method='ddim' samples no flow model: give euler, heun, sde, dpmpp_2m, dpmpp_2m_sde, unipc"
+    )
     execute(*draw, "--method=sde")
     with np.load(tmp_path / "flow.npz") as images:
         assert images["arr_0"].shape == (2, 8, 8, 3) and images["arr_0"].std() > 0
@@ -177,7 +180,7 @@ def test_another_rate_and_length_continue_and_another_model_is_refused(places, t
     execute("main", *train_arguments(data, tmp_path, train__num_steps=8))
     longer = train_arguments(data, tmp_path, train__num_steps=12, optimizer__learning_rate=1e-3)
     out, _ = execute("main", *longer)
-    assert "config.optimizer.learning_rate: 0.002 -> 0.001" in out and "resuming at step 8" in out
+    assert "config.optimizer.learning_rate: 0.004 -> 0.001" in out and "resuming at step 8" in out
     lines = metrics_without_timing(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
     other = train_arguments(data, tmp_path, model__hidden_size=64)

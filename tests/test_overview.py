@@ -51,7 +51,7 @@ def test_a_configuration_is_printed_and_nothing_is_started(tmp_path):
     assert "digits: 728,896 parameters (663,552 ternary, 0.4 MB packed)" in lines
     assert "1 x cpu, 1 process(es), mesh data=1, fsdp=1, tensor=1" in lines
     assert any(line.startswith("plan: ") for line in lines)
-    assert "7 steps of 128 images from data/digits, learning rate 0.002, seed 0" in lines
+    assert "7 steps of 96 images from data/digits, learning rate 0.004, seed 0" in lines
     assert any(re.match(r"\| blocks/\S+ *\| \(4, ", line) for line in lines), "the table of parameters"
     assert f"parameters {4 * 728_896:,}" in lines and f"EMA {4 * 728_896:,}" in lines
     assert err == "" and not list(tmp_path.iterdir())
