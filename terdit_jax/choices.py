@@ -6,7 +6,7 @@ It imports nothing, so that a command can list them without the packages that do
 SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 METHODS = ("ddpm", "ddim", *SOLVERS)  # of models that predict noise
 FLOW_METHODS = ("euler", "heun", "sde", *SOLVERS)
-ALL_METHODS = (*METHODS, "euler", "heun", "sde")
+ALL_METHODS = tuple(dict.fromkeys((*METHODS, *FLOW_METHODS)))
 SPACINGS = ("uniform", "quadratic", "power", "logsnr")
 NUM_TIMESTEPS = 1000  # of the process that DDPM models are trained on, and of the scale of config.sample.cfg_t_*
 MAX_CFG_SCALE = 1000  # a hundred times what improves images; float32 has no digits left for much more

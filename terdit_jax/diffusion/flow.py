@@ -24,18 +24,21 @@ class PathAt(NamedTuple):
     d_sigma: jax.Array
 
 
-def noise_level(path: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and sigma of a path at float64 times t, for what is decided before anything runs."""
-    return (t, 1 - t) if path == "linear" else (np.sin(math.pi / 2 * t), np.sin(math.pi / 2 * (1 - t)))
+def noise_level(path: str, t: _Times) -> tuple[_Times, _Times]:
+    """alpha and sigma of a path at times t, in t's shape and dtype; NumPy arrays stay NumPy arrays."""
+    if path == "linear":
+        return t, 1 - t
+    sin = jnp.sin if isinstance(t, jax.Array) else np.sin
+    return sin(math.pi / 2 * t), sin(math.pi / 2 * (1 - t))  # no cosine, so that sigma falls to 0 and not below
 
 
 def path_at(path: str, t: jax.Array, ndim: int = 4) -> PathAt:
     """A path at t (B,), to broadcast against `ndim` axes: "linear", or "gvp" of constant variance."""
     t = t.astype(jnp.float32).reshape(t.shape + (1,) * (ndim - 1))
+    alpha, sigma = noise_level(path, t)
     if path == "linear":
-        return PathAt(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
-    sin, cos = jnp.sin(math.pi / 2 * t), jnp.sin(math.pi / 2 * (1 - t))  # so that sigma falls to 0 and not below
-    return PathAt(sin, cos, math.pi / 2 * cos, -math.pi / 2 * sin)
+        return PathAt(alpha, sigma, jnp.ones_like(t), -jnp.ones_like(t))
+    return PathAt(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
 
 
 def interpolate(path: str, x_0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
