@@ -24,5 +24,6 @@ DTYPES = ("bfloat16", "float32")  # of activations
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # that follow a run
 FORMATS = ("packed", "torch", "safetensors", "hub")  # that weights are exported to
 LABEL_ORDERS = ("balanced", "random")
+DRAW_BATCH_SIZE = 64  # images that `sample` draws at once, and `evaluate` on CPUs: the two run one program
 FEATURE_BATCH_SIZE = 64  # images that a device extracts features of at once
 TOPOLOGIES = "v4:4x4x4, v5e:16x16, v5p:8x8x4, v6e:16x16, h200:8 or cpu:8"  # examples

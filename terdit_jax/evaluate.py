@@ -9,7 +9,7 @@ The last one, without a reference, gives no FID (docs/evaluation.md).
 
 from absl import flags
 
-from terdit_jax.choices import ALL_METHODS, FEATURE_BATCH_SIZE, MAX_CFG_SCALE, NUM_TIMESTEPS
+from terdit_jax.choices import ALL_METHODS, DRAW_BATCH_SIZE, FEATURE_BATCH_SIZE, MAX_CFG_SCALE, NUM_TIMESTEPS
 from terdit_jax.errors import parse_flags
 from terdit_jax.options import MAX_BATCH, MAX_IMAGES, define_compilation_cache, define_float
 from terdit_jax.paths import define_path
@@ -177,7 +177,7 @@ def _compile_ahead(model: Denoiser) -> None:
 
 def _drawn_at_once() -> int:
     """Images: on CPUs as many as `sample` draws at once, so that the two run one program."""
-    return 64 if jax.default_backend() == "cpu" else 256
+    return DRAW_BATCH_SIZE if jax.default_backend() == "cpu" else 256
 
 
 def _judge_by_classifier(workdir: str) -> None:

@@ -10,6 +10,7 @@ from absl import flags
 
 from terdit_jax.choices import (
     ALL_METHODS,
+    DRAW_BATCH_SIZE,
     DTYPES,
     LABEL_ORDERS,
     MAX_CFG_SCALE,
@@ -53,7 +54,7 @@ _SEED = flags.DEFINE_integer(
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which weights, where there are both.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations; bfloat16 if left out, but float32 on CPUs.")
 _MODE = flags.DEFINE_enum("mode", "auto", list(MODES), "Memory, speed and numbers of the weights (docs/deployment.md).")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images that a process draws at once.", 1, MAX_BATCH)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", DRAW_BATCH_SIZE, "Images that a process draws at once.", 1, MAX_BATCH)
 _VAE = define_path("vae", None, "Folder of the autoencoder of the latents, such as sd-vae-ft-ema.")
 _CACHE = define_compilation_cache()
 _OUTPUT = define_path(
